@@ -1,0 +1,44 @@
+# slime: two commands on a fresh machine (Python >= 3.11, gcc, make)
+#   make quickstart   install into .venv, then train: SFT warm start, GRPO with real SGLang rollouts, report
+#   make test         install into .venv, then every test
+PYTHON ?= python3
+VENV ?= .venv
+# A further wheel index, where the default one serves a CUDA build of torch:
+#   make quickstart EXTRA_INDEX=https://download.pytorch.org/whl/cpu
+EXTRA_INDEX ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
+INSTALLED := $(VENV)/.installed
+
+.PHONY: quickstart quickstart-bf16 test unit lint install clean
+
+quickstart: install
+	$(BIN)/python -m examples.quickstart
+
+quickstart-bf16: install
+	$(BIN)/python -m examples.quickstart --recipe quickstart_bf16
+
+test: install
+	$(BIN)/python -m pytest tests
+
+unit: install
+	$(BIN)/python -m pytest tests -m "not e2e"
+
+lint: install
+	$(BIN)/ruff check slime tests examples benchmarks
+	$(BIN)/ruff format --check slime tests examples benchmarks
+	$(BIN)/mypy
+
+install: $(INSTALLED)
+
+# The lock is complete, so nothing is resolved; torch comes first and with its own dependencies, which differ between builds.
+$(INSTALLED): constraints/cpu.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --constraint constraints/cpu.txt torch==2.13.0 setuptools
+	$(PIP) --no-deps --requirement constraints/cpu.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

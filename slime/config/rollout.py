@@ -1,0 +1,50 @@
+"""rollout: how answers are generated."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from slime.config.fields import choice, number
+
+
+@dataclass
+class RolloutConfig:
+    mode: str = choice("sync", "one_step_off")
+    """sync trains on the newest weights; one_step_off generates the next batch while this one trains."""
+    prompts_per_step: int = number(32, low=1)
+    """Prompts in the batch of one update, over all ranks."""
+    samples_per_prompt: int = number(8, low=1)
+    """Answers drawn for each prompt: a group."""
+    max_response_tokens: int = number(1024, low=1)
+    """Longest answer; longer ones are truncated and counted."""
+    temperature: float = number(1.0, above=0)
+    """Sampling temperature; trainer log-probs use it too."""
+    top_p: float = number(1.0, above=0, high=1)
+    """Nucleus of sampling."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end an answer, beside the tokenizer's end tokens."""
+    engines: int = number(1, low=1)
+    """SGLang servers."""
+    tensor_parallel: int = number(1, low=1)
+    """Devices of one server."""
+    max_in_flight: int = number(4096, low=1)
+    """Requests under way at once, over all engines."""
+    generate: str = "slime.rollout.generate:single_turn"
+    """pkg.mod:fn, an async fn(sample, client, cfg) -> Sample | list[Sample]."""
+    filter: str | None = None
+    """pkg.mod:fn, fn(group) -> bool; groups it rejects are dropped, counted and replaced by new prompts."""
+    select: str = choice("ordinal", "arrival")
+    """Which finished groups make the batch: the first drawn, or the first finished (biased to short answers)."""
+    dump: bool = False
+    """Write every batch and its samples to rollouts/ in the run's directory."""
+    external_urls: list[str] = field(default_factory=list)
+    """SGLang servers that run already; slime starts none then."""
+    external_key: str | None = None
+    """API and admin key of rollout.external_urls."""
+    engine_python: str | None = None
+    """Interpreter that serves; by default the one that runs slime."""
+    start_timeout_s: float = number(300.0, above=0)
+    """Deadline for an engine to become healthy."""
+    request_timeout_s: float = number(600.0, above=0)
+    """Deadline for one answer."""
+    sglang: dict[str, Any] = field(default_factory=dict)
+    """Any argument of SGLang's server by its own name, e.g. rollout.sglang.mem_fraction_static=0.8."""

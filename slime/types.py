@@ -1,0 +1,203 @@
+"""The records that flow through the loop.
+
+    Prompt  --rollout-->  Sample x n = Group  --pack-->  Batch  --ranks-->  metrics
+
+A prompt is drawn once and carries its *ordinal*, the number of the draw, for the rest of its life. Its samples form one
+`Group` (by id, never by position). A step's surviving groups become one `Batch`: plain arrays, every token of every sample
+one after another, `cu_seqlens` marking where each begins. Everything per token is aligned with `tokens`: the value at
+position t speaks about token t, so `logprobs[t]` is the log-probability of `tokens[t]` given those before it in its sequence.
+
+A worked example, two samples of one prompt "2+3=" with label "5":
+
+    Sample(prompt_ids=[7, 1, 8, 2], response_ids=[10, 0], loss_mask=[1, 1], rollout_logprobs=[-.2, -.01], reward=1.0, group=41)
+    Sample(prompt_ids=[7, 1, 8, 2], response_ids=[6, 0],  loss_mask=[1, 1], rollout_logprobs=[-2., -.03], reward=0.0, group=41)
+
+    Batch.tokens            [ 7  1  8  2 10  0 |  7  1  8  2  6  0 ]        N = 2 samples, T = 12 tokens
+    Batch.cu_seqlens        [ 0, 6, 12 ]
+    Batch.loss_mask         [ 0  0  0  0  1  1 |  0  0  0  0  1  1 ]
+    Batch.rollout_logprobs  [ 0  0  0  0 -.2 -.01 | 0 0 0 0 -2. -.03 ]
+    Batch.rewards           [ 1.0, 0.0 ]         Batch.group  [ 41, 41 ]
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class WeightVersion:
+    """Which weights. Ordered by (epoch, number): a resumed run bumps the epoch, `number` counts completed updates."""
+
+    epoch: int
+    number: int
+    run_id: str = ""
+
+    @property
+    def label(self) -> str:
+        """What an engine records and reports for it: `run_id/epoch/number`."""
+        return f"{self.run_id}/{self.epoch}/{self.number}"
+
+
+@dataclass(slots=True)
+class VersionSpan:
+    """Response tokens [start, end) of a sample were drawn from the weights labelled `version`."""
+
+    version: str
+    start: int
+    end: int
+
+
+@dataclass(slots=True)
+class Prompt:
+    """One drawn row of a data file, before it is tokenised."""
+
+    ordinal: int  # number of the draw; names the group too
+    prompt: str | Messages  # as read
+    label: Any = None
+    source: str = ""  # which data set it came from
+    metadata: dict[str, Any] = field(default_factory=dict)
+    tools: list[dict[str, Any]] | None = None  # passed to the chat template
+
+
+@dataclass(slots=True)
+class Sample:
+    """One answer to one prompt: token ids in, token ids out, never tokenised again."""
+
+    prompt: str | Messages
+    prompt_ids: list[int]
+    group: int  # ordinal of the prompt, shared by its samples
+    index: int = 0  # which of the group's samples
+    label: Any = None
+    source: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    response_ids: list[int] = field(default_factory=list)  # [R]
+    text: str = ""  # the response, decoded once
+    loss_mask: list[int] = field(default_factory=list)  # [R], 0 on tool and observation tokens
+    rollout_logprobs: list[float] = field(default_factory=list)  # [R], as sampled, at the rollout temperature; 0 where masked
+    reward: float | None = None
+    reward_error: str | None = None  # why there is no reward; an error is not a zero
+    metrics: dict[str, float] = field(default_factory=dict)  # a reward's extras
+    weight_versions: list[VersionSpan] = field(default_factory=list)
+    finish_reason: str = ""  # stop | length | abort
+    seed: int | None = None  # sampling seed, set in deterministic mode
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+    def check(self) -> None:
+        """Raises ValueError where a generate function returned an inconsistent sample."""
+        n = len(self.response_ids)
+        for name in ("loss_mask", "rollout_logprobs"):
+            if len(getattr(self, name)) != n:
+                raise ValueError(
+                    f"rollout.generate: sample {self.index} of group {self.group} has {n} response ids "
+                    f"but {len(getattr(self, name))} entries in {name}; give one per response token"
+                )
+
+
+@dataclass(slots=True)
+class Group:
+    """All samples of one prompt."""
+
+    ordinal: int
+    samples: list[Sample]
+
+    @property
+    def rewards(self) -> list[float]:
+        """Rewards of the samples; asserts that every sample has one."""
+        assert all(s.reward is not None for s in self.samples), f"group {self.ordinal} has samples without a reward"
+        return [float(s.reward) for s in self.samples]  # type: ignore[arg-type]
+
+
+@dataclass(slots=True)
+class Batch:
+    """What the ranks get: one step's samples as plain arrays, ordered by group ordinal. N samples, T tokens."""
+
+    tokens: np.ndarray  # int32 [T], prompt then response of each sample
+    cu_seqlens: np.ndarray  # int64 [N + 1]
+    loss_mask: np.ndarray  # bool [T], tokens drawn from the policy that are trained on; never the first of a sequence
+    rollout_logprobs: np.ndarray  # float32 [T], 0 outside loss_mask
+    rewards: np.ndarray  # float64 [N]
+    group: np.ndarray  # int64 [N], ordinal of each sample's prompt
+
+    def __len__(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [N], tokens of each sample."""
+        return np.diff(self.cu_seqlens)
+
+    @property
+    def trained_lengths(self) -> np.ndarray:
+        """int64 [N], trainable tokens of each sample."""
+        running = np.concatenate([[0], np.cumsum(self.loss_mask, dtype=np.int64)])
+        return running[self.cu_seqlens[1:]] - running[self.cu_seqlens[:-1]]
+
+    @property
+    def sample_of_token(self) -> np.ndarray:
+        """int64 [T], which sample a token belongs to."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    @classmethod
+    def from_groups(cls, groups: list[Group]) -> "Batch":
+        """Pack groups in the order given. Raises ValueError for an empty prompt (its first token would have no context)."""
+        samples = [s for g in groups for s in g.samples]
+        for s in samples:
+            s.check()
+            if not s.prompt_ids:
+                raise ValueError(f"group {s.group}: the prompt tokenises to nothing; a prompt needs at least one token")
+        lengths = [len(s.prompt_ids) + len(s.response_ids) for s in samples]
+
+        def per_token(of_prompt: float, of_response: str, dtype: type) -> np.ndarray:
+            parts = [x for s in samples for x in (np.full(len(s.prompt_ids), of_prompt), getattr(s, of_response))]
+            return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+
+        mask = per_token(0, "loss_mask", bool)
+        return cls(
+            tokens=np.array([t for s in samples for t in (*s.prompt_ids, *s.response_ids)], np.int32),
+            cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            loss_mask=mask,
+            rollout_logprobs=np.where(mask, per_token(0.0, "rollout_logprobs", np.float32), 0).astype(np.float32),
+            rewards=np.array([r for g in groups for r in g.rewards], np.float64),
+            group=np.array([s.group for s in samples], np.int64),
+        )
+
+    def select(self, samples: np.ndarray) -> "Batch":
+        """The batch of the samples at these positions (int64 [M]), in that order."""
+        spans = [np.arange(self.cu_seqlens[i], self.cu_seqlens[i + 1]) for i in samples]
+        at = np.concatenate(spans) if spans else np.zeros(0, np.int64)
+        return Batch(
+            tokens=self.tokens[at],
+            cu_seqlens=np.concatenate([[0], np.cumsum(self.lengths[samples])]).astype(np.int64),
+            loss_mask=self.loss_mask[at],
+            rollout_logprobs=self.rollout_logprobs[at],
+            rewards=self.rewards[samples],
+            group=self.group[samples],
+        )
+
+
+@dataclass(slots=True)
+class RolloutSummary:
+    """What the driver learns of a rollout; the samples themselves stay in the object store."""
+
+    step: int
+    drawn: int  # ordinals [first, first + drawn) were taken from the source
+    first_ordinal: int
+    trained: list[int]  # ordinals in the batch, ascending
+    dropped: dict[int, str]  # ordinal -> reason: too_long | filter | reward_error
+    metrics: dict[str, float]  # reward/*, response_len/*, group/*, engine/*, time/rollout_s
+    examples: list[dict[str, Any]]  # a few samples for the report: prompt, response, reward, label
+
+
+@dataclass(slots=True)
+class EvalResult:
+    """One evaluation set, evaluated once."""
+
+    name: str
+    metrics: dict[str, float]  # accuracy, avg_at_k, pass_at_k, response_len_mean, reward_error_frac
+    examples: list[dict[str, Any]]
