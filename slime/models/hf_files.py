@@ -1,0 +1,252 @@
+"""Hugging Face checkpoints on disk: safetensors in by slices, sharded safetensors out."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from slime.layout import Block, Shape
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# What belongs to a model beside its weights and config.json.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+class HFReader:
+    """The tensors of a checkpoint directory: model.safetensors, or the shards of model.safetensors.index.json. Each file is opened once and
+    stays open; a slice reads its own bytes only. Use as a context manager."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Opens the files. Raises ValueError naming the place: no safetensors, a shard or tensor that the index names but that is not
+        there, a file that is not safetensors, a dtype other than float32, bfloat16 and float16."""
+        self.path = Path(path)
+        self._files: dict[str, Any] = {}
+        self._slices: dict[str, Any] = {}
+        for file, names in self._listing().items():
+            self._files[file] = handle = self._open(file)
+            held = set(handle.keys())
+            for name in sorted(held) if names is None else names:
+                if name not in held:
+                    raise ValueError(f"{self.path / INDEX}: places {name} in {file}, which does not hold it; download the model again")
+                self._slices[name] = self._checked(file, name, handle.get_slice(name))
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._slices)
+
+    def shape(self, name: str) -> Shape:
+        """Shape of a tensor, from the file's header. Raises ValueError for a name that is not there; so do the other methods."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """dtype of a tensor, from the file's header."""
+        return DTYPES[self._slice(name).get_dtype()]
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor, on the CPU, in the file's dtype."""
+        return self._slice(name)[:]
+
+    def read_block(self, name: str, block: Block) -> torch.Tensor:
+        """The elements of a block (a `Move.source`), shape block.shape, on the CPU. Reads the rows that the block touches, and of a block
+        of columns only those."""
+        part, width = self._slice(name), prod(self.shape(name)[1:])
+        first, last = block.offset // width, (block.end - 1) // width
+        if len(self.shape(name)) == 2 and block.strides == (width, 1):
+            left = block.offset % width
+            return part[first : last + 1, left : left + block.shape[1]]
+        rows = part[first : last + 1].reshape(-1)
+        return rows.as_strided(block.shape, block.strides, rows.storage_offset() + block.offset - first * width)
+
+    def close(self) -> None:
+        """Lets the files go; nothing can be read afterwards."""
+        self._slices, self._files = {}, {}
+
+    def __enter__(self) -> "HFReader":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _listing(self) -> dict[str, list[str] | None]:
+        """Files to open and the tensors to take from each; None: all that it holds."""
+        if (self.path / SINGLE).is_file():
+            return {SINGLE: None}
+        index = self.path / INDEX
+        if not index.is_file():
+            raise ValueError(f"model.path={self.path}: neither {SINGLE} nor {INDEX} there; give the directory of a model in safetensors")
+        try:
+            places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{index}: not an index of safetensors ({type(error).__name__}: {error}); download the model again") from None
+        listing: dict[str, list[str] | None] = {file: [] for file in sorted(set(places.values()))}
+        for name, file in places.items():
+            listing[file].append(name)  # type: ignore[union-attr]
+        return listing
+
+    def _open(self, file: str) -> Any:
+        try:
+            return safe_open(self.path / file, framework="pt")
+        except FileNotFoundError:
+            raise ValueError(f"{self.path / INDEX}: names {file}, which is not there; download the model again") from None
+        except SafetensorError as error:
+            raise ValueError(f"{self.path / file}: not a whole safetensors file ({error}); download the model again") from None
+
+    def _checked(self, file: str, name: str, part: Any) -> Any:
+        if part.get_dtype() not in DTYPES:
+            raise ValueError(
+                f"{self.path / file}: {name} is {part.get_dtype()}, but only {', '.join(DTYPES)} can be trained; "
+                "use the model's unquantized checkpoint"
+            )
+        return part
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._slices:
+            raise ValueError(f"{self.path}: no tensor {name} in its safetensors")
+        return self._slices[name]
+
+
+class HFWriter:
+    """Writes a checkpoint directory: safetensors of at most `max_shard_bytes` (a larger tensor gets a file of its own) with their index,
+    config.json, tokenizer, generation config and chat template of `source`.
+
+    Files are written into a hidden folder of the directory and given their names in `close`, config.json last: a directory that has a
+    config.json holds a whole model, also where an earlier export is replaced. As a context manager it closes on success and discards what
+    was written on an exception.
+    """
+
+    def __init__(
+        self, path: str | Path, source: str | Path, shapes: Mapping[str, Shape] | None = None, max_shard_bytes: int = 4 << 30
+    ) -> None:
+        """`source` is the directory the model came from; `shapes` (ModelMap.hf_shapes), if given, is what has to be written. Raises
+        ValueError where source has no config.json or is the directory to write."""
+        self.path, self.source = Path(path), Path(source)
+        if not (self.source / "config.json").is_file():
+            raise ValueError(f"{self.source / 'config.json'}: missing; an export takes config.json and tokenizer from there")
+        if self.path.resolve() == self.source.resolve():
+            raise ValueError(f"{self.path}: an export cannot overwrite the model it came from; write to another directory")
+        self._folder = self.path / ".export"
+        self.discard()
+        self._folder.mkdir(parents=True)
+        self._expected = shapes
+        self._max_shard_bytes = max_shard_bytes
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []  # tensor names of each file written
+        self._written: set[str] = set()
+        self._dtypes: set[torch.dtype] = set()
+        self._total_bytes = 0
+        self._parameters = 0
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Takes a copy of one tensor, from any device; tensors go to files in the order they come."""
+        assert self._expected is None or self._expected.get(name) == tuple(tensor.shape), (name, tuple(tensor.shape))
+        assert name not in self._written, f"{name} is written twice"
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self._max_shard_bytes:
+            self._flush()
+        self._written.add(name)
+        self._pending[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        self._pending_bytes += size
+        self._total_bytes += size
+        self._parameters += tensor.numel()
+        self._dtypes.add(tensor.dtype)
+
+    def close(self) -> None:
+        """Writes what is left, then gives every file its name."""
+        self._flush()
+        missing = [name for name in self._expected or () if name not in self._written]
+        assert not missing, f"export to {self.path} lacks {missing[:4]}"
+        self._name_shards()
+        for name in COMPANIONS:
+            if (self.source / name).is_file():
+                shutil.copyfile(self.source / name, self._folder / name)
+        self._config()
+        self._publish()
+
+    def discard(self) -> None:
+        """Removes what was written and not published."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> "HFWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.discard()
+
+    def _flush(self) -> None:
+        if self._pending:
+            save_file(self._pending, self._folder / f"shard-{len(self._shards)}", metadata={"format": "pt"})
+            self._shards.append(list(self._pending))
+            self._pending, self._pending_bytes = {}, 0
+
+    def _name_shards(self) -> None:
+        """Final names, which hold the number of files, and the index of several; one file needs none."""
+        count = len(self._shards)
+        files = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        for number, file in enumerate(files):
+            (self._folder / f"shard-{number}").rename(self._folder / file)
+        if count > 1:
+            places = {name: file for file, names in zip(files, self._shards, strict=True) for name in names}
+            metadata = {"total_size": self._total_bytes, "total_parameters": self._parameters}
+            self._json(INDEX, {"metadata": metadata, "weight_map": dict(sorted(places.items()))})
+
+    def _config(self) -> None:
+        """config.json of the source with the dtype that was written, which decides what readers load the weights as."""
+        config = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
+        if len(self._dtypes) == 1:
+            field = "torch_dtype" if "torch_dtype" in config else "dtype"
+            config[field] = str(next(iter(self._dtypes))).removeprefix("torch.")
+        self._json("config.json", config)
+
+    def _json(self, name: str, values: dict[str, Any]) -> None:
+        (self._folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _publish(self) -> None:
+        """Makes the files durable, removes an earlier model, config.json first, and moves the files to their place, config.json last."""
+        for file in self._folder.iterdir():
+            _sync(file)
+        for old in (
+            self.path / "config.json",
+            self.path / INDEX,
+            *self.path.glob("model*.safetensors"),
+            *(self.path / c for c in COMPANIONS),
+        ):
+            old.unlink(missing_ok=True)
+        for file in sorted(self._folder.iterdir(), key=lambda f: f.name == "config.json"):
+            os.replace(file, self.path / file.name)
+        self._folder.rmdir()
+        _sync(self.path)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file or directory is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
