@@ -8,7 +8,8 @@ Publishing always comes before a rollout, in a resumed run too.
 """
 
 from slime.config import SlimeConfig
-from slime.run import Run, open_run
+from slime.run import Run
+from slime.start import open_run
 
 
 def main(cfg: SlimeConfig, resolved_yaml: str) -> None:
@@ -26,7 +27,7 @@ def train(run: Run) -> None:
     overlap = run.cfg.rollout.mode == "one_step_off"
     run.publish(run.step)
     run.evaluate_first()
-    pending = run.restored_batch or run.rollout.start(run.step)
+    pending = run.restored_batch or run.start(run.step)
     for step in run.steps():
         batch = run.join(pending)  # nothing of this batch is in flight from here on
         run.commit_if_due(step, batch)
@@ -43,5 +44,5 @@ def train(run: Run) -> None:
 def generate(run: Run) -> None:
     """run.only=rollout: generate and dump batches with the weights that the engines loaded."""
     for step in run.steps():
-        batch = run.join(run.rollout.start(step))
+        batch = run.join(run.start(step))
         run.record(step + 1, batch, {})

@@ -19,7 +19,7 @@ A worked example, two samples of one prompt "2+3=" with label "5":
     Batch.rewards           [ 1.0, 0.0 ]         Batch.group  [ 41, 41 ]
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -189,9 +189,17 @@ class RolloutSummary:
     drawn: int  # ordinals [first, first + drawn) were taken from the source
     first_ordinal: int
     trained: list[int]  # ordinals in the batch, ascending
-    dropped: dict[int, str]  # ordinal -> reason: too_long | filter | reward_error
+    dropped: dict[int, str]  # ordinal -> reason: too_long | filter | reward_error | surplus
     metrics: dict[str, float]  # reward/*, response_len/*, group/*, engine/*, time/rollout_s
     examples: list[dict[str, Any]]  # a few samples for the report: prompt, response, reward, label
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self) | {"dropped": {str(o): reason for o, reason in self.dropped.items()}}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RolloutSummary":
+        return cls(**values | {"dropped": {int(o): reason for o, reason in values["dropped"].items()}})
 
 
 @dataclass(slots=True)

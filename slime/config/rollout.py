@@ -34,6 +34,8 @@ class RolloutConfig:
     """pkg.mod:fn, fn(group) -> bool; groups it rejects are dropped, counted and replaced by new prompts."""
     select: str = choice("ordinal", "arrival")
     """Which finished groups make the batch: the first drawn, or the first finished (biased to short answers)."""
+    oversample: float = number(0.25, above=0)
+    """With rollout.select=arrival: share of further prompts that are drawn, and dropped as surplus if they finish last."""
     dump: bool = False
     """Write every batch and its samples to rollouts/ in the run's directory."""
     external_urls: list[str] = field(default_factory=list)

@@ -1,0 +1,1 @@
+"""Tensor math: advantages, losses, aggregation. One algorithm a file; the trainer knows none of their names."""

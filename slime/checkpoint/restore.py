@@ -1,0 +1,72 @@
+"""Which iteration a run resumes from."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from slime.checkpoint import manifest
+from slime.checkpoint.save import POINTER, clean_up, iteration, iterations
+from slime.checkpoint.state import DriverState, read_state
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """An iteration that does not count, and why."""
+
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """The newest valid iteration of a run."""
+
+    step: int
+    path: Path
+    state: DriverState
+    refused: tuple[Refused, ...]  # newer ones that were passed over, newest first; tell the user
+
+
+def newest(run_dir: Path) -> Restored | None:
+    """The newest iteration whose every byte is as its manifest says; None where the run never committed one.
+
+    Goes by the manifests alone, never by the pointer. First undoes what a crash left half done in `run_dir`, so only the
+    run's own driver may call it. Raises InvalidCheckpoint naming each iteration and its fault where there are some but
+    none is valid: such a run must not silently begin again.
+    """
+    clean_up(run_dir)
+    refused = _named_but_absent(run_dir)
+    for step, path in reversed(iterations(run_dir).items()):
+        try:
+            return Restored(step, path, validate(path), tuple(refused))
+        except manifest.InvalidCheckpoint as error:
+            refused.append(Refused(path, str(error)))
+    if refused:
+        faults = "; ".join(map(str, refused))
+        raise manifest.InvalidCheckpoint(
+            f"run.resume: none of the checkpoints of {run_dir} is valid: {faults}. Restore the files, or start anew under another run.name"
+        )
+    return None
+
+
+def validate(path: Path) -> DriverState:
+    """Check one iteration whole (`run.resume=<path>` names one) and read its state. Raises InvalidCheckpoint with the fault."""
+    match = re.fullmatch(r"iter_(\d{7,})", path.name)
+    if not match:
+        raise manifest.InvalidCheckpoint(f"{path} is not named like a checkpoint, iter_0000010")
+    manifest.verify(path, step=int(match[1]))
+    state = read_state(path)
+    if state.step != int(match[1]):
+        raise manifest.InvalidCheckpoint(f"its driver state is of step {state.step}")
+    return state
+
+
+def _named_but_absent(run_dir: Path) -> list[Refused]:
+    pointer = run_dir / POINTER
+    text = pointer.read_text().strip() if pointer.exists() else ""
+    if not text.isdigit() or iteration(run_dir, int(text)).exists():
+        return []
+    return [Refused(iteration(run_dir, int(text)), f"{POINTER} names it, but it is not there")]

@@ -1,0 +1,80 @@
+"""`slime train --config-name RECIPE key=value ...`: a Hydra app whose mistakes are found before Hydra answers."""
+
+import sys
+import warnings
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.syntax import Syntax
+
+from slime.cli.endings import exiting
+from slime.cli.help import train_help
+from slime.config import SlimeConfig
+from slime.config.checks import check
+from slime.config.exits import ConfigError
+from slime.config.load import VERSION_BASE, Recipe, compose, finish
+from slime.config.overrides import RECIPES, prepare
+from slime.config.plan import plan
+from slime.config.plan_view import show
+
+
+def main(argv: list[str]) -> None:
+    """Run the recipe. Raises ConfigError before anything starts; a run's own ending raises SystemExit with its code."""
+    if {"-h", "--help"} & set(argv):
+        sys.stdout.write(train_help())
+        return
+    plain = prepare(argv)
+    check_composition(plain)
+    sys.argv = ["slime train", *plain, "hydra/job_logging=none", "hydra/hydra_logging=none"]  # logging is slime.observe's
+    hydra.main(config_path=str(RECIPES), config_name="base", version_base=VERSION_BASE)(job)()
+
+
+def job(composed: DictConfig) -> None:
+    """One run, of a sweep or alone; called by Hydra."""
+    with exiting():
+        hydra_config = HydraConfig.get()
+        recipe = finish(composed, hydra_config.job.config_name or "base", list(hydra_config.overrides.task))
+        check(recipe.cfg)
+        check_options(recipe.cfg)
+        if recipe.cfg.run.dry_run:
+            dry_run(recipe)
+        else:
+            from slime.train import main as train
+
+            train(recipe.cfg, recipe.resolved)
+
+
+def check_composition(argv: list[str]) -> None:
+    """Compose the recipe once for every job, so that what Hydra would say comes in our words. Raises ConfigError."""
+    given = get_args_parser().parse_args(argv)
+    if given.info or given.cfg or given.shell_completion or given.hydra_help:
+        return
+    task = [text for text in given.overrides if not text.startswith(("hydra.", "hydra/"))]
+    jobs = [task]
+    if given.multirun and not any(text.startswith("hydra/sweeper=") for text in given.overrides):
+        jobs = [each for batch in BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(task), None) for each in batch]
+    for overrides in jobs:
+        compose(given.config_name or "base", list(overrides), given.config_dir)
+
+
+def check_options(cfg: SlimeConfig) -> None:
+    """SGLang's and megatron-core's own options against their own lists; each list is slow to read, so only where an option is given."""
+    try:
+        if cfg.trainer.megatron:
+            with warnings.catch_warnings(action="ignore"):  # of kernels that megatron-core would use where they are installed
+                from slime.trainer.options import sort_options
+            sort_options(cfg.trainer.megatron)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def dry_run(recipe: Recipe) -> None:
+    """Print the resolved recipe and the resource plan."""
+    console = Console()
+    console.print(Syntax(recipe.resolved, "yaml", background_color="default"))
+    show(recipe.cfg, plan(recipe.cfg), console)

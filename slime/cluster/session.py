@@ -1,0 +1,130 @@
+"""A Ray cluster for one run: joined, or started on this host and ended with the run.
+
+Joined where `cluster.address` or RAY_ADDRESS names one (a Ray job sets RAY_ADDRESS for its driver), else started here. A Ray that we
+start names its node by a loopback address, so that engines and ranks bind there; its sockets lie in a short directory below /tmp (a
+socket's path has at most 107 bytes), its logs in the run's `logs/ray/`. The kernel ends its processes with the thread that called
+`connect`, even where that thread's process is killed: call it from the main thread.
+"""
+
+import logging
+import math
+import os
+import signal
+import socket
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import ray
+
+from slime.cluster.local import Scratch
+from slime.config import SlimeConfig
+from slime.config.exits import ConfigError, PreflightError
+from slime.config.roles import role_needs
+
+PROBE_S = 5.0  # for a TCP connection to a cluster's address
+NODE = "127.0.0.2"  # Ray replaces 127.0.0.1 by the host's outward address
+
+
+@dataclass
+class Cluster:
+    """A connected Ray. `device` is what ranks and engines compute on."""
+
+    address: str
+    device: Literal["cpu", "cuda"]
+    scratch: Scratch | None  # of a Ray that we started
+
+    @property
+    def local(self) -> bool:
+        return self.scratch is not None
+
+    def stop(self) -> None:
+        """Disconnect; end a Ray that we started, and with it everything that runs in it."""
+        ray.shutdown()
+        if self.scratch is not None:
+            self.scratch.collect()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+
+def connect(cfg: SlimeConfig, run_dir: Path) -> Cluster:
+    """Join or start Ray for this run.
+
+    Raises ConfigError for an address that Ray does not join, PreflightError where nothing answers there or a CUDA device is asked for
+    and the cluster has none.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    warnings.filterwarnings("ignore", message=".*accelerator visible devices.*", category=FutureWarning)
+    address = cfg.cluster.address or os.environ.get("RAY_ADDRESS")
+    scratch = None
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    if address:
+        _join(address)
+    else:
+        scratch = Scratch(run_dir / "logs" / "ray")
+        try:
+            _start(cfg, scratch)
+        except BaseException:
+            scratch.collect()
+            raise
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray installs its own
+    ray._private.worker._worker_logs_enabled = False  # Ray's reports of dead workers go to stdout, log_to_driver or not
+    cluster = Cluster(ray.get_runtime_context().gcs_address, "cpu", scratch)
+    try:
+        cluster.device = _device(cfg.cluster.device, ray.cluster_resources().get("GPU", 0))
+    except PreflightError:
+        cluster.stop()
+        raise
+    return cluster
+
+
+def _join(address: str) -> None:
+    """Join the cluster at `address` (host:port, or auto)."""
+    if "://" in address:
+        raise ConfigError(f"cluster.address={address}: slime runs inside the cluster; give the head's host:port, or submit it as a Ray job")
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise ConfigError(f"cluster.address={address}: not host:port; Ray's default port is 6379")
+        try:
+            socket.create_connection((host, int(port)), PROBE_S).close()
+        except OSError as error:
+            raise PreflightError(
+                f"cluster.address={address}: nothing answers there ({error}); "
+                "start Ray, or unset cluster.address and RAY_ADDRESS to start one here"
+            ) from error
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise PreflightError(f"cluster.address={address}: Ray does not answer as a cluster there ({error})") from error
+
+
+def _start(cfg: SlimeConfig, scratch: Scratch) -> None:
+    """Start Ray on this host with at least the CPUs that the roles ask for."""
+    cpus = math.ceil(sum(need.devices * need.cpus for need in role_needs(cfg).values()))
+    ray.init(
+        address="local",
+        num_cpus=max(cpus, os.cpu_count() or 1),
+        num_gpus=0 if cfg.cluster.device == "cpu" else None,
+        object_store_memory=cfg.cluster.object_store_mb << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _node_ip_address=NODE,
+        _temp_dir=str(scratch.path),
+    )
+    scratch.link()
+
+
+def _device(asked: str, gpus: float) -> Literal["cpu", "cuda"]:
+    if asked == "cuda" and not gpus:
+        raise PreflightError(
+            "cluster.device=cuda and the cluster has no GPU: set cluster.device=cpu, or join a cluster that has them (cluster.address)"
+        )
+    return "cuda" if asked != "cpu" and gpus else "cpu"

@@ -1,0 +1,202 @@
+"""Options that contradict each other, or that would do nothing beside others. Nothing is ignored silently."""
+
+import dataclasses
+import re
+from typing import Any
+
+from slime.config import EvalSet, SlimeConfig
+from slime.config.exits import ConfigError
+from slime.config.roles import needed_roles
+from slime.config.tree import nearest
+
+ROLES = ("actor", "rollout")
+
+
+def check_combinations(cfg: SlimeConfig) -> None:
+    """Raise ConfigError for the first contradiction or option without effect."""
+    _run(cfg)
+    _deterministic(cfg)
+    _algorithm(cfg)
+    _rollout(cfg)
+    _reward(cfg)
+    _schedule(cfg)
+    _evaluation(cfg)
+    _cluster(cfg)
+    if cfg.observe.mismatch_stop and cfg.observe.mismatch_warn > cfg.observe.mismatch_stop:
+        raise ConfigError(
+            f"observe.mismatch_warn={cfg.observe.mismatch_warn:g} is above "
+            f"observe.mismatch_stop={cfg.observe.mismatch_stop:g}, so it never warns: lower it"
+        )
+
+
+def changed(group: Any, knob: str) -> bool:
+    """Whether a knob differs from its default."""
+    field = next(field for field in dataclasses.fields(group) if field.name == knob)
+    default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    return getattr(group, knob) != default
+
+
+def _inert(setting: str, because: str, mend: str) -> ConfigError:
+    return ConfigError(f"{setting} has no effect with {because}: {mend}")
+
+
+def _run(cfg: SlimeConfig) -> None:
+    run = cfg.run
+    if run.only == "train" and run.replay is None:
+        raise ConfigError("run.only=train reads rollouts from a directory: set run.replay to one that rollout.dump=true wrote")
+    if run.replay is not None and run.only != "train":
+        raise _inert(f"run.replay={run.replay}", f"run.only={run.only}", "set run.only=train, or unset run.replay")
+    if run.name is not None and not re.fullmatch(r"[\w.+=,@-]+", run.name):
+        raise ConfigError(f"run.name={run.name}: names one directory below run.dir; use letters, digits and . _ - + = , @")
+
+
+def _deterministic(cfg: SlimeConfig) -> None:
+    if not cfg.run.deterministic:
+        return
+    if cfg.rollout.select == "arrival":
+        raise ConfigError("run.deterministic=true with rollout.select=arrival: arrival order depends on timing; set rollout.select=ordinal")
+    if cfg.cluster.device == "cuda":
+        raise ConfigError(
+            "run.deterministic=true with cluster.device=cuda: equal bits are promised on the CPU only; set cluster.device=cpu"
+        )
+    if cfg.rollout.external_urls:
+        raise ConfigError(
+            "run.deterministic=true with rollout.external_urls: slime did not start those servers and cannot fix their threads and "
+            "batches; unset rollout.external_urls"
+        )
+
+
+def _algorithm(cfg: SlimeConfig) -> None:
+    algorithm, rollout = cfg.algorithm, cfg.rollout
+    if algorithm.clip_high is not None and algorithm.clip_high < 0:
+        raise ConfigError(f"algorithm.clip_high={algorithm.clip_high:g}: must be at least 0")
+    if algorithm.name == "grpo" and rollout.samples_per_prompt < 2 and cfg.run.only != "rollout":
+        raise ConfigError(
+            f"rollout.samples_per_prompt={rollout.samples_per_prompt} with algorithm.name=grpo: a group of one has no advantage; "
+            "set at least 2"
+        )
+    if algorithm.name != "sft":
+        return
+    for knob in ("normalize_std", "clip_low", "clip_high", "entropy_coef"):
+        if changed(algorithm, knob):
+            raise _inert(f"algorithm.{knob}={getattr(algorithm, knob)}", "algorithm.name=sft", f"remove algorithm.{knob}")
+    if cfg.run.only == "rollout":
+        raise ConfigError("run.only=rollout with algorithm.name=sft: supervised learning generates nothing; choose another algorithm.name")
+    if rollout.mode != "sync":
+        raise _inert(f"rollout.mode={rollout.mode}", "algorithm.name=sft, which starts no engines", "remove rollout.mode")
+    if cfg.data.eval:
+        raise _inert(
+            f"data.eval ({', '.join(cfg.data.eval)})",
+            "algorithm.name=sft, which starts no engines",
+            "evaluate in the run that follows; remove data.eval",
+        )
+
+
+def _rollout(cfg: SlimeConfig) -> None:
+    rollout = cfg.rollout
+    if rollout.external_key is not None and not rollout.external_urls:
+        raise _inert("rollout.external_key", "no rollout.external_urls", "set rollout.external_urls, or remove the key")
+    for url in rollout.external_urls:
+        if not re.fullmatch(r"https?://[^/\s:]+(:\d+)?/?", url):
+            raise ConfigError(f"rollout.external_urls: {url!r} is not http://host:port")
+    if rollout.external_urls:
+        for knob in ("engines", "tensor_parallel", "engine_python", "sglang"):
+            if changed(rollout, knob):
+                raise _inert(f"rollout.{knob}", "rollout.external_urls, whose servers run already", f"remove rollout.{knob}, or the urls")
+    if rollout.select != "arrival" and changed(rollout, "oversample"):
+        raise _inert(
+            f"rollout.oversample={rollout.oversample:g}", f"rollout.select={rollout.select}", "set rollout.select=arrival, or remove it"
+        )
+    if "" in rollout.stop:
+        raise ConfigError("rollout.stop has an empty string, which would end every answer at once: remove it")
+    if cfg.run.only == "train":
+        for knob in ("dump", "external_urls"):
+            if changed(rollout, knob):
+                raise _inert(f"rollout.{knob}", "run.only=train, which generates nothing", f"remove rollout.{knob}")
+
+
+def _reward(cfg: SlimeConfig) -> None:
+    reward = cfg.reward
+    if reward.url is not None:
+        if not re.fullmatch(r"https?://\S+", reward.url):
+            raise ConfigError(f"reward.url={reward.url}: not an http:// or https:// address")
+        for knob in ("fn", "signature"):
+            if changed(reward, knob):
+                raise _inert(f"reward.{knob}={getattr(reward, knob)}", "reward.url", "set one of the two")
+    functions = [reward.fn, *(each.reward for each in cfg.data.eval.values() if each.reward)]
+    if reward.pattern is not None and "format" not in functions:
+        raise _inert(f"reward.pattern={reward.pattern}", f"reward.fn={reward.fn}", "set reward.fn=format, or remove reward.pattern")
+    if "format" in functions and reward.pattern is None:
+        raise ConfigError("reward.fn=format judges by a regular expression: set reward.pattern")
+    if reward.pattern is not None:
+        try:
+            re.compile(reward.pattern)
+        except re.error as error:
+            raise ConfigError(f"reward.pattern={reward.pattern}: not a regular expression: {error}") from error
+    if changed(reward, "signature") and ":" not in reward.fn:
+        raise _inert(f"reward.signature={reward.signature}", f"reward.fn={reward.fn}, which is built in", "remove reward.signature")
+
+
+def _schedule(cfg: SlimeConfig) -> None:
+    trainer = cfg.trainer
+    updates = cfg.run.steps * trainer.updates_per_batch * trainer.epochs_per_batch
+    total = f"the run's {updates} optimizer steps (run.steps x trainer.updates_per_batch x trainer.epochs_per_batch)"
+    if trainer.schedule == "constant":
+        for knob in ("decay_steps", "min_lr"):
+            if changed(trainer, knob):
+                raise _inert(
+                    f"trainer.{knob}={getattr(trainer, knob):g}",
+                    "trainer.schedule=constant",
+                    "set trainer.schedule to cosine or wsd, or remove it",
+                )
+    if trainer.decay_steps is not None and trainer.decay_steps < 1:
+        raise ConfigError(f"trainer.decay_steps={trainer.decay_steps}: must be at least 1")
+    if trainer.min_lr > trainer.lr:
+        raise ConfigError(f"trainer.min_lr={trainer.min_lr:g} is above trainer.lr={trainer.lr:g}, the peak: lower it")
+    if trainer.warmup_steps >= updates:
+        raise ConfigError(f"trainer.warmup_steps={trainer.warmup_steps} leaves nothing of {total}: lower it")
+    if trainer.schedule == "wsd" and trainer.warmup_steps + (trainer.decay_steps or 0) > updates:
+        raise ConfigError(
+            f"trainer.warmup_steps={trainer.warmup_steps} + trainer.decay_steps={trainer.decay_steps} exceed {total}: lower one"
+        )
+
+
+def _evaluation(cfg: SlimeConfig) -> None:
+    if cfg.run.eval_every and not cfg.data.eval:
+        raise _inert(
+            f"run.eval_every={cfg.run.eval_every}", "no data.eval", "add a set (data.eval.<name>.path=...), or remove run.eval_every"
+        )
+    for name, chosen in cfg.data.eval.items():
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ConfigError(f"data.eval: the name {name!r} becomes part of metric names; use letters, digits and . _ -")
+        _eval_set(f"data.eval.{name}", chosen)
+
+
+def _eval_set(path: str, chosen: EvalSet) -> None:
+    for knob in ("max_response_tokens", "limit"):
+        value = getattr(chosen, knob)
+        if value is not None and value < 1:
+            raise ConfigError(f"{path}.{knob}={value}: must be at least 1")
+    if chosen.temperature == 0 and chosen.samples > 1:
+        raise _inert(
+            f"{path}.samples={chosen.samples}", f"{path}.temperature=0, where all answers are the same", f"set {path}.temperature above 0"
+        )
+    if chosen.temperature == 0 and chosen.top_p < 1:
+        raise _inert(f"{path}.top_p={chosen.top_p:g}", f"{path}.temperature=0, which is greedy", f"set {path}.temperature above 0")
+
+
+def _cluster(cfg: SlimeConfig) -> None:
+    cluster = cfg.cluster
+    for role in cluster.roles:
+        if role not in ROLES:
+            raise ConfigError(f"cluster.roles.{role}: no such role; there are {', '.join(ROLES)}{nearest(role, ROLES)}")
+    for role in needed_roles(cfg):
+        if role not in cluster.roles:
+            raise ConfigError(f"cluster.roles has no {role}, which this recipe needs: set cluster.roles.{role}.devices")
+    if cluster.address is not None and changed(cluster, "object_store_mb"):
+        raise _inert(f"cluster.object_store_mb={cluster.object_store_mb}", "cluster.address, whose Ray runs already", "remove it")
+    if cluster.address is None and cfg.sync.bucket_mb > cluster.object_store_mb:
+        raise ConfigError(
+            f"sync.bucket_mb={cfg.sync.bucket_mb} does not fit into cluster.object_store_mb={cluster.object_store_mb}: "
+            "lower the one or raise the other"
+        )

@@ -1,0 +1,53 @@
+"""How a run ends: exit codes, and the exception of each.
+
+A scheduler acts on these, so they are a contract: 75 (EX_TEMPFAIL) asks to be run again, 4 tells a finished run from a failed one.
+An exception's text is all that a user sees: it names the value, the place and the knob to turn.
+"""
+
+DONE = 0
+FAILED = 1
+CONFIG = 2
+PREFLIGHT = 3
+NOTHING_TO_DO = 4
+GATE = 5
+SAVED_RUN_AGAIN = 75
+
+MEANING = {
+    DONE: "done",
+    FAILED: "failed: the last line of stderr says why, the run's logs/driver.log has the traceback",
+    CONFIG: "the recipe is wrong; nothing was started",
+    PREFLIGHT: "the machine or cluster lacks something that the recipe asks for",
+    NOTHING_TO_DO: "nothing to do: the run has all its steps already",
+    GATE: "stopped by a gate: a threshold of the recipe was passed",
+    SAVED_RUN_AGAIN: "stopped early and saved; run the same command again",
+}
+
+
+class ConfigError(ValueError):
+    """The recipe is wrong."""
+
+    exit_code = CONFIG
+
+
+class PreflightError(RuntimeError):
+    """The machine or cluster lacks something that the recipe asks for."""
+
+    exit_code = PREFLIGHT
+
+
+class NothingToDo(Exception):
+    """The run has completed all its steps already."""
+
+    exit_code = NOTHING_TO_DO
+
+
+class GateStopped(RuntimeError):
+    """A threshold of the recipe was passed, such as observe.mismatch_stop or reward.max_error_frac."""
+
+    exit_code = GATE
+
+
+class SavedRunAgain(Exception):
+    """Stopped early by a signal or a limit; the state is saved."""
+
+    exit_code = SAVED_RUN_AGAIN

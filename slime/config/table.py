@@ -1,0 +1,37 @@
+"""docs/knobs.md: the table of all knobs, written by `python -m slime.config.table`."""
+
+from pathlib import Path
+
+from slime.config.tree import Knob, knobs
+
+HEADER = """# Knobs
+
+Every knob with its default, in the order of `slime/config/`. Override one with `slime train --config-name RECIPE key=value`.
+`rollout.sglang.<field>` and `trainer.megatron.<field>` take every option of SGLang's server and megatron-core's dataclasses.
+This file is written by `python -m slime.config.table`.
+"""
+
+
+def as_text(value: object) -> str:
+    """A default as it is written in a recipe."""
+    return (
+        {None: "null", True: "true", False: "false", "???": "(required)"}.get(value, str(value))
+        if isinstance(value, str | bool | None)
+        else str(value)
+    )
+
+
+def table() -> str:
+    """The whole file."""
+    groups: dict[str, list[Knob]] = {}
+    for knob in knobs():
+        groups.setdefault(knob.path.partition(".")[0], []).append(knob)
+    parts = [HEADER]
+    for group, members in groups.items():
+        rows = [f"| `{k.path}` | `{as_text(k.default)}` | {k.values.replace('|', '/')} | {k.doc.replace('|', '/')} |" for k in members]
+        parts.append("\n".join([f"## {group}", "", "| knob | default | values | |", "|---|---|---|---|", *rows, ""]))
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    (Path(__file__).parents[2] / "docs" / "knobs.md").write_text(table())

@@ -1,0 +1,1 @@
+"""What lets megatron-core and SGLang run without CUDA. Imports nothing of slime."""

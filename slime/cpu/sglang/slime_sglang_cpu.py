@@ -1,0 +1,45 @@
+"""A general plugin of SGLang (entry-point group sglang.srt.plugins): SGLang calls `register` in each of its processes.
+
+What serving on a CPU needs beyond stock SGLang:
+
+    host buffers           plain tensors, where SGLang would register them with CUDA
+    torch.cuda.synchronize nothing to wait for
+    deterministic mode     torch_native counts as a deterministic backend, and SGLang's batch-invariant mode is ours
+"""
+
+import os
+
+import torch
+
+BATCH_INVARIANT = "SLIME_CPU_BATCH_INVARIANT"  # set by slime.cpu.serving
+
+
+def register():
+    torch.cuda.synchronize = lambda device=None: None
+    _plain_host_buffers()
+    if os.environ.get(BATCH_INVARIANT) == "1":
+        _deterministic()
+
+
+def _plain_host_buffers():
+    from sglang.srt.mem_cache.pool_host import common
+
+    def allocate(dims, dtype, device, pin_memory, allocator):
+        return torch.empty(dims, dtype=dtype, device=device)
+
+    common.ALLOC_MEMORY_FUNCS["cpu"] = allocate
+
+
+def _deterministic():
+    import slime_batch_invariant
+    import slime_seeded_sampling
+    from sglang.srt import batch_invariant_ops
+    from sglang.srt.arg_groups import choices
+    from sglang.srt.batch_invariant_ops import batch_invariant_ops as triton_ops
+
+    choices.add_deterministic_attention_backend_choices(["torch_native"])
+    for module in (batch_invariant_ops, triton_ops):
+        module.enable_batch_invariant_mode = slime_batch_invariant.enable
+    slime_seeded_sampling.install()
+    if os.environ.get("TRY_RADIX"):
+        choices.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])

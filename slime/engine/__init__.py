@@ -1,0 +1,1 @@
+"""SGLang: servers and the host agents that run them, a typed client, routing."""

@@ -1,0 +1,15 @@
+"""Where an engine answers."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One SGLang server. `key` is both its API key and its admin key."""
+
+    url: str  # http://host:port
+    key: str = field(repr=False)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}

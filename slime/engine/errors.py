@@ -1,0 +1,13 @@
+"""What can go wrong with an engine."""
+
+
+class EngineError(RuntimeError):
+    """An engine answered with an error, or is not in a state to be used."""
+
+
+class EngineLost(EngineError):
+    """An engine's process ended or its connection broke: whether it did what was asked is unknown."""
+
+
+class StaleWeights(EngineError):
+    """An engine holds other weights than those that it should have."""

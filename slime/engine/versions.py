@@ -1,0 +1,73 @@
+"""What differs between versions of SGLang: one table, read once when an engine starts.
+
+A row holds from its version until the next row. Versions newer than the last row are taken to be like it, with a warning.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+
+log = logging.getLogger(__name__)
+
+Release = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """How one version of SGLang behaves where slime depends on it."""
+
+    update_session: bool  # tensor updates must lie between /begin_weight_update and /end_weight_update
+    flush_while_retracted: bool  # /flush_cache works while paused with requests retracted; before, an update with a flush then kills the server
+    version_spans: bool  # meta_info.weight_versions tells which tokens came from which weights; before, only the version at the end
+    refused_flush_is_an_answer: bool  # an update whose flush is refused answers 400; before, an assertion kills the server
+    names_bad_sampling: bool  # an unknown sampling parameter is a 400 that names it; before, a 500
+
+    @property
+    def pause_mode(self) -> str:
+        """How to pause before an update: retracted requests are computed again under the new weights, else they are cut short."""
+        return "retract" if self.flush_while_retracted else "abort"
+
+
+_FIRST = Facts(
+    update_session=False,
+    flush_while_retracted=False,
+    version_spans=False,
+    refused_flush_is_an_answer=False,
+    names_bad_sampling=False,
+)
+_SPANS = replace(_FIRST, version_spans=True)
+_SESSION = replace(_SPANS, update_session=True, flush_while_retracted=True, names_bad_sampling=True)
+_ANSWERS = replace(_SESSION, refused_flush_is_an_answer=True)
+
+TABLE: tuple[tuple[Release, Facts], ...] = (
+    ((0, 5, 15), _FIRST),
+    ((0, 5, 19), _SPANS),
+    ((0, 5, 21), _SESSION),
+    ((0, 5, 23), _ANSWERS),
+)
+OLDEST, NEWEST = TABLE[0][0], TABLE[-1][0]
+
+
+def facts(version: str, where: str = "rollout.engine_python") -> Facts:
+    """Facts of an SGLang version such as 0.5.23 or 0.5.15.post1. `where` says whose version it is.
+
+    Raises ValueError for a version older than the oldest row, or one that is not a release number.
+    """
+    release = _release(version, where)
+    if release < OLDEST:
+        raise ValueError(f"{where} has SGLang {version}; slime needs {_text(OLDEST)} or newer: install it there, or name another interpreter")
+    if release > NEWEST:
+        log.warning("%s has SGLang %s, newer than slime knows; it is used like %s", where, version, _text(NEWEST))
+    return next(row for first, row in reversed(TABLE) if release >= first)
+
+
+def _release(version: str, where: str) -> Release:
+    parts = version.split("+")[0].split(".")
+    try:
+        major, minor, patch = (int(part) for part in parts[:3])
+    except ValueError:
+        raise ValueError(f"{where} has SGLang {version!r}, which is not a release number like {_text(NEWEST)}") from None
+    return major, minor, patch
+
+
+def _text(release: Release) -> str:
+    return ".".join(map(str, release))

@@ -1,0 +1,1 @@
+"""Prompts to rewarded batches: generation, rewards, filters, evaluation."""

@@ -1,0 +1,36 @@
+"""Rollouts on disk: rollout.dump writes them, run.replay reads them.
+
+rollouts/step_0000003.npz holds the columns of the batch, bit for bit; step_0000003.jsonl the account and then one readable sample a line.
+"""
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+
+from slime.types import Batch, Group, RolloutSummary
+
+FOLDER = "rollouts"
+
+
+def write_rollout(run_dir: Path, batch: Batch, summary: RolloutSummary, groups: list[Group]) -> None:
+    """Write one step's batch and samples."""
+    base = run_dir / FOLDER / f"step_{summary.step:07d}"
+    base.parent.mkdir(exist_ok=True)
+    with base.with_suffix(".npz").open("wb") as file:
+        np.savez(file, **{f.name: getattr(batch, f.name) for f in fields(Batch)})
+    with base.with_suffix(".jsonl").open("w") as text:
+        text.write(json.dumps(summary.to_dict()) + "\n")
+        text.writelines(json.dumps(asdict(s), default=str) + "\n" for g in groups for s in g.samples)
+
+
+def read_rollout(folder: Path, step: int) -> tuple[Batch, RolloutSummary]:
+    """One step's batch and account. Raises ValueError naming run.replay where the folder has no such step."""
+    base = next((f / f"step_{step:07d}" for f in (folder, folder / FOLDER) if (f / f"step_{step:07d}.npz").is_file()), None)
+    if base is None:
+        raise ValueError(f"run.replay={folder}: no rollout of step {step} there (step_{step:07d}.npz); dump one with rollout.dump=true or lower run.steps")
+    with np.load(base.with_suffix(".npz"), allow_pickle=False) as columns:
+        batch = Batch(**{name: columns[name] for name in columns.files})
+    with base.with_suffix(".jsonl").open() as text:
+        return batch, RolloutSummary.from_dict(json.loads(text.readline()))

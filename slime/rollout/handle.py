@@ -1,0 +1,145 @@
+"""Where the loop's batches come from, as the driver sees it.
+
+    pending = source.start(step, first_ordinal)     # returns at once
+    result = pending.result()                       # waits; nothing of it is in flight afterwards
+
+Three sources: `Rollout` (engines), `Demonstrations` (supervised examples), `Replay` (rollouts dumped earlier).
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from slime.cluster import deadline
+from slime.config import SlimeConfig
+from slime.engine.endpoint import Endpoint
+from slime.observe.trace import Span
+from slime.types import EvalResult, RolloutSummary, WeightVersion
+
+STEP_KNOB = "cluster.step_timeout_s"
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutResult:
+    """A finished batch: a reference for the ranks, the account for the driver, and where the time went."""
+
+    ref: "ray.ObjectRef"  # of a types.Batch
+    summary: RolloutSummary
+    spans: list[Span] = field(default_factory=list)
+
+
+class Pending(Protocol):
+    """A batch under way."""
+
+    step: int
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it is finished, after at most `timeout_s`."""
+        ...
+
+    def progress(self) -> int:
+        """Prompts finished so far."""
+        ...
+
+    def result(self) -> RolloutResult:
+        """The batch; waits for it. Raises what the rollout raised."""
+        ...
+
+
+class BatchSource(Protocol):
+    """Makes the batch of a step from the prompts that `first_ordinal` begins."""
+
+    def expect(self, version: WeightVersion) -> None:
+        """From here on every answer must come from these weights."""
+        ...
+
+    def start(self, step: int, first_ordinal: int) -> Pending: ...
+
+    def evaluate(self, step: int) -> list[EvalResult]: ...
+
+    def stop(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Ready:
+    """A batch that is there already."""
+
+    step: int
+    _result: RolloutResult
+
+    def wait(self, timeout_s: float) -> bool:
+        return True
+
+    def progress(self) -> int:
+        return len(self._result.summary.trained)
+
+    def result(self) -> RolloutResult:
+        return self._result
+
+
+@dataclass
+class Generating:
+    """A batch that the RolloutManager works on."""
+
+    step: int
+    _ref: "ray.ObjectRef"
+    _manager: Any
+    _give_up_s: float  # time.monotonic()
+    _timeout_s: float
+
+    def wait(self, timeout_s: float) -> bool:
+        """Raises TimeoutError naming cluster.step_timeout_s when the whole rollout has taken longer."""
+        if time.monotonic() > self._give_up_s:
+            done, of = deadline.get(self._manager.progress.remote(), 5.0, "the rollout's progress")
+            raise TimeoutError(f"rollout {self.step + 1}: {done} of {of} prompts finished after {self._timeout_s:g} s ({STEP_KNOB})")
+        return bool(ray.wait([self._ref], timeout=timeout_s)[0])
+
+    def progress(self) -> int:
+        return deadline.get(self._manager.progress.remote(), 5.0, "the rollout's progress")[0]
+
+    def result(self) -> RolloutResult:
+        left_s = max(0.1, self._give_up_s - time.monotonic())
+        ref, summary, spans = deadline.get(self._ref, left_s, f"rollout {self.step + 1}", STEP_KNOB)
+        return RolloutResult(ref, summary, spans)
+
+
+class Rollout:
+    """Batches from the engines, through the RolloutManager."""
+
+    def __init__(self, cfg: SlimeConfig, manager: Any) -> None:
+        self._cfg, self._manager = cfg, manager
+
+    def expect(self, version: WeightVersion) -> None:
+        """From here on every answer must come from these weights."""
+        deadline.get(self._manager.expect.remote(version.label), 30.0, "the rollout manager to take the weight version")
+
+    def start(self, step: int, first_ordinal: int) -> Pending:
+        timeout_s = self._cfg.cluster.step_timeout_s
+        ref = self._manager.generate.remote(step, first_ordinal)
+        return Generating(step, ref, self._manager, time.monotonic() + timeout_s, timeout_s)
+
+    def evaluate(self, step: int) -> list[EvalResult]:
+        return deadline.get(self._manager.evaluate.remote(step), self._cfg.cluster.step_timeout_s, f"evaluation at step {step}", STEP_KNOB)
+
+    def stop(self) -> None:
+        """End the manager and its reward workers."""
+        ray.kill(self._manager)
+
+
+def start_rollout(cfg: SlimeConfig, run_dir: Path, endpoints: list[Endpoint], vocab_size: int) -> Rollout:
+    """Start the RolloutManager on the driver's host. Raises ValueError naming the knob of what it cannot use."""
+    from slime.rollout.manager import RolloutManager
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    manager = ray.remote(RolloutManager).options(num_cpus=0, scheduling_strategy=here, max_concurrency=8).remote(cfg, str(run_dir))
+    rollout = Rollout(cfg, manager)
+    try:
+        deadline.get(manager.start.remote(endpoints, vocab_size), cfg.cluster.start_timeout_s, "the rollout manager to start", "cluster.start_timeout_s")
+    except BaseException:
+        rollout.stop()
+        raise
+    return rollout

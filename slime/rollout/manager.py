@@ -1,0 +1,154 @@
+"""The RolloutManager: an asynchronous Ray actor that turns ordinals into rewarded batches.
+
+It holds nothing durable. A prompt is a pure function of its ordinal, so the driver names the first ordinal of a step and gets
+back a reference to the batch and an account of every ordinal that was drawn.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from transformers import PreTrainedTokenizerBase
+
+from slime.config import SlimeConfig
+from slime.config.exits import GateStopped
+from slime.config.imports import load_function
+from slime.data.source import PromptSource, eval_prompts
+from slime.data.template import load_tokenizer, tokenize
+from slime.engine.client import EngineClient, Sampling
+from slime.engine.endpoint import Endpoint
+from slime.observe.trace import Span
+from slime.rollout.client import RolloutClient
+from slime.rollout.draw import Draw
+from slime.rollout.dump import write_rollout
+from slime.rollout.evaluate import evaluate_set
+from slime.rollout.groups import GroupMaker
+from slime.rollout.metrics import busy_spans, error_frac, examples, rollout_metrics
+from slime.rollout.rewards.judge import Judge
+from slime.types import Batch, EvalResult, Group, RolloutSummary
+
+
+class RolloutManager:
+    """See the module. Every method is called by the driver alone, one at a time but for `progress`."""
+
+    def __init__(self, cfg: SlimeConfig, run_dir: str) -> None:
+        self.cfg, self.run_dir = cfg, Path(run_dir)
+        self.expected = ""
+        self._progress = (0, 0)
+
+    async def start(self, endpoints: list[Endpoint], vocab_size: int) -> None:
+        """Open data, tokenizer, rewards and connections. Raises ValueError naming the knob of what cannot be used."""
+        cfg = self.cfg
+        self.source = PromptSource(cfg.data, cfg.run.seed)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(cfg.model)
+        self.eval_sets = {name: (s, eval_prompts(name, s, cfg.data)) for name, s in cfg.data.eval.items()}
+        self.generate_fn: Callable[..., Awaitable[Any]] = load_function(cfg.rollout.generate, "rollout.generate")
+        self.filter_fn = load_function(cfg.rollout.filter, "rollout.filter") if cfg.rollout.filter else None
+        self.judge = await Judge.open(cfg.reward)
+        self.eval_judges = {
+            name: await Judge.open(cfg.reward, s.reward) if s.reward else self.judge for name, (s, _) in self.eval_sets.items()
+        }
+        self.engines = EngineClient(
+            endpoints, vocab_size=vocab_size, timeout_s=cfg.rollout.request_timeout_s, max_in_flight=cfg.rollout.max_in_flight
+        )
+
+    async def expect(self, label: str) -> None:
+        """From here on, every answer must come from the weights of this label."""
+        self.expected = label
+
+    async def progress(self) -> tuple[int, int]:
+        """Prompts of the rollout under way that are finished, and how many are wanted."""
+        return self._progress
+
+    async def generate(self, step: int, first_ordinal: int) -> "tuple[ray.ObjectRef, RolloutSummary, list[Span]]":
+        """Generate and judge the batch of `step` from prompts beginning with `first_ordinal`.
+
+        Raises GateStopped above reward.max_error_frac, ValueError where nearly every prompt is dropped, RuntimeError for an
+        engine that is dead or answers with other weights than expected.
+        """
+        begun, begun_cpu, cfg = time.time(), time.process_time(), self.cfg.rollout
+        maker = self._maker(self._client(cfg.temperature, cfg.top_p, cfg.max_response_tokens), self.judge)
+        surplus = max(1, round(cfg.oversample * cfg.prompts_per_step)) if cfg.select == "arrival" else 0
+        draw = Draw(first_ordinal, cfg.prompts_per_step, surplus)
+        groups = await self._fill(draw, maker)
+        self._check_errors(maker)
+        batch = Batch.from_groups(groups)
+        summary = RolloutSummary(
+            step=step,
+            drawn=draw.drawn,
+            first_ordinal=first_ordinal,
+            trained=[g.ordinal for g in groups],
+            dropped=draw.dropped,
+            metrics=rollout_metrics(groups, maker.judged, maker.client.generations, time.time() - begun, time.process_time() - begun_cpu),
+            examples=examples(groups, self.cfg.observe.examples),
+        )
+        if cfg.dump:
+            write_rollout(self.run_dir, batch, summary, groups)
+        return ray.put(batch), summary, busy_spans(maker.client.generations)
+
+    async def evaluate(self, step: int) -> list[EvalResult]:
+        """Evaluate every set with the weights that are expected."""
+        results = []
+        for name, (eval_set, prompts) in self.eval_sets.items():
+            longest = eval_set.max_response_tokens or self.cfg.rollout.max_response_tokens
+            maker = self._maker(self._client(eval_set.temperature, eval_set.top_p, longest), self.eval_judges[name])
+            results.append(await evaluate_set(name, eval_set, prompts, maker, self.cfg))
+        return results
+
+    def _client(self, temperature: float, top_p: float, max_new_tokens: int) -> RolloutClient:
+        sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, stop=tuple(self.cfg.rollout.stop))
+        return RolloutClient(self.engines, self.tokenizer, sampling, self.expected)
+
+    def _maker(self, client: RolloutClient, judge: Judge) -> GroupMaker:
+        return GroupMaker(self.cfg, client, judge, self.generate_fn)
+
+    async def _fill(self, draw: Draw, maker: GroupMaker) -> list[Group]:
+        """Draw until enough groups have survived; the survivors in ordinal order."""
+        tasks: dict[asyncio.Task[Group | str], int] = {}
+        groups: list[Group] = []
+        try:
+            while not draw.complete:
+                while (ordinal := draw.take()) is not None:
+                    tasks[asyncio.create_task(self._group(ordinal, maker))] = ordinal
+                finished, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in sorted(finished, key=tasks.__getitem__):
+                    ordinal, outcome = tasks.pop(task), task.result()
+                    if isinstance(outcome, str):
+                        draw.drop(ordinal, outcome)
+                    elif not draw.complete:
+                        draw.keep(ordinal)
+                        groups.append(outcome)
+                self._progress = (len(draw.kept), draw.wanted)
+            draw.drop_surplus()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return sorted(groups, key=lambda g: g.ordinal)
+
+    async def _group(self, ordinal: int, maker: GroupMaker) -> Group | str:
+        """The group of an ordinal, or why it is dropped."""
+        prompt = self.source.prompt(ordinal)
+        ids = tokenize(prompt, self.tokenizer, self.cfg.data)
+        if ids is None:
+            return "too_long"
+        group = await maker.make(prompt, ids, self.cfg.rollout.samples_per_prompt)
+        if any(s.reward_error for s in group.samples):
+            self._check_errors(maker, at_least=self.cfg.rollout.prompts_per_step * self.cfg.rollout.samples_per_prompt)
+            return "reward_error"
+        if self.filter_fn is not None and not self.filter_fn(group):
+            return "filter"
+        return group
+
+    def _check_errors(self, maker: GroupMaker, at_least: int = 0) -> None:
+        """Stop where more rewards failed than reward.max_error_frac of the judged samples (of `at_least` that many)."""
+        failed = [s for s in maker.judged if s.reward_error]
+        limit = self.cfg.reward.max_error_frac
+        if len(failed) > limit * max(at_least, len(maker.judged)):
+            raise GateStopped(
+                f"{len(failed)} of {len(maker.judged)} rewards failed ({error_frac(maker.judged):.0%}), above reward.max_error_frac={limit:g}; "
+                f"the first: {failed[0].reward_error}"
+            )

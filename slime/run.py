@@ -1,0 +1,217 @@
+"""A run: its directory, what it commits and records, its signals, how it ends. The driver alone owns what is durable.
+
+    runs/<name>/  config.yaml  metrics.jsonl  examples.jsonl  ledger.json  summary.json  report.html  trace.json.gz  logs/
+                  iter_0000010/  latest_checkpointed_iteration.txt  rollouts/  hf/
+
+`slime/train.py` drives it; `slime/start.py` builds it.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ray
+
+from slime.checkpoint import batch as batch_file
+from slime.checkpoint import retention, save
+from slime.checkpoint.state import DriverState, write_state
+from slime.cluster.signals import StopSignal
+from slime.config import SlimeConfig
+from slime.config.exits import GateStopped, SavedRunAgain
+from slime.data.ledger import Ledger
+from slime.engine.fleet import EngineFleet
+from slime.observe.console import Console
+from slime.observe.files import write_atomic
+from slime.observe.metrics import MetricsLog, read
+from slime.observe.summary import Summary, before_and_after
+from slime.observe.trace import Span, TraceFile, Tracer, idle_fraction
+from slime.observe.trackers import Trackers
+from slime.rollout.handle import BatchSource, Pending, RolloutResult
+from slime.sync.channel import Channel
+from slime.trainer.group import TrainerGroup
+from slime.types import EvalResult, WeightVersion
+
+log = logging.getLogger(__name__)
+
+BUSY = frozenset({"engine", "forward_backward", "logprobs", "optimizer", "gather_weights", "load_weights"})  # spans in which something computes
+POLL_S = 0.2  # how often a wait looks at its progress bar and for a stop
+
+
+@dataclass
+class Run:
+    """Everything a loop needs. Built by `slime.start.open_run`, which also ends all of it."""
+
+    cfg: SlimeConfig
+    directory: Path
+    resolved: dict  # the recipe as plain values, for checkpoints
+    version: WeightVersion  # of the weights that the trainer holds
+    ledger: Ledger
+    trainer: TrainerGroup
+    rollout: BatchSource
+    channel: Channel
+    console: Console
+    metrics: MetricsLog
+    trackers: Trackers
+    trace: TraceFile
+    signal: StopSignal
+    fleet: EngineFleet | None = None
+    restored_batch: Pending | None = None
+    wall_before_s: float = 0.0  # spent by earlier parts of the run
+    tracer: Tracer = field(default_factory=lambda: Tracer("driver"))
+    begun_s: float = field(default_factory=time.time)
+    _step_begun_s: float = field(default_factory=time.time)
+    _sync: dict[str, float] = field(default_factory=dict)  # of the last publish
+    _save_s: float = 0.0
+    _saved: int = -1  # the last committed step
+
+    @property
+    def step(self) -> int:
+        """Completed updates of the trainer."""
+        return self.version.number
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds spent on this run, over all restarts."""
+        return self.wall_before_s + time.time() - self.begun_s
+
+    # --- the loop's verbs -------------------------------------------------------------------------------------------
+
+    def steps(self) -> Iterator[int]:
+        """The updates still to do."""
+        return iter(range(self.step, self.cfg.run.steps))
+
+    def publish(self, number: int) -> None:
+        """Bring every engine to version `number`, proven. Returns at once where they hold it."""
+        with self.tracer.span("publish", version=number):
+            self._sync = self.channel.publish(number)
+            self.rollout.expect(WeightVersion(self.version.epoch, number, self.version.run_id))
+
+    def start(self, step: int) -> Pending | None:
+        """Start the rollout of `step`, unless that is past the end."""
+        return self.rollout.start(step, self.ledger.next) if step < self.cfg.run.steps else None
+
+    def join(self, pending: Pending | None) -> RolloutResult:
+        """Wait for a rollout; nothing of it is in flight afterwards. A stop signal meanwhile commits at once and ends the run."""
+        assert pending is not None, "a rollout past the last step"
+        with self.console.bar(f"rollout {pending.step + 1}", self.cfg.rollout.prompts_per_step, "prompts") as bar:
+            while not pending.wait(POLL_S):
+                bar.update(pending.progress())
+                if self.signal.received:
+                    self.commit(self.step, None)
+                    raise SavedRunAgain(f"stopped by {self.signal.received} before update {self.step + 1}; saved at step {self.step}")
+        result = pending.result()
+        if pending is not self.restored_batch:
+            self.ledger.record(result.summary)
+        return result
+
+    def commit_if_due(self, step: int, batch: RolloutResult) -> None:
+        """Commit the trainer at `step` with this finished, untrained batch, where run.save_every or a stop signal asks for it."""
+        every = self.cfg.run.save_every
+        due = every and step > 0 and step % every == 0 and self.restored_batch is None
+        self.restored_batch = None
+        if due or self.signal.received:
+            self.commit(step, batch)
+        if self.signal.received:
+            raise SavedRunAgain(f"stopped by {self.signal.received} after update {step}; saved")
+
+    def record(self, step: int, batch: RolloutResult, metrics: dict[str, float]) -> None:
+        """Everything that is kept of update `step`: metrics with the evaluation after it, samples, trace, ledger. Raises GateStopped."""
+        self.version = WeightVersion(self.version.epoch, step, self.version.run_id)
+        self.ledger.train(batch.summary.trained)
+        line = {**batch.summary.metrics, **metrics, **self._sync, **self.ledger.metrics()}
+        every = self.cfg.run.eval_every
+        if (every and step % every == 0) or step == self.cfg.run.steps:
+            line |= self._evaluate(step)
+        self._write(step, line, batch.summary.examples, batch.spans)
+        self._gate(step, line)
+
+    def evaluate_first(self) -> None:
+        """Line 0: the evaluation of the weights that the run starts from."""
+        if self.metrics.next_step == 0:
+            self._write(0, self._evaluate(0), [], [])
+
+    # --- what the verbs do ------------------------------------------------------------------------------------------
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        if not self.cfg.data.eval or self.fleet is None:
+            return {}
+        self.publish(step)
+        begun = time.time()
+        results: list[EvalResult] = self.rollout.evaluate(step)
+        self._keep_examples(step, [{**e, "source": f"eval/{r.name}"} for r in results for e in r.examples])
+        line = {f"eval/{r.name}/{name}": value for r in results for name, value in r.metrics.items()}
+        return {**line, "time/eval_s": time.time() - begun}
+
+    def _write(self, step: int, line: dict[str, float], examples: list[dict], spans: list[Span]) -> None:
+        now = time.time()
+        self.tracer.add("step", self._step_begun_s, now, step=step)
+        spans = [*spans, *self.trainer.spans(), *self.channel.spans(), *self.tracer.drain()]
+        if step:
+            line["time/idle_frac"] = idle_fraction(spans, (self._step_begun_s, now), BUSY)
+            line["time/save_s"] = self._save_s
+        line["time/step_s"] = now - self._step_begun_s
+        self._step_begun_s, self._save_s = now, 0.0
+        self.metrics.append(step, line)
+        self.trackers.log(step, line)
+        self.trace.append(step, spans)
+        self._keep_examples(step, examples)
+        write_atomic(self.directory / "ledger.json", json.dumps(self.ledger.metrics()))
+        if step or "time/eval_s" in line:
+            self.console.step(step, line)
+
+    def _keep_examples(self, step: int, examples: list[dict]) -> None:
+        with (self.directory / "examples.jsonl").open("a") as file:
+            file.writelines(json.dumps({"step": step, **example}) + "\n" for example in examples)
+
+    def _gate(self, step: int, line: dict[str, float]) -> None:
+        """Train and inference must agree on the log-probs of the same tokens under the same weights."""
+        drift, observe = line.get("mismatch/logprob_abs_diff", 0.0), self.cfg.observe
+        if observe.mismatch_stop and drift > observe.mismatch_stop:
+            raise GateStopped(
+                f"update {step}: trainer and engine log-probs differ by {drift:.3g} on average, above observe.mismatch_stop={observe.mismatch_stop:g}"
+            )
+        if drift > observe.mismatch_warn:
+            log.warning("update %d: trainer and engine log-probs differ by %.3g (observe.mismatch_warn=%g)", step, drift, observe.mismatch_warn)
+
+    # --- durable ----------------------------------------------------------------------------------------------------
+
+    def commit(self, step: int, batch: RolloutResult | None) -> Path:
+        """Write iter_<step>: shards, ledger, the finished batch if there is one. Whole or not at all."""
+        begun = time.time()
+        with self.tracer.span("save", step=step):
+            temporary = save.begin(self.directory, step)
+            self.trainer.save(temporary / "trainer")
+            if batch is not None:
+                batch_file.write_batch(temporary, ray.get(batch.ref))
+                (temporary / "rollout.json").write_text(json.dumps(batch.summary.to_dict()))
+            version = WeightVersion(self.version.epoch, step, self.version.run_id)
+            write_state(temporary, DriverState(step, version, self.ledger.to_dict(), self.trackers.ids(), self.resolved, self.wall_s))
+            path = save.commit(self.directory, step)
+            retention.keep_newest(self.directory, self.cfg.run.keep_last)
+        self._saved, self._save_s = step, time.time() - begun
+        self.console.note(f"saved {path}")
+        return path
+
+    def finish(self) -> None:
+        """The last commit and the Hugging Face directory of the final weights."""
+        if self.cfg.run.only == "rollout":
+            return
+        if self._saved != self.step:
+            self.commit(self.step, None)
+        self.trainer.export_hf(self.directory / "hf")
+
+    def summary(self, status: str, reason: str = "") -> Summary:
+        """How the run ended, with the paths that exist."""
+        before, after = before_and_after(read(self.metrics.path))
+        candidates = {
+            "report": "report.html",
+            "model": "hf",
+            "checkpoint": save.iteration(self.directory, self._saved).name,
+            "rollouts": "rollouts",
+            "metrics": "metrics.jsonl",
+        }
+        paths = {name: str(self.directory / p) for name, p in candidates.items() if name == "report" or (self.directory / p).exists()}
+        return Summary(status, self.step, self.wall_s, before, after, paths, reason)

@@ -1,0 +1,1 @@
+"""The Megatron trainer: one Ray actor a device, driven through `TrainerGroup`."""

@@ -1,0 +1,73 @@
+"""The process groups of a rank: torch.distributed, megatron-core's parallel_state, seeds. Everything else is handed its groups."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import psutil
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from slime.trainer.device import Device
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Where a rank stands. `tp` share one copy of the model; `dp` hold the same shard and see different sequences."""
+
+    rank: int
+    world: int
+    tp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+
+    @property
+    def is_leader(self) -> bool:
+        """The first rank of its copy of the model, which writes and sends what the copy gathers."""
+        return self.tp.rank() == 0
+
+    @property
+    def is_first_copy(self) -> bool:
+        """Whether this copy of the model is the one that is exported."""
+        return self.dp.rank() == 0
+
+
+def open_store(address: str, timeout_s: float) -> dist.TCPStore:
+    """Rank 0: the meeting point of the ranks, on a free port of this host (`store.port`)."""
+    return dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+
+
+def join_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
+    """The other ranks: connect to rank 0's store. Raises DistStoreError/DistNetworkError when it does not answer in time."""
+    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+
+
+def join_groups(device: Device, store: dist.Store, rank: int, world: int, tensor_parallel: int, seed: int, timeout_s: float) -> Parallel:
+    """Meet the other ranks, divide them into groups, seed this rank. A collective that takes longer than `timeout_s` fails."""
+    dist.init_process_group(device.backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel, distributed_timeout_minutes=max(1, round(timeout_s / 60))
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    return Parallel(
+        rank=rank,
+        world=world,
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+    )
+
+
+def use_interface_of(address: str) -> None:
+    """Gloo talks over the network interface that has this address, unless GLOO_SOCKET_IFNAME says otherwise."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address == address for a in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def leave_groups() -> None:
+    """Take this process out of its groups."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,62 @@
+"""Micro-batches through the model, forward or forward and backward, by megatron-core's schedules."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from slime.trainer.attention import PackedSequences
+from slime.trainer.logprobs import token_logprobs
+from slime.trainer.model import Model
+from slime.trainer.packing import MicroBatch
+
+# (micro-batch, log-probs fp32 [t], entropy fp32 [t]) -> (loss, a scalar; anything to collect)
+OnLogprobs = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, Any]]
+
+
+def run_micro_batches(
+    model: Model,
+    micro_batches: list[MicroBatch],
+    on_logprobs: OnLogprobs,
+    *,
+    device: torch.device,
+    temperature: float,
+    tp: torch.distributed.ProcessGroup,
+    forward_only: bool = False,
+) -> list[Any]:
+    """Run all micro-batches and return what `on_logprobs` collected, in order.
+
+    Unless `forward_only`, the sum of the losses is differentiated and gradients are reduced over ranks, ready for the optimizer.
+    All ranks call this together with equally many micro-batches.
+    """
+
+    def forward_step(rows: Iterator[MicroBatch], ddp: Any) -> tuple[Tensor, Callable]:
+        micro_batch = next(rows)
+        logits = ddp(
+            torch.from_numpy(micro_batch.tokens)[None].to(device),
+            torch.from_numpy(micro_batch.positions)[None].to(device),
+            None,
+            packed_seq_params=PackedSequences.of(micro_batch.lengths, device),
+            **model.forward_options,
+        )
+
+        def loss_of(logits: Tensor) -> tuple[Tensor, Tensor, Any]:
+            at, labels = (torch.from_numpy(x).to(device) for x in (micro_batch.rows, micro_batch.labels))
+            logprobs, entropy = token_logprobs(logits.squeeze(0), at, labels, temperature, model.map.vocab_size, tp)
+            loss, collected = on_logprobs(micro_batch, logprobs, entropy)
+            return loss, torch.zeros((), dtype=torch.int, device=device), collected  # no token count: nothing is divided by it
+
+        return logits, loss_of
+
+    with torch.set_grad_enabled(not forward_only):
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=[model.ddp],
+            num_microbatches=len(micro_batches),
+            seq_length=max(len(m.tokens) for m in micro_batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )

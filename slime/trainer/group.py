@@ -1,0 +1,155 @@
+"""The trainer as the driver sees it: a plain object over the ranks."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import ActorDiedError, RayError
+
+from slime.cluster import deadline
+from slime.cluster.placement import RolePlacement
+from slime.config import SlimeConfig
+from slime.observe.trace import Span
+from slime.trainer.rank import Place, Rank
+from slime.types import Batch, WeightVersion
+
+log = logging.getLogger(__name__)
+
+SETTLE_S = 10.0  # after a failure: how long the other ranks may take to fail too before they are ended
+STEP_KNOB, START_KNOB = "cluster.step_timeout_s", "cluster.start_timeout_s"
+
+
+class TrainerGroup:
+    """All ranks of the actor. Methods return when every rank is done.
+
+    They raise what a rank raised, TimeoutError when cluster.step_timeout_s has passed, RuntimeError naming a rank whose process died. A
+    failure that leaves ranks waiting for one another ends them all.
+    """
+
+    def __init__(self, cfg: SlimeConfig, ranks: list[Any]) -> None:
+        """Takes over Ray handles of `Rank`; see `start`."""
+        self.cfg = cfg
+        self._ranks = ranks
+        self._exporters: list[int] = []  # ranks of the copy of the model that is exported
+        self._leader = 0  # the one of them that holds what they gather
+
+    @classmethod
+    def start(cls, cfg: SlimeConfig, placement: RolePlacement) -> "TrainerGroup":
+        """Start one rank on every device of the placement, let them meet and build the model.
+
+        Raises ValueError for a model, algorithm or option that cannot be used, TimeoutError after cluster.start_timeout_s.
+        """
+        threads = max(1, int(placement.cpus))
+        env = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        if placement.device == "cpu":
+            env["CUDA_VISIBLE_DEVICES"] = ""
+        world = len(placement.bundles)
+        ranks = [
+            ray.remote(Rank)
+            .options(
+                num_cpus=placement.cpus,
+                num_gpus=1 if placement.device == "cuda" else 0,
+                scheduling_strategy=placement.strategy(rank),
+                runtime_env={"env_vars": env},
+            )
+            .remote(cfg, rank, world, placement.device, threads)
+            for rank in range(world)
+        ]
+        group = cls(cfg, ranks)
+        try:
+            group._build()
+        except BaseException:
+            group.stop()
+            raise
+        return group
+
+    def _build(self) -> None:
+        timeout_s = self.cfg.cluster.start_timeout_s
+        address, port = deadline.get(self._ranks[0].open_store.remote(), timeout_s, "trainer rank 0 to start", START_KNOB)
+        places: list[Place] = self._together(
+            [rank.build.remote(address, port) for rank in self._ranks], "the trainer ranks to build the model", timeout_s, START_KNOB
+        )
+        self._exporters = [i for i, place in enumerate(places) if place.is_first_copy]
+        self._leader = next(i for i in self._exporters if places[i].is_leader)
+
+    def update(self, batch: "ray.ObjectRef | Batch") -> dict[str, float]:
+        """Train one batch: one or more optimizer steps. Returns train/*, mismatch/*, advantage/*, perf/tokens_per_s, time/train_s.
+
+        Raises RuntimeError for a gradient that is not finite; that step was not taken and the ranks stay usable.
+        """
+        ref = _as_ref(batch)
+        return self._together([rank.train.remote(ref) for rank in self._ranks], "the trainer to update")[0]
+
+    def logprobs(self, batch: "ray.ObjectRef | Batch") -> np.ndarray:
+        """Log-probs of a batch's trained tokens under the current weights, float32 [T], 0 outside loss_mask."""
+        ref = _as_ref(batch)
+        return self._together([rank.log_probs.remote(ref) for rank in self._ranks], "the trainer's log-probs")[0]
+
+    def weights(self, version: WeightVersion, bucket_bytes: int) -> "Iterator[ray.ObjectRef]":
+        """The current weights, labelled `version` in errors: references to buckets list[(HF name, torch.Tensor)] of at most about
+        `bucket_bytes`, in a fixed order. A bucket is gathered when it is asked for and lives as long as its reference."""
+        timeout_s, what = self.cfg.cluster.step_timeout_s, f"the trainer to gather weights {version.label}"
+        plan = deadline.get(self._ranks[self._leader].plan_buckets.remote(bucket_bytes), timeout_s, what, STEP_KNOB)
+        for names in plan:
+            refs = {i: self._ranks[i].gather_bucket.remote(names) for i in self._exporters}
+            bucket = refs.pop(self._leader)
+            self._together(list(refs.values()), what)
+            ready, _ = ray.wait([bucket], timeout=timeout_s, fetch_local=False)
+            if not ready:
+                raise TimeoutError(f"waiting for {what}: nothing after {timeout_s:g} s ({STEP_KNOB})")
+            yield bucket
+
+    def save(self, directory: Path) -> None:
+        """Write the ranks' shards into `directory`, which every rank must see; on disk when it returns."""
+        self._together([rank.save.remote(str(directory)) for rank in self._ranks], f"the trainer to save {directory}")
+
+    def load(self, directory: Path) -> None:
+        """Continue from shards that `save` wrote. Raises ValueError where there are none."""
+        self._together([rank.load.remote(str(directory)) for rank in self._ranks], f"the trainer to load {directory}")
+
+    def export_hf(self, directory: Path) -> None:
+        """Write a Hugging Face directory that transformers and SGLang load."""
+        refs = [self._ranks[i].export_hf.remote(str(directory)) for i in self._exporters]
+        self._together(refs, f"the trainer to export {directory}")
+
+    def spans(self) -> list[Span]:
+        """What the ranks did since the last call."""
+        return [span for spans in self._together([rank.spans.remote() for rank in self._ranks], "the ranks' spans") for span in spans]
+
+    def stop(self) -> None:
+        """End every rank at once. May be called again."""
+        for rank in self._ranks:
+            ray.kill(rank)
+        self._ranks = []
+
+    def _together(self, refs: "list[ray.ObjectRef]", what: str, timeout_s: float | None = None, knob: str = STEP_KNOB) -> list[Any]:
+        """Results of a call on several ranks. After a failure, ranks that go on waiting for one another are ended."""
+        try:
+            return deadline.get(refs, timeout_s or self.cfg.cluster.step_timeout_s, what, knob)
+        except Exception as error:
+            settled, waiting = ray.wait(refs, num_returns=len(refs), timeout=SETTLE_S) if refs else ([], [])
+            dead = [i for i, ref in enumerate(refs) if ref in settled and _died(ref)]
+            if waiting or dead:
+                log.error("%d of %d trainer ranks do not answer; ending them all", len(waiting) + len(dead), len(refs))
+                self.stop()
+            if dead and not isinstance(error.__cause__, ActorDiedError):
+                raise RuntimeError(f"waiting for {what}: trainer rank {dead[0]} died; its log is in Ray's session directory") from error
+            raise
+
+
+def _died(ref: "ray.ObjectRef") -> bool:
+    """Whether a settled call failed because its actor's process ended."""
+    try:
+        ray.get(ref, timeout=0)
+    except ActorDiedError:
+        return True
+    except RayError:  # what the method itself raised
+        return False
+    return False
+
+
+def _as_ref(batch: "ray.ObjectRef | Batch") -> "ray.ObjectRef":
+    return ray.put(batch) if isinstance(batch, Batch) else batch

@@ -1,0 +1,122 @@
+"""The Ray actor of one device: a thin shell that holds a rank's state and calls the other files of this room."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
+
+import numpy as np
+import ray
+
+from slime.algorithms.registry import build_algorithm
+from slime.config import SlimeConfig
+from slime.models.hf_files import HFWriter
+from slime.observe.trace import Span, Tracer
+from slime.trainer import device, distributed, export, shards, step
+from slime.trainer.model import build_model
+from slime.types import Batch
+
+EXPORT_BUCKET_BYTES = 256 << 20
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_device(method: Callable[Concatenate["Rank", P], R]) -> Callable[Concatenate["Rank", P], R]:
+    """Run a method of a rank in the scope of its device, whichever thread calls it."""
+
+    @functools.wraps(method)
+    def scoped(self: "Rank", *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.device.scope():
+            return method(self, *args, **kwargs)
+
+    return scoped
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the driver has to know of a rank."""
+
+    is_first_copy: bool  # its copy of the model is the one that is exported
+    is_leader: bool  # it holds what its copy gathers
+
+
+class Rank:
+    """One trainer rank. `build` comes first; from then on every method is called on all ranks together, in one order, except where it
+    says otherwise."""
+
+    def __init__(self, cfg: SlimeConfig, rank: int, world: int, kind: str, threads: int) -> None:
+        self.cfg, self.rank, self.world, self.kind, self.threads = cfg, rank, world, kind, threads
+        self.tracer = Tracer(f"rank {rank}")
+
+    def open_store(self) -> tuple[str, int]:
+        """Rank 0 alone: address and port where the ranks meet."""
+        address = ray.util.get_node_ip_address()
+        self.store = distributed.open_store(address, self.cfg.cluster.start_timeout_s)
+        return address, self.store.port
+
+    def build(self, address: str, port: int) -> Place:
+        """Meet the other ranks and build the model. Raises ValueError for a model or option that cannot be used, RuntimeError where there
+        is no device."""
+        cfg = self.cfg
+        self.device = device.set_up(self.kind, self.threads)
+        distributed.use_interface_of(ray.util.get_node_ip_address())
+        if self.rank > 0:
+            self.store = distributed.join_store(address, port, cfg.cluster.start_timeout_s)
+        with self.device.scope(), self.tracer.span("build"):
+            self.parallel = distributed.join_groups(
+                self.device, self.store, self.rank, self.world, cfg.trainer.tensor_parallel, cfg.run.seed, cfg.cluster.step_timeout_s
+            )
+            model = build_model(cfg, self.parallel)
+        self.trainer = step.Trainer(cfg, self.device, self.parallel, model, build_algorithm(cfg.algorithm), self.tracer)
+        return Place(self.parallel.is_first_copy, self.parallel.is_leader)
+
+    @on_device
+    def train(self, batch: Batch) -> dict[str, float]:
+        """See `step.train_batch`."""
+        with self.tracer.span("train", samples=len(batch)):
+            return step.train_batch(self.trainer, batch)
+
+    @on_device
+    def log_probs(self, batch: Batch) -> np.ndarray:
+        """See `step.log_probs`."""
+        return step.log_probs(self.trainer, batch)
+
+    def spans(self) -> list[Span]:
+        """What this rank did since the last call. Of one rank alone."""
+        return self.tracer.drain()
+
+    @on_device
+    def plan_buckets(self, bucket_bytes: int) -> list[list[str]]:
+        """Rank 0 alone: the parameters of each bucket of weights."""
+        model = self.trainer.model
+        return export.plan_buckets(model.map, next(model.gpt.parameters()).element_size(), bucket_bytes)
+
+    @on_device
+    def gather_bucket(self, names: list[str]) -> export.Bucket:
+        """The ranks of the first copy of the model: see `export.gather_bucket`."""
+        with self.tracer.span("gather_weights"):
+            return export.gather_bucket(self.trainer.model, self.parallel, names)
+
+    @on_device
+    def export_hf(self, directory: str) -> None:
+        """The ranks of the first copy of the model: write a Hugging Face directory."""
+        model = self.trainer.model
+        if not self.parallel.is_leader:
+            export.write_hf(model, self.parallel, None, EXPORT_BUCKET_BYTES)
+            return
+        with HFWriter(directory, self.cfg.model.path, model.map.hf_shapes) as writer:
+            export.write_hf(model, self.parallel, writer, EXPORT_BUCKET_BYTES)
+
+    @on_device
+    def save(self, directory: str) -> None:
+        """See `shards.save`."""
+        with self.tracer.span("save"):
+            shards.save(self.trainer, Path(directory))
+
+    @on_device
+    def load(self, directory: str) -> None:
+        """See `shards.load`."""
+        with self.tracer.span("load"):
+            shards.load(self.trainer, Path(directory))

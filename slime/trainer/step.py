@@ -1,0 +1,210 @@
+"""What a batch does to the weights: log-probs, losses, gradients, optimizer steps.
+
+The loss of an update is sum_t w_t l_t over its trained tokens, with weights that depend on the whole update alone
+(`slime.algorithms.aggregation`). Micro-batches and ranks contribute sums and nothing is divided afterwards, so that a gradient does not
+depend on how the update was cut and packed.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import Tensor
+
+from slime.algorithms.aggregation import token_weights
+from slime.algorithms.base import Algorithm, LossInputs
+from slime.config import SlimeConfig
+from slime.observe.trace import Tracer
+from slime.trainer import metrics
+from slime.trainer.device import Device
+from slime.trainer.distributed import Parallel
+from slime.trainer.forward import run_micro_batches
+from slime.trainer.model import Model
+from slime.trainer.packing import MicroBatch, pack, partition, split_groups
+from slime.trainer.schedule import learning_rate
+from slime.types import Batch
+
+
+@dataclass
+class Trainer:
+    """One rank's share of the training state."""
+
+    cfg: SlimeConfig
+    device: Device
+    parallel: Parallel
+    model: Model
+    algorithm: Algorithm
+    tracer: Tracer
+    optimizer_steps: int = 0  # completed
+
+    @property
+    def steps_per_batch(self) -> int:
+        return self.cfg.trainer.updates_per_batch * self.cfg.trainer.epochs_per_batch
+
+    def micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        """This rank's share of a batch, packed."""
+        dp, tp = self.parallel.dp, self.parallel.tp
+        quadratic_at = 12 * self.model.config.hidden_size  # tokens at which attention costs a layer as much as its projections
+        plan = partition(batch.lengths, dp.size(), self.cfg.trainer.max_tokens_per_rank, quadratic_at)
+        return [pack(batch, samples, tp.size()) for samples in plan[dp.rank()]]
+
+
+def log_probs(trainer: Trainer, batch: Batch) -> np.ndarray:
+    """Log-probs of the trained tokens under the current weights, at the rollout temperature: float32 [T], 0 outside loss_mask.
+
+    Every rank computes its share and gets all of it.
+    """
+
+    def keep(micro_batch: MicroBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, tuple[np.ndarray, Tensor]]:
+        return logprobs.sum(), (micro_batch.trained, logprobs)
+
+    ddp = trainer.model.ddp.eval()
+    with trainer.tracer.span("logprobs"):
+        kept = _run(trainer, trainer.micro_batches(batch), keep, forward_only=True)
+        gathered = _gather(trainer, kept, len(batch.tokens))
+    ddp.train()
+    return gathered
+
+
+def train_batch(trainer: Trainer, batch: Batch) -> dict[str, float]:
+    """Take trainer.updates_per_batch * trainer.epochs_per_batch optimizer steps on a batch; returns its metrics, the same on every rank.
+
+    Metrics that the algorithm reports are means with the loss's own weights. Raises RuntimeError for a gradient that is not finite: that
+    optimizer step and those after it are not taken.
+    """
+    begun = time.perf_counter()
+    cfg, algorithm = trainer.cfg.trainer, trainer.algorithm
+    several = trainer.steps_per_batch > 1
+    advantages = algorithm.advantages(batch)
+    old = log_probs(trainer, batch) if several and (algorithm.uses_old_logprobs or algorithm.needs_rollouts) else None
+    first = old
+    updates = []
+    for _ in range(cfg.epochs_per_batch):
+        for samples in split_groups(batch.group, cfg.updates_per_batch):
+            part = batch.select(samples) if several else batch
+            old_part = old[_tokens_of(batch, samples)] if old is not None else None
+            report, logprobs = _update(trainer, part, advantages[samples], old_part)
+            updates.append(report)
+            first = logprobs if first is None and not several else first
+    train_s = time.perf_counter() - begun
+    return {
+        **metrics.mean_of_updates(updates),
+        **(metrics.mismatch(first, batch) if algorithm.needs_rollouts and first is not None else {}),
+        **metrics.advantage_stats(advantages),
+        "perf/tokens_per_s": len(batch.tokens) * cfg.epochs_per_batch / train_s,
+        "time/train_s": train_s,
+    }
+
+
+def _update(trainer: Trainer, part: Batch, advantages: np.ndarray, old: np.ndarray | None) -> tuple[dict[str, float], np.ndarray]:
+    """One optimizer step; returns its metrics and the log-probs (float32 [T]) before it."""
+    micro_batches = trainer.micro_batches(part)
+    with trainer.tracer.span("forward_backward", tokens=len(part.tokens), micro_batches=len(micro_batches)):
+        sums, logprobs = accumulate_gradients(trainer, part, micro_batches, advantages, old)
+    with trainer.tracer.span("optimizer"):
+        lr = learning_rate(trainer.cfg.trainer, trainer.optimizer_steps, trainer.cfg.run.steps * trainer.steps_per_batch)
+        grad_norm = _apply(trainer, lr)
+    trainer.optimizer_steps += 1
+    weight = sums.pop("weight")
+    report = {f"train/{name}": value / weight if weight else 0.0 for name, value in sums.items()}
+    report["train/loss"] = sums["loss"]
+    report |= {"train/grad_norm": grad_norm, "train/lr": lr, "train/micro_batches": float(len(micro_batches))}
+    report["train/tokens"] = float(np.count_nonzero(part.loss_mask))
+    return report, logprobs
+
+
+def accumulate_gradients(
+    trainer: Trainer, part: Batch, micro_batches: list[MicroBatch], advantages: np.ndarray, old: np.ndarray | None
+) -> tuple[dict[str, float], np.ndarray]:
+    """Forward and backward over this rank's micro-batches of an update; gradients of the whole update's loss are left reduced.
+
+    advantages float64 [N]; old float32 [T], or None: the current log-probs, detached. Returns the sums over the whole update of w_t x_t
+    for the loss, each metric of the algorithm and 1 ("weight"), and the log-probs of the forward pass (float32 [T]).
+    """
+    cfg, device = trainer.cfg, trainer.device.torch
+    weights = token_weights(part, cfg.algorithm.aggregation, cfg.rollout.max_response_tokens)
+    advantage_T = advantages[part.sample_of_token]
+
+    def on_device(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.astype(np.float32)).to(device)
+
+    def loss_of(micro_batch: MicroBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, tuple[dict[str, Tensor], tuple]]:
+        at = micro_batch.trained
+        outputs = trainer.algorithm.loss(
+            LossInputs(
+                logprobs=logprobs,
+                old_logprobs=logprobs.detach() if old is None else on_device(old[at]),
+                entropy=entropy,
+                advantages=on_device(advantage_T[at]),
+                rollout_logprobs=on_device(part.rollout_logprobs[at]),
+                sample=torch.from_numpy(micro_batch.sample).to(device),
+            )
+        )
+        w = on_device(weights[at])
+        per_token = {"loss": outputs.loss.detach(), "weight": torch.ones_like(w), **outputs.metrics}
+        sums = {name: (w.double() * values.double()).sum() for name, values in per_token.items()}
+        return (w * outputs.loss).sum(), (sums, (at, logprobs.detach()))
+
+    trainer.model.ddp.zero_grad_buffer()
+    trainer.model.optimizer.zero_grad()
+    collected = _run(trainer, micro_batches, loss_of)
+    logprobs = _gather(trainer, [kept for _, kept in collected], len(part.tokens))
+    return _sum_over_ranks(trainer, [sums for sums, _ in collected]), logprobs
+
+
+def _run(trainer: Trainer, micro_batches: list[MicroBatch], on_logprobs, forward_only: bool = False) -> list:
+    return run_micro_batches(
+        trainer.model,
+        micro_batches,
+        on_logprobs,
+        device=trainer.device.torch,
+        temperature=trainer.cfg.rollout.temperature,
+        tp=trainer.parallel.tp,
+        forward_only=forward_only,
+    )
+
+
+def _apply(trainer: Trainer, lr: float) -> float:
+    """Clip and take the optimizer step; returns the gradient's norm before clipping."""
+    optimizer, cfg = trainer.model.optimizer, trainer.cfg.trainer
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        raise RuntimeError(
+            f"the gradient of optimizer step {trainer.optimizer_steps} has norm {norm}; the step was not taken, the weights are as before: "
+            f"lower trainer.lr={cfg.lr:g} or trainer.clip_grad={cfg.clip_grad:g}, or look for log-probs or advantages that are not finite"
+        )
+    if cfg.clip_grad > 0:
+        for part in optimizer.chained_optimizers:
+            clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=cfg.clip_grad, total_norm=norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_mult"]
+        group["weight_decay"] = cfg.weight_decay * group["wd_mult"]
+    optimizer.step_with_ready_grads()
+    return norm
+
+
+def _tokens_of(batch: Batch, samples: np.ndarray) -> np.ndarray:
+    """bool [T], the tokens of these samples (ascending)."""
+    return np.isin(batch.sample_of_token, samples)
+
+
+def _gather(trainer: Trainer, kept: list[tuple[np.ndarray, Tensor]], tokens: int) -> np.ndarray:
+    """Put every rank's (positions, values) into one float32 [tokens], on all ranks."""
+    whole = torch.zeros(tokens, dtype=torch.float32, device=trainer.device.torch)
+    for at, values in kept:
+        whole[torch.from_numpy(at).to(whole.device)] = values
+    dist.all_reduce(whole, group=trainer.parallel.dp)
+    return whole.cpu().numpy()
+
+
+def _sum_over_ranks(trainer: Trainer, sums: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Add up the micro-batches' sums, over all data-parallel ranks."""
+    names = sorted(sums[0])
+    total = torch.stack([torch.stack([s[name] for name in names]) for s in sums]).sum(0)
+    dist.all_reduce(total, group=trainer.parallel.dp)
+    return dict(zip(names, total.tolist(), strict=True))

@@ -1,0 +1,159 @@
+"""`slime train`: exit codes, what is printed, and that Hydra's own flags work as in any Hydra app."""
+
+import json
+import signal
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from slime.cli.main import main
+from slime.config import SlimeConfig
+from slime.config.exits import ConfigError, GateStopped, NothingToDo, PreflightError, SavedRunAgain
+
+GOOD = ["model.path=model", "data.train=[{path: p.jsonl}]", "data.max_prompt_tokens=24", "rollout.max_response_tokens=8"]
+MODEL = {"model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+Slime = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[SlimeConfig, str]]:
+    """A working directory with a model's config and a data file; what the loop would have been called with."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(MODEL))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "label": "2"}\n')
+    started: list[tuple[SlimeConfig, str]] = []
+    loop = types.ModuleType("slime.train")
+    loop.main = lambda cfg, resolved: started.append((cfg, resolved))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "slime.train", loop)
+    return started
+
+
+@pytest.fixture
+def slime(runs: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Slime:
+    """Call the command; returns exit code, stdout, stderr."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["slime", *argv])
+        code = 0
+        try:
+            main()
+        except SystemExit as ending:
+            code = int(ending.code or 0)
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return call
+
+
+def test_recipe_reaches_the_loop(slime: Slime, runs: list) -> None:
+    assert slime("train", *GOOD, "run.seed=7", "rollout.stop=[a]") == (0, "", "")
+    ((cfg, resolved),) = runs
+    assert (cfg.run.seed, cfg.rollout.stop, cfg.model.path) == (7, ["a"], "model")
+    assert yaml.safe_load(resolved)["run"]["name"] == cfg.run.name
+    assert sorted(path.name for path in Path().iterdir()) == ["model", "p.jsonl"]  # Hydra leaves nothing
+
+
+def test_sweep_runs_every_job_under_its_own_name(slime: Slime, runs: list) -> None:
+    assert slime("train", "--multirun", *GOOD, "run.seed=1,2", "run.dir=runs") == (0, "", "")
+    assert [cfg.run.seed for cfg, _ in runs] == [1, 2]
+    assert len({cfg.run.name for cfg, _ in runs}) == 2
+    assert sorted(path.name for path in Path().iterdir()) == ["model", "p.jsonl", "runs"]
+
+
+def test_sweep_with_a_bad_job_starts_none(slime: Slime, runs: list) -> None:
+    code, out, err = slime("train", *GOOD, "run.seed=1,x", "--multirun")
+    assert (code, out, runs) == (2, "", [])
+    assert (
+        err
+        == "slime: run.seed=x: takes a whole number, >= 0. The one seed: data order, sampling, initialisation and dropout derive from it.\n"
+    )
+
+
+def test_config_of_a_recipe_in_a_folder(slime: Slime, runs: list, tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.yaml").write_text("defaults: [base, _self_]\nrun: {seed: 11}\nmodel: {path: model}\n")
+    mine = ["--config-name", "mine", "--config-dir", "recipes"]
+    code, out, _ = slime("train", "--cfg", "job", *mine, "rollout.sglang.mem_fraction_static=0.5")
+    shown = yaml.safe_load(out)
+    assert (code, shown["run"]["seed"], shown["rollout"]["sglang"]) == (0, 11, {"mem_fraction_static": 0.5})
+    assert slime("train", *mine, *GOOD)[0] == 0
+    assert runs[0][0].run.seed == 11 and str(runs[0][0].run.name).startswith("mine-")
+
+
+def test_dry_run_prints_recipe_and_plan_and_starts_nothing(slime: Slime, runs: list) -> None:
+    code, out, err = slime("train", *GOOD, "run.dry_run=true", "run.seed=5")
+    assert (code, err, runs) == (0, "", [])
+    assert "seed: 5" in out and "roles (cluster.device=auto)" in out and "32 prompts, 256 samples" in out
+
+
+def test_help_lists_every_knob(slime: Slime, runs: list) -> None:
+    code, out, _ = slime("train", "--help")
+    assert code == 0 and runs == []
+    assert "trainer.max_tokens_per_rank=8192   (a whole number, >= 1)" in out
+    assert "rollout.mode=sync   (sync | one_step_off)" in out
+    assert "75  stopped early and saved; run the same command again" in out
+    assert slime("--help")[1].startswith("slime: RL post-training")
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["trian"], "slime trian: no such command; there are train, report; did you mean train?"),
+        (["train", "run.stepz=1"], "unknown key run.stepz: did you mean run.steps?"),
+        (["train", "--config-dir", "nowhere"], "--config-dir nowhere: no such folder"),
+        (["train", "--cfg", "job", "run.stepz=1"], "unknown key run.stepz: did you mean run.steps?"),
+        (
+            ["train", *GOOD, "run.only=train"],
+            "run.only=train reads rollouts from a directory: set run.replay to one that rollout.dump=true wrote",
+        ),
+        (
+            ["train", *GOOD, "trainer.megatron.num_layers=3"],
+            "trainer.megatron.num_layers is decided by slime: config.json in model.path says it",
+        ),
+        (
+            ["train", *GOOD, "trainer.megatron.recompute_granularity=ful"],
+            "trainer.megatron.recompute_granularity=ful: takes full or selective or null",
+        ),
+        (
+            ["train", *GOOD, "trainer.megatron.overlap_grad_reduc=true"],
+            "trainer.megatron.overlap_grad_reduc: megatron-core has no such option; did you mean trainer.megatron.overlap_grad_reduce?",
+        ),
+    ],
+)
+def test_wrong_recipe_exits_with_2(argv: list[str], text: str, slime: Slime, runs: list) -> None:
+    assert slime(*argv) == (2, "", f"slime: {text}\n")
+    assert runs == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("x"), 2),
+        (ValueError("x"), 2),
+        (PreflightError("x"), 3),
+        (NothingToDo("x"), 4),
+        (GateStopped("x"), 5),
+        (SavedRunAgain("x"), 75),
+        (TimeoutError("x"), 1),
+        (RuntimeError("x"), 1),
+    ],
+)
+def test_endings_of_a_run(error: Exception, code: int, slime: Slime, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(cfg: SlimeConfig, resolved: str) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules["slime.train"], "main", fail)
+    assert slime("train", *GOOD) == (code, "", "slime: x\n")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    assert "in fail" in slime("train", *GOOD)[2]
+
+
+def test_report_of_a_folder_without_a_run(slime: Slime, tmp_path: Path) -> None:
+    assert slime("report", str(tmp_path)) == (2, "", f"slime: slime report {tmp_path}: no metrics.jsonl there; give a run's directory\n")

@@ -1,0 +1,224 @@
+"""Bad recipes, each with its exact error text. The good recipe beside them passes, so each error has one cause."""
+
+# ruff: noqa: E501
+
+import pytest
+
+from slime.config.checks import check
+from slime.config.exits import ConfigError
+from slime.config.load import compose
+
+GOOD = ["model.path=model", "data.train=[{path: p.jsonl}]"]
+RUN = " (run.steps x trainer.updates_per_batch x trainer.epochs_per_batch)"
+
+BAD_KEYS = {
+    "run.step=3": "unknown key run.step: did you mean run.steps?",
+    "learning.rate=3": "unknown key learning.rate: a recipe has run, model, data, rollout, reward, trainer, algorithm, sync, cluster, observe",
+    "lr=3": "unknown key lr: did you mean trainer.lr?",
+    "+rollout.temprature=1": "unknown key rollout.temprature: did you mean rollout.temperature?",
+    "trainer.max_response_tokens=8": "unknown key trainer.max_response_tokens: "
+    "did you mean data.eval.<name>.max_response_tokens or rollout.max_response_tokens?",
+    "data.eval.heldout.pth=x": "unknown key data.eval.heldout.pth: did you mean data.eval.heldout.path?",
+    "data.train.first.path=x": "data.train.first.path: data.train is a list; its items are data.train.0, data.train.1, ...",
+    "data.train[0].path=x": "data.train[0].path=x: a position in a list is written with a dot: data.train.0.path=x",
+    "run.seed.x=1": "run.seed.x: run.seed is a whole number and has nothing below it",
+    "model=qwen3": "model=qwen3: model is a group of knobs; set one of model.path, model.family, model.dtype",
+    "~run.seed": "~run.seed: a knob cannot be removed; set it to another value (run.seed=null where it takes null)",
+    "data.eval={}": "data.eval={}: dictionaries are merged, so an empty one changes nothing; remove a name with '~data.eval.<name>'",
+    "quickstart": "quickstart: not key=value; the recipe's name goes to --config-name",
+    r"reward.pattern=^\d+$": r"reward.pattern=^\d+$: Hydra cannot read the value; quote it twice, once for the shell and once for Hydra: "
+    r"""'reward.pattern="^\d+$"'""",
+}
+
+BAD_TYPES = {
+    "run.steps=many": "run.steps=many: takes a whole number, >= 1. "
+    "Updates to complete; one update trains one batch of rollout.prompts_per_step prompts.",
+    "run.steps=null": "run.steps=null: takes a whole number, >= 1. "
+    "Updates to complete; one update trains one batch of rollout.prompts_per_step prompts.",
+    "run.seed=1.5": "run.seed=1.5: takes a whole number, >= 0. "
+    "The one seed: data order, sampling, initialisation and dropout derive from it.",
+    "trainer.lr=fast": "trainer.lr=fast: takes a number, >= 0. Peak learning rate of Adam.",
+    "rollout.dump=maybe": "rollout.dump=maybe: takes true or false. Write every batch and its samples to rollouts/ in the run's directory.",
+    "rollout.stop=x": "rollout.stop=x: takes a list. Strings that end an answer, beside the tokenizer's end tokens.",
+    "data.train=x": "data.train=x: takes a list",
+    "data.train=[{pth: x}]": "unknown key data.train.0.pth: did you mean data.train.0.path?",
+    "data.train.1.path=x": "data.train[1]: data.train has no such item; give the whole list: data.train=[{path: ...}, ...]",
+    "data.eval.x.samples=2": "data.eval.x.path is required: A .jsonl or .parquet file of prompts.",
+    "run.seed=${run.stepz}": "run.seed: Interpolation key 'run.stepz' not found",
+}
+
+BAD_VALUES = {
+    "run.steps=0": "run.steps=0: must be at least 1",
+    "trainer.beta1=1.5": "trainer.beta1=1.5: must be at most 1",
+    "rollout.temperature=0": "rollout.temperature=0: must be above 0",
+    "data.train=[{path: p.jsonl, weight: 0}]": "data.train.0.weight=0: must be above 0",
+    "observe.wandb=onlin": "observe.wandb=onlin: takes offline, online, off; did you mean online?",
+    "rollout.mode=async": "rollout.mode=async: takes sync, one_step_off; did you mean sync?",
+    "run.name=a/b": "run.name=a/b: names one directory below run.dir; use letters, digits and . _ - + = , @",
+    "algorithm.name=gpro": "algorithm.name=gpro: takes grpo, sft or an import path pkg.mod:fn; did you mean grpo?",
+    "reward.fn=mth": "reward.fn=mth: takes exact, numeric, math, format or an import path pkg.mod:fn; did you mean math?",
+    "reward.fn=functions:keeps": "reward.fn=functions:keeps: module functions has no keeps; did you mean keep?",
+    "reward.fn=functions:THREE": "reward.fn=functions:THREE: module functions's THREE is int, not a function",
+    "rollout.filter=nowhere:f": "rollout.filter=nowhere:f: no module nowhere; is its folder in PYTHONPATH or the working directory?",
+    "rollout.generate=functions:answer": "rollout.generate=functions:answer: not an async function; write async def fn(sample, client, cfg)",
+    "reward.url=localhost:80": "reward.url=localhost:80: not an http:// or https:// address",
+    "rollout.external_urls=[localhost]": "rollout.external_urls: 'localhost' is not http://host:port",
+    "rollout.stop=['']": "rollout.stop has an empty string, which would end every answer at once: remove it",
+    "cluster.roles.actr.devices=1": "cluster.roles.actr: no such role; there are actor, rollout; did you mean actor?",
+}
+
+BAD_FILES = {
+    "model.path=nowhere": "model.path=nowhere: no such folder, and not a hub id (org/name)",
+    "model.path=model/x": "model.path=model/x: no such folder, and not a hub id (org/name)",
+    "model.path=rollouts": "model.path=rollouts: no config.json there; give a Hugging Face model directory",
+    "data.train=[]": "data.train is empty: name files of prompts, data.train=[{path: prompts.jsonl}]",
+    "data.train=[{path: q.jsonl}]": "data.train.0.path=q.jsonl: no such file (relative paths start at {cwd})",
+    "data.train=[{path: p.csv}]": "data.train.0.path=p.csv: not a .jsonl or .parquet file",
+    "data.train=[{path: p.jsonl}, {path: empty.jsonl}]": "data.train.1.path=empty.jsonl: the file is empty",
+    "data.eval.h.path=q.jsonl": "data.eval.h.path=q.jsonl: no such file (relative paths start at {cwd})",
+    "run.resume=allways": "run.resume=allways: neither auto, never, must nor a run's folder",
+    "run.resume=atuo": "run.resume=atuo: neither auto, never, must nor a run's folder; did you mean auto?",
+    "rollout.engine_python=/no/python": "rollout.engine_python=/no/python: no such program here; give the path of the python that has SGLang",
+    "rollout.max_response_tokens=4000": "data.max_prompt_tokens=1024 + rollout.max_response_tokens=4000 exceed the 4096 positions of the model "
+    "(max_position_embeddings in its config.json): lower one of them",
+}
+
+BAD_COMBINATIONS = {
+    "run.only=train": "run.only=train reads rollouts from a directory: set run.replay to one that rollout.dump=true wrote",
+    "run.replay=rollouts": "run.replay=rollouts has no effect with run.only=all: set run.only=train, or unset run.replay",
+    "run.only=train run.replay=nowhere": "run.replay=nowhere: no such folder; it is the rollouts/ that a run with rollout.dump=true wrote",
+    "run.only=train run.replay=rollouts rollout.dump=true": "rollout.dump has no effect with run.only=train, which generates nothing: "
+    "remove rollout.dump",
+    "reward.pattern=x": "reward.pattern=x has no effect with reward.fn=exact: set reward.fn=format, or remove reward.pattern",
+    "reward.fn=format": "reward.fn=format judges by a regular expression: set reward.pattern",
+    "reward.fn=format reward.pattern='['": "reward.pattern=[: not a regular expression: unterminated character set at position 0",
+    "reward.fn=math reward.signature=verl": "reward.signature=verl has no effect with reward.fn=math, which is built in: remove reward.signature",
+    "reward.fn=math reward.url=http://h:1/r": "reward.fn=math has no effect with reward.url: set one of the two",
+    "rollout.oversample=0.5": "rollout.oversample=0.5 has no effect with rollout.select=ordinal: set rollout.select=arrival, or remove it",
+    "rollout.external_key=k": "rollout.external_key has no effect with no rollout.external_urls: set rollout.external_urls, or remove the key",
+    "rollout.external_urls=['http://h:1'] rollout.sglang.mem_fraction_static=0.5": "rollout.sglang has no effect with rollout.external_urls, "
+    "whose servers run already: remove rollout.sglang, or the urls",
+    "trainer.decay_steps=5": "trainer.decay_steps=5 has no effect with trainer.schedule=constant: "
+    "set trainer.schedule to cosine or wsd, or remove it",
+    "trainer.schedule=cosine trainer.min_lr=1": "trainer.min_lr=1 is above trainer.lr=1e-06, the peak: lower it",
+    "trainer.warmup_steps=100": f"trainer.warmup_steps=100 leaves nothing of the run's 100 optimizer steps{RUN}: lower it",
+    "trainer.schedule=wsd trainer.warmup_steps=60 trainer.decay_steps=50": "trainer.warmup_steps=60 + trainer.decay_steps=50 exceed "
+    f"the run's 100 optimizer steps{RUN}: lower one",
+    "run.eval_every=5": "run.eval_every=5 has no effect with no data.eval: add a set (data.eval.<name>.path=...), or remove run.eval_every",
+    "data.eval.h.path=p.jsonl data.eval.h.samples=4": "data.eval.h.samples=4 has no effect with data.eval.h.temperature=0, "
+    "where all answers are the same: set data.eval.h.temperature above 0",
+    "algorithm.name=sft algorithm.clip_high=0.3": "algorithm.clip_high=0.3 has no effect with algorithm.name=sft: remove algorithm.clip_high",
+    "algorithm.name=sft data.eval.h.path=p.jsonl": "data.eval (h) has no effect with algorithm.name=sft, which starts no engines: "
+    "evaluate in the run that follows; remove data.eval",
+    "algorithm.name=sft run.only=rollout": "run.only=rollout with algorithm.name=sft: supervised learning generates nothing; "
+    "choose another algorithm.name",
+    "rollout.samples_per_prompt=1": "rollout.samples_per_prompt=1 with algorithm.name=grpo: a group of one has no advantage; set at least 2",
+    "run.deterministic=true rollout.select=arrival": "run.deterministic=true with rollout.select=arrival: arrival order depends on timing; "
+    "set rollout.select=ordinal",
+    "run.deterministic=true cluster.device=cuda": "run.deterministic=true with cluster.device=cuda: equal bits are promised on the CPU only; "
+    "set cluster.device=cpu",
+    "observe.mismatch_warn=0.9": "observe.mismatch_warn=0.9 is above observe.mismatch_stop=0.5, so it never warns: lower it",
+    "cluster.address=h:6379 cluster.object_store_mb=99": "cluster.object_store_mb=99 has no effect with cluster.address, "
+    "whose Ray runs already: remove it",
+    "sync.bucket_mb=600": "sync.bucket_mb=600 does not fit into cluster.object_store_mb=512: lower the one or raise the other",
+    "cluster.roles.actor.devices=3 trainer.tensor_parallel=2": "cluster.roles.actor.devices=3 does not divide by trainer.tensor_parallel=2: "
+    "make the devices a multiple of it",
+    "rollout.engines=2": "rollout.engines=2 of rollout.tensor_parallel=1 take 2 devices and cluster.roles.rollout.devices=1: make them equal",
+    "trainer.updates_per_batch=5": "rollout.prompts_per_step=32 does not divide by trainer.updates_per_batch=5: "
+    "make the prompts a multiple of it",
+    "rollout.prompts_per_step=1 rollout.samples_per_prompt=2 cluster.roles.actor.devices=4": "one update has 2 samples and there are 4 "
+    "data-parallel ranks (cluster.roles.actor.devices / trainer.tensor_parallel): raise rollout.prompts_per_step, "
+    "or lower cluster.roles.actor.devices or trainer.updates_per_batch",
+}
+
+
+def error_of(overrides: list[str]) -> str:
+    with pytest.raises(ConfigError) as raised:
+        check(compose(overrides=[*GOOD, *overrides]).cfg)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(("override", "text"), (BAD_KEYS | BAD_TYPES | BAD_VALUES | BAD_FILES).items())
+def test_one_bad_override(override: str, text: str, workdir) -> None:
+    assert error_of([override]) == text.replace("{cwd}", str(workdir))
+
+
+@pytest.mark.parametrize(("overrides", "text"), BAD_COMBINATIONS.items())
+def test_overrides_that_do_not_go_together(overrides: str, text: str, workdir) -> None:
+    assert error_of(overrides.split(" ")) == text
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "run.seed=1",
+        "algorithm.name=sft",
+        "algorithm.name=sft rollout.samples_per_prompt=1",
+        "run.only=train run.replay=rollouts data.train=[]",
+        "run.deterministic=true rollout.mode=one_step_off",
+        "reward.fn=format reward.pattern=x",
+        "rollout.external_urls=['http://h:1'] rollout.external_key=k",
+        "rollout.generate=functions:turns rollout.filter=functions:keep reward.fn=functions:keep",
+        "trainer.schedule=wsd trainer.warmup_steps=50 trainer.decay_steps=50",
+        "cluster.roles.actor.devices=4 trainer.tensor_parallel=2 cluster.roles.rollout.devices=4 rollout.engines=2 rollout.tensor_parallel=2",
+        "data.eval.h.path=p.jsonl data.eval.h.samples=4 data.eval.h.temperature=1",
+        "model.path=Qwen/Qwen3-0.6B",
+    ],
+)
+def test_good_recipes_pass(overrides: str, workdir) -> None:
+    check(compose(overrides=[*GOOD, *overrides.split(" ")]).cfg)
+
+
+def test_model_path_is_required(workdir) -> None:
+    with pytest.raises(ConfigError) as raised:
+        compose(overrides=["run.seed=1"])
+    assert (
+        str(raised.value)
+        == "model.path is required: Hugging Face directory (config.json, safetensors, tokenizer), or a hub id to download."
+    )
+
+
+def test_model_config_that_is_not_json(workdir) -> None:
+    (workdir / "model" / "config.json").write_text("{")
+    assert error_of([]) == (
+        "model.path=model: its config.json is not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"
+    )
+
+
+RECIPES = {
+    "defaults: [base, _self_]\nrun: {stepz: 3}\n": "unknown key run.stepz (recipe mine): did you mean run.steps?",
+    "defaults: [base, _self_]\nrun: {steps: many}\n": "run.steps=many (recipe mine): takes a whole number, >= 1. "
+    "Updates to complete; one update trains one batch of rollout.prompts_per_step prompts.",
+    "defaults: [base, _self_]\ndata: {train: [{pth: x}]}\n": "unknown key data.train.0.pth (recipe mine): did you mean data.train.0.path?",
+    "defaults: [base, _self_]\ndata: {eval: null}\n": "data.eval=null (recipe mine): takes a dictionary",
+    "defaults: [bass, _self_]\nrun: {steps: 3}\n": "no recipe bass, which recipe mine names in its defaults; "
+    "there are {names}; did you mean base?",
+    "defaults: [base, _self_]\nobserve: {wandb: off}\n": "observe.wandb=False: takes offline, online, off; "
+    'YAML reads a bare off as false: write wandb: "off"',
+}
+
+
+@pytest.mark.parametrize(("content", "text"), RECIPES.items())
+def test_bad_recipe_files(content: str, text: str, workdir) -> None:
+    (workdir / "mine.yaml").write_text(content)
+    with pytest.raises(ConfigError) as raised:
+        check(compose("mine", GOOD, workdir).cfg)
+    assert str(raised.value) == text.replace("{names}", names_with("mine"))
+
+
+def test_recipe_that_is_not_yaml(workdir) -> None:
+    (workdir / "mine.yaml").write_text("defaults: [base, _self_\nrun: {steps: 3}\n")
+    with pytest.raises(ConfigError, match=r"^recipe mine: not valid YAML: while parsing a flow sequence in .*line 1, column 11 "):
+        compose("mine", GOOD, workdir)
+
+
+def test_unknown_recipe(workdir) -> None:
+    with pytest.raises(ConfigError) as raised:
+        compose("quikstart", GOOD)
+    assert str(raised.value) == f"no recipe quikstart; there are {names_with()}; did you mean quickstart?"
+
+
+def names_with(*own: str) -> str:
+    from slime.config.overrides import RECIPES
+
+    return ", ".join(sorted([*own, *(path.stem for path in RECIPES.glob("*.yaml"))]))

@@ -1,0 +1,124 @@
+"""Real ranks for tests: processes that stay, and a trainer of any layout in them."""
+
+import multiprocessing
+import traceback
+import uuid
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from slime.config import SlimeConfig
+from slime.types import Batch
+
+ANSWER_S = 120
+
+
+class Ranks:
+    """`run(fn, ...)` calls fn(rank, store, ...) in `world` processes, within the device's scope, and returns their results."""
+
+    def __init__(self, size: int, scratch: Path) -> None:
+        self.scratch = scratch
+        context = multiprocessing.get_context("spawn")
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for _ in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, fn: Callable, world: int, *args: Any) -> list[Any]:
+        store = str(self.scratch / uuid.uuid4().hex)
+        pipes = self.pipes[:world]
+        for rank, pipe in enumerate(pipes):
+            pipe.send((fn, rank, world, store, args))
+        answers = []
+        for pipe in pipes:
+            assert pipe.poll(ANSWER_S), f"a rank did not answer within {ANSWER_S} s"
+            answers.append(pipe.recv())
+        failed = [text for ok, text in answers if not ok]
+        assert not failed, "\n".join(failed)
+        return [answer for _, answer in answers]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _serve(pipe: Connection) -> None:
+    from slime.trainer import device, distributed
+
+    dev = device.set_up("cpu", 1)
+    while True:
+        fn, rank, world, store, args = pipe.recv()
+        try:
+            with dev.scope():
+                pipe.send((True, fn(Place(dev, rank, world, store), *args)))
+        except Exception:  # noqa: BLE001 - raised again by the test that asked
+            pipe.send((False, traceback.format_exc()))
+        distributed.leave_groups()
+
+
+class Place:
+    """Where a test function runs."""
+
+    def __init__(self, device: Any, rank: int, world: int, store: str) -> None:
+        self.device, self.rank, self.world, self.store = device, rank, world, store
+        self.joined = 0
+
+    def join(self, tensor_parallel: int, seed: int = 0) -> Any:
+        """Process groups; a second call leaves the first ones."""
+        from slime.trainer import distributed
+
+        distributed.leave_groups()
+        self.joined += 1
+        store = dist.FileStore(f"{self.store}-{self.joined}", self.world)
+        return distributed.join_groups(self.device, store, self.rank, self.world, tensor_parallel, seed, 60.0)
+
+    def trainer(self, cfg: SlimeConfig) -> Any:
+        """A trainer built as a rank builds it."""
+        from slime.algorithms.registry import build_algorithm
+        from slime.observe.trace import Tracer
+        from slime.trainer.model import build_model
+        from slime.trainer.step import Trainer
+
+        parallel = self.join(cfg.trainer.tensor_parallel, cfg.run.seed)
+        return Trainer(cfg, self.device, parallel, build_model(cfg, parallel), build_algorithm(cfg.algorithm), Tracer(f"rank {self.rank}"))
+
+
+def make_cfg(path: Path, dtype: str = "fp32", **trainer: Any) -> SlimeConfig:
+    """A recipe for a tiny model."""
+    cfg = SlimeConfig()
+    cfg.model.path, cfg.model.dtype, cfg.cluster.device = str(path), dtype, "cpu"
+    cfg.rollout.max_response_tokens = 40
+    for name, value in {"lr": 1e-3, **trainer}.items():
+        assert hasattr(cfg.trainer, name)
+        setattr(cfg.trainer, name, value)
+    return cfg
+
+
+def make_batch(samples: int = 12, vocab: int = 80, seed: int = 0, shortest: int = 3, longest: int = 40) -> Batch:
+    """Random sequences, four samples a group; the last two thirds of each are trained, with holes. Id 0 is not among the tokens:
+    transformers takes it for padding, which has no gradient there."""
+    g = np.random.default_rng(seed)
+    lengths = g.integers(shortest, longest, samples)
+    cu = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    mask = g.random(cu[-1]) < 0.8
+    for start, length in zip(cu[:-1], lengths, strict=True):
+        mask[start : start + 1 + length // 3] = False
+    rollout = np.where(mask, g.normal(-3, 1, cu[-1]), 0).astype(np.float32)
+    return Batch(g.integers(1, vocab, cu[-1]).astype(np.int32), cu, mask, rollout, g.normal(size=samples), np.arange(samples) // 4 + 7)
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    """The HF tensors, on the leader; nothing elsewhere."""
+    from slime.trainer.export import gather_all
+
+    return dict(tensor for bucket in gather_all(trainer.model, trainer.parallel, 1 << 16) for tensor in bucket)

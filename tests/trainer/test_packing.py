@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slime.trainer.packing import pack, partition, split_groups
+from slime.types import Batch
+from tests.trainer.ranks import make_batch
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=60).map(lambda x: np.array(x))
+
+
+@settings(max_examples=150, deadline=None)
+@given(LENGTHS, st.integers(1, 5), st.integers(1, 100))
+def test_partition_places_every_sequence_once_within_the_budget(lengths, ranks, budget):
+    plan = partition(lengths, ranks, budget, 64)
+    assert len({len(mine) for mine in plan}) == 1, "every rank has the same number of micro-batches"
+    assert sorted(i for mine in plan for b in mine for i in b) == list(range(len(lengths)))
+    for b in (b for mine in plan for b in mine):
+        assert lengths[b].sum() <= budget or len(b) == 1
+        assert (np.diff(lengths[b]) >= 0).all(), "in order of length"
+
+
+def test_partition_balances_work():
+    lengths = np.random.default_rng(0).integers(5, 400, 300)
+    plan = partition(lengths, 4, 4096, 256)
+    work = np.array([[(lengths[b] * (1 + lengths[b] / 256)).sum() for b in mine] for mine in plan])
+    assert work.sum(1).max() / work.sum(1).mean() < 1.02
+    assert work.max() / work.mean() < 1.1
+    least = -(-int(lengths.sum()) // (4 * 4096))
+    assert len(plan[0]) <= least + 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 20), st.integers(0, 1000), st.sampled_from([1, 2, 3, 8]))
+def test_pack_predicts_each_trained_token_from_the_row_before_it(samples, seed, multiple):
+    batch = make_batch(samples, seed=seed)
+    chosen = np.random.default_rng(seed).permutation(samples)[: max(1, samples // 2)]
+    row = pack(batch, chosen, multiple)
+    assert len(row.tokens) % multiple == 0 and sum(row.lengths) == len(row.tokens) == len(row.positions)
+    assert len(row.lengths) - len(chosen) in (0, 1)
+    np.testing.assert_array_equal(row.labels, batch.tokens[row.trained])
+    np.testing.assert_array_equal(row.tokens[row.rows + 1], row.labels)
+    np.testing.assert_array_equal(row.tokens[row.rows], batch.tokens[row.trained - 1])
+    np.testing.assert_array_equal(chosen[row.sample], batch.sample_of_token[row.trained])
+    np.testing.assert_array_equal(row.positions[row.rows], row.trained - 1 - batch.cu_seqlens[batch.sample_of_token[row.trained]])
+    assert set(row.trained) == set(np.flatnonzero(batch.loss_mask & np.isin(batch.sample_of_token, chosen)))
+
+
+def test_empty_micro_batch_is_padding_alone():
+    row = pack(make_batch(2), np.zeros(0, np.int64), 4)
+    assert row.lengths == [4] and len(row.rows) == len(row.trained) == 0
+
+
+def test_first_token_of_a_sequence_is_never_trained():
+    batch = make_batch(2)
+    batch.loss_mask[0] = True
+    with pytest.raises(AssertionError, match="first token"):
+        pack(batch, np.arange(2), 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.integers(1, 10))
+def test_updates_hold_whole_groups(group, parts):
+    group = np.array(group)
+    if len(set(group)) < parts:
+        with pytest.raises(ValueError, match=r"trainer\.updates_per_batch"):
+            split_groups(group, parts)
+        return
+    split = split_groups(group, parts)
+    assert len(split) == parts and all(len(s) for s in split)
+    assert sorted(np.concatenate(split)) == list(range(len(group)))
+    assert sum(len(set(group[s])) for s in split) == len(set(group))
+
+
+def test_batch_select_keeps_a_part_intact():
+    batch = make_batch(8)
+    part: Batch = batch.select(split_groups(batch.group, 2)[1])
+    np.testing.assert_array_equal(part.tokens, batch.tokens[batch.cu_seqlens[4] :])

@@ -1,0 +1,154 @@
+"""Load and export to the bit; save, resume and continue to the bit."""
+
+import pytest
+import torch
+
+from slime.models.hf_files import HFReader
+from tests.trainer.ranks import make_batch, make_cfg, weights
+
+pytestmark = pytest.mark.e2e
+
+
+def built(place, cfg):
+    return weights(place.trainer(cfg))
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_tied", "llama"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_load_and_export_are_exact(ranks, models, kind, tp):
+    exported, *others = ranks.run(built, tp, make_cfg(models[kind], tensor_parallel=tp))
+    assert all(not other for other in others), "the leader alone holds tensors"
+    with HFReader(models[kind]) as reader:
+        tied = {"lm_head.weight"} if "tied" in kind else set()
+        assert set(exported) | tied >= set(reader.names)
+        for name, tensor in exported.items():
+            assert torch.equal(tensor.view(torch.int32), reader.read(name).view(torch.int32)), name
+
+
+def with_dropout(trainer):
+    """Dropout draws from the RNG states, which have to be resumed too."""
+    for layer in trainer.model.gpt.decoder.layers:
+        layer.hidden_dropout = 0.1
+    return trainer
+
+
+def continued(place, cfg, batches, directory):
+    """(weights of a straight run, of one that was saved half-way and resumed by fresh ranks)."""
+    from slime.trainer import shards, step
+
+    trainer = with_dropout(place.trainer(cfg))
+    for batch in batches[:2]:
+        step.train_batch(trainer, batch)
+    shards.save(trainer, directory)
+    for batch in batches[2:]:
+        step.train_batch(trainer, batch)
+    straight = weights(trainer), torch.get_rng_state()
+    cfg.run.seed = 99
+    resumed = with_dropout(place.trainer(cfg))
+    shards.load(resumed, directory)
+    assert resumed.optimizer_steps == 2
+    for batch in batches[2:]:
+        step.train_batch(resumed, batch)
+    return straight, (weights(resumed), torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("world", "tp", "dtype"), [(1, 1, "fp32"), (2, 1, "fp32"), (2, 2, "bf16"), (2, 1, "bf16")])
+def test_resume_is_equal_to_the_bit(ranks, models, tmp_path, world, tp, dtype):
+    cfg = make_cfg(models["qwen3"], dtype, tensor_parallel=tp, weight_decay=0.1, schedule="cosine")
+    cfg.run.steps = 5
+    batches = [make_batch(vocab=77, seed=seed) for seed in range(4)]
+    for straight, resumed in ranks.run(continued, world, cfg, batches, tmp_path / "shards"):
+        assert straight[0].keys() == resumed[0].keys()
+        assert all(torch.equal(tensor, resumed[0][name]) for name, tensor in straight[0].items())
+        assert torch.equal(straight[1], resumed[1])
+
+
+def saved(place, cfg, batch, directory):
+    from slime.trainer import shards, step
+
+    trainer = place.trainer(cfg)
+    step.train_batch(trainer, batch)
+    shards.save(trainer, directory)
+    return weights(trainer)
+
+
+def loaded(place, cfg, batch, directory):
+    from slime.trainer import shards, step
+
+    trainer = place.trainer(cfg)
+    shards.load(trainer, directory)
+    before = weights(trainer)
+    return before, step.train_batch(trainer, batch)["train/grad_norm"]
+
+
+def test_a_checkpoint_loads_into_another_layout(ranks, models, tmp_path):
+    batch = make_batch(vocab=77)
+    written = ranks.run(saved, 2, make_cfg(models["qwen3"]), batch, tmp_path)[0]
+    norms = []
+    for world, tp in ((2, 1), (2, 2), (1, 1)):
+        read, norm = ranks.run(loaded, world, make_cfg(models["qwen3"], tensor_parallel=tp), batch, tmp_path)[0]
+        assert all(torch.equal(tensor, read[name]) for name, tensor in written.items())
+        norms.append(norm)
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
+
+
+def load_nothing(place, cfg, directory):
+    from slime.trainer import shards
+
+    with pytest.raises(ValueError, match=r"holds no trainer checkpoint.*run\.resume"):
+        shards.load(place.trainer(cfg), directory)
+
+
+def test_no_checkpoint_is_an_error(ranks, models, tmp_path):
+    ranks.run(load_nothing, 1, make_cfg(models["qwen3"]), tmp_path)
+
+
+def children(place, cfg, directory):
+    import psutil
+
+    from slime.trainer import shards
+
+    trainer = place.trainer(cfg)
+    shards.save(trainer, directory)
+    return [child.name() for child in psutil.Process().children()]
+
+
+def test_a_save_leaves_no_process_behind(ranks, models, tmp_path):
+    assert ranks.run(children, 1, make_cfg(models["qwen3"]), tmp_path) == [[]]
+
+
+def fail_to_write(place, cfg, directory):
+    from slime.trainer import shards
+
+    def refuse(*_):
+        raise OSError("disk full")
+
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    trainer = place.trainer(cfg)
+    write_item, filesystem_async._write_item = filesystem_async._write_item, refuse
+    try:
+        with pytest.raises(OSError, match=r"could not be written to.*disk full"):
+            shards.save(trainer, directory)
+    finally:
+        filesystem_async._write_item = write_item
+
+
+def test_every_rank_hears_of_a_failed_write(ranks, models, tmp_path):
+    ranks.run(fail_to_write, 2, make_cfg(models["qwen3"]), tmp_path)
+
+
+def load_torn(place, cfg, directory):
+    from slime.trainer import shards
+
+    trainer = place.trainer(cfg)
+    shards.save(trainer, directory)
+    for file in directory.glob(f"__{place.rank}_*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    torch.distributed.barrier()
+    with pytest.raises(OSError, match=r"could not be read from"):
+        shards.load(trainer, directory)
+
+
+def test_a_torn_file_is_an_error_on_every_rank(ranks, models, tmp_path):
+    ranks.run(load_torn, 2, make_cfg(models["qwen3"]), tmp_path)

@@ -1,0 +1,223 @@
+"""A step against transformers, and the same gradient however the update is cut, ordered and laid out."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from slime.algorithms.base import Algorithm, LossOutputs
+from slime.types import Batch
+from tests.tiny import load_hf_model
+from tests.trainer.ranks import make_batch, make_cfg, weights
+
+pytestmark = pytest.mark.e2e
+KINDS = ["qwen3", "qwen3_tied", "llama"]
+
+
+def grpo_cfg(path, **trainer):
+    cfg = make_cfg(path, **trainer)
+    cfg.algorithm.entropy_coef, cfg.algorithm.aggregation, cfg.rollout.temperature = 0.1, "sequence", 0.8
+    return cfg
+
+
+def reference_logprobs(model, batch: Batch, temperature: float):
+    """(log-probs [T], entropy [T]) of trained tokens by transformers, sequence by sequence, with gradient."""
+    logprobs, entropies = [], []
+    for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+        ids = torch.from_numpy(batch.tokens[start:end].astype(np.int64))
+        logp = (model(ids[None]).logits[0, :-1] / temperature).log_softmax(-1)
+        zero = torch.zeros(1)
+        logprobs.append(torch.cat([zero, logp.gather(1, ids[1:, None])[:, 0]]))
+        entropies.append(torch.cat([zero, -(logp.exp() * logp).sum(-1)]))
+    mask = torch.from_numpy(batch.loss_mask)
+    return torch.cat(logprobs) * mask, torch.cat(entropies) * mask
+
+
+def log_probs(place, cfg, batch):
+    from slime.trainer import step
+
+    return step.log_probs(place.trainer(cfg), batch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_probs_are_those_of_transformers(ranks, models, kind):
+    cfg, batch = grpo_cfg(models[kind], max_tokens_per_rank=50), make_batch(vocab=77)
+    with torch.no_grad():
+        expected, _ = reference_logprobs(load_hf_model(models[kind]), batch, 0.8)
+    for found in ranks.run(log_probs, 1, cfg, batch):
+        assert np.abs(found - expected.numpy()).max() <= 1e-5
+        assert (found[~batch.loss_mask] == 0).all()
+
+
+def test_bf16_log_probs_are_close(ranks, models):
+    cfg, batch = make_cfg(models["qwen3"], "bf16"), make_batch(vocab=77)
+    with torch.no_grad():
+        expected, _ = reference_logprobs(load_hf_model(models["qwen3"]), batch, 1.0)
+    assert np.abs(ranks.run(log_probs, 1, cfg, batch)[0] - expected.numpy())[batch.loss_mask].mean() < 0.05
+
+
+def gradient(place, cfg, batch, old, reorder=None):
+    """(loss, HF-space gradient, its norm by the optimizer) of one update; `reorder` packs the sequences at random instead of by plan."""
+    from slime.trainer import step
+    from slime.trainer.export import gather_hf
+    from slime.trainer.packing import pack
+
+    trainer = place.trainer(cfg)
+    micro_batches = trainer.micro_batches(batch)
+    if reorder is not None:
+        parts = np.array_split(np.random.default_rng(reorder).permutation(len(batch)), 3)
+        micro_batches = [pack(batch, part, trainer.parallel.tp.size()) for part in parts]
+    sums, _ = step.accumulate_gradients(trainer, batch, micro_batches, trainer.algorithm.advantages(batch), old)
+    trainer.model.optimizer.prepare_grads()
+    norm = trainer.model.optimizer.get_grad_norm()
+    for buffer in trainer.model.ddp.buffers:
+        for bucket in buffer.buckets:  # reduce-scattered: each data-parallel rank holds the sum of its own part
+            part = bucket.grad_data.chunk(trainer.parallel.dp.size())[trainer.parallel.dp.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, part, group=trainer.parallel.dp)
+    grads = {name: p.main_grad for name, p in trainer.model.parameters()}
+    return sums["loss"], dict(gather_hf(trainer.model.map, trainer.parallel, grads)), norm
+
+
+def assert_same(found, expected):
+    assert found[0] == pytest.approx(expected[0], rel=1e-5, abs=1e-6)
+    assert found[1].keys() == expected[1].keys()
+    for name, want in expected[1].items():
+        assert (found[1][name] - want).norm() <= 1e-5 * want.norm(), name
+    assert found[2] == pytest.approx(expected[2], rel=1e-5)
+
+
+def noisy_old(batch, logprobs):
+    return (logprobs + np.random.default_rng(1).normal(0, 0.2, len(logprobs)) * batch.loss_mask).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_is_that_of_autograd(ranks, models, kind):
+    from slime.algorithms.aggregation import token_weights
+    from slime.algorithms.base import LossInputs
+    from slime.algorithms.registry import build_algorithm
+
+    cfg, batch = grpo_cfg(models[kind]), make_batch(vocab=77)
+    model = load_hf_model(models[kind])
+    logprobs, entropy = reference_logprobs(model, batch, 0.8)
+    old = noisy_old(batch, logprobs.detach().numpy())
+    algorithm = build_algorithm(cfg.algorithm)
+    of_T = torch.from_numpy(algorithm.advantages(batch)[batch.sample_of_token]).float()
+    rollout = torch.from_numpy(batch.rollout_logprobs)
+    sample = torch.from_numpy(batch.sample_of_token)
+    losses = algorithm.loss(LossInputs(logprobs, torch.from_numpy(old), entropy, of_T, rollout, sample)).loss
+    loss = (torch.from_numpy(token_weights(batch, "sequence", 40)).float() * losses).sum()
+    loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    norm = torch.stack([g.norm() for g in expected.values()]).norm().item()
+    assert_same(ranks.run(gradient, 1, cfg, batch, old)[0], (loss.item(), expected, norm))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_does_not_depend_on_cut_order_or_layout(ranks, models, kind):
+    cfg, batch = grpo_cfg(models[kind]), make_batch(samples=16, vocab=77)
+    old = noisy_old(batch, ranks.run(log_probs, 1, cfg, batch)[0])
+    expected = ranks.run(gradient, 1, cfg, batch, old)[0]
+
+    def with_(world, **trainer):
+        return ranks.run(gradient, world, grpo_cfg(models[kind], **trainer), batch, old)[0]
+
+    for budget in (1, 40, 100):
+        assert_same(with_(1, max_tokens_per_rank=budget), expected)
+    assert_same(ranks.run(gradient, 1, cfg, batch, old, 5)[0], expected)
+    order = np.random.default_rng(2).permutation(len(batch))
+    spans = np.concatenate([np.arange(batch.cu_seqlens[i], batch.cu_seqlens[i + 1]) for i in order])
+    assert_same(ranks.run(gradient, 1, cfg, batch.select(order), old[spans])[0], expected)
+    assert_same(with_(2, max_tokens_per_rank=60), expected)
+    assert_same(with_(2, max_tokens_per_rank=60, tensor_parallel=2), expected)
+
+
+def test_more_ranks_than_sequences(ranks, models):
+    cfg, batch = grpo_cfg(models["qwen3"]), make_batch(samples=1, vocab=77, shortest=30)
+    batch.rewards[:] = 1.0
+    old = np.zeros(len(batch.tokens), np.float32)
+    assert_same(ranks.run(gradient, 2, cfg, batch, old)[0], ranks.run(gradient, 1, cfg, batch, old)[0])
+
+
+def train(place, cfg, batch, steps=1):
+    from slime.trainer import step
+
+    trainer = place.trainer(cfg)
+    return [step.train_batch(trainer, batch) for _ in range(steps)], weights(trainer)
+
+
+def test_metrics_of_a_batch(ranks, models):
+    cfg, batch = grpo_cfg(models["qwen3"], max_tokens_per_rank=100, warmup_steps=2), make_batch(vocab=77)
+    (first, second), _ = ranks.run(train, 2, cfg, batch, 2)[0]
+    assert first["train/kl"] == first["train/clip_frac"] == 0.0
+    assert first["train/lr"] == 5e-4 and second["train/lr"] == 1e-3
+    assert first["train/tokens"] == batch.loss_mask.sum()
+    assert first["train/loss"] == pytest.approx(first["train/pg_loss"] - 0.1 * first["train/entropy"], abs=1e-6)
+    expected = ranks.run(log_probs, 1, cfg, batch)[0]
+    mismatch = np.abs(expected - batch.rollout_logprobs)[batch.loss_mask].mean()
+    assert first["mismatch/logprob_abs_diff"] == pytest.approx(mismatch, rel=1e-5)
+    assert second["mismatch/logprob_abs_diff"] != first["mismatch/logprob_abs_diff"]
+    assert {"advantage/mean", "advantage/std", "perf/tokens_per_s", "time/train_s", "train/grad_norm"} <= first.keys()
+
+
+def test_several_updates_use_log_probs_from_before_the_batch(ranks, models):
+    batch = make_batch(vocab=77)
+    (one,), _ = ranks.run(train, 1, grpo_cfg(models["qwen3"]), batch)[0]
+    (many,), _ = ranks.run(train, 1, grpo_cfg(models["qwen3"], updates_per_batch=3, epochs_per_batch=2, lr=1e-2), batch)[0]
+    assert many["mismatch/logprob_abs_diff"] == pytest.approx(one["mismatch/logprob_abs_diff"], rel=1e-5)
+    assert many["train/kl"] > 0 and many["train/micro_batches"] == 6
+    assert many["train/tokens"] == 2 * one["train/tokens"]
+
+
+def zero_advantages(place, cfg, batch):
+    from slime.trainer import step
+
+    trainer = place.trainer(cfg)
+    before = weights(trainer)
+    step.train_batch(trainer, replace(batch, rewards=np.ones(len(batch))))
+    return before, weights(trainer)
+
+
+def test_weight_decay_spares_norms(ranks, models):
+    cfg = make_cfg(models["qwen3"], lr=0.1, weight_decay=0.5)
+    before, after = ranks.run(zero_advantages, 1, cfg, make_batch(vocab=77))[0]
+    for name, old in before.items():
+        torch.testing.assert_close(after[name], old if old.ndim == 1 else old * (1 - 0.1 * 0.5), rtol=1e-6, atol=0)
+
+
+def refused(place, cfg, batch):
+    from slime.trainer import step
+
+    trainer = place.trainer(cfg)
+    before, algorithm = weights(trainer), trainer.algorithm
+    trainer.algorithm = Algorithm(algorithm.advantages, lambda x: LossOutputs(x.logprobs * float("nan"), {}))
+    with pytest.raises(RuntimeError, match=r"has norm nan; the step was not taken.*trainer\.lr"):
+        step.train_batch(trainer, batch)
+    same = all(torch.equal(t, before[name]) for name, t in weights(trainer).items())
+    trainer.algorithm = algorithm
+    return same, trainer.optimizer_steps, step.train_batch(trainer, batch)["train/grad_norm"]
+
+
+def test_a_gradient_that_is_not_finite_is_refused(ranks, models):
+    for world, tp in ((1, 1), (2, 1), (2, 2)):
+        for same, steps, norm in ranks.run(refused, world, grpo_cfg(models["qwen3"], tensor_parallel=tp), make_batch(vocab=77)):
+            assert same and steps == 0 and np.isfinite(norm)
+
+
+def dtypes(place, cfg, batch):
+    from slime.trainer import step
+
+    trainer = place.trainer(cfg)
+    step.train_batch(trainer, batch)
+    mains = [p for group in trainer.model.optimizer.param_groups for p in group["params"]]
+    return (
+        {p.dtype for p in trainer.model.gpt.parameters()},
+        {p.main_grad.dtype for p in trainer.model.gpt.parameters()},
+        {p.dtype for p in mains},
+    )
+
+
+def test_bf16_keeps_gradients_and_main_weights_in_fp32(ranks, models):
+    found = ranks.run(dtypes, 2, make_cfg(models["qwen3"], "bf16"), make_batch(vocab=77))[0]
+    assert found == ({torch.bfloat16}, {torch.float32}, {torch.float32})
