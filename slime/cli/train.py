@@ -21,6 +21,7 @@ from slime.config.load import VERSION_BASE, Recipe, compose, finish
 from slime.config.overrides import RECIPES, prepare
 from slime.config.plan import plan
 from slime.config.plan_view import show
+from slime.engine import arguments
 
 
 def main(argv: list[str]) -> None:
@@ -69,6 +70,8 @@ def check_options(cfg: SlimeConfig) -> None:
             with warnings.catch_warnings(action="ignore"):  # of kernels that megatron-core would use where they are installed
                 from slime.trainer.options import sort_options
             sort_options(cfg.trainer.megatron)
+        if cfg.rollout.sglang:
+            arguments.check(cfg.rollout.sglang, arguments.known_arguments(cfg.rollout.engine_python))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -1,47 +1,49 @@
-"""What a Ray on this host leaves on it: its scratch directory and its logs."""
+"""What a Ray on this host leaves on it: a scratch directory, logs, processes; and who tidies them up."""
 
 import os
-import shutil
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from slime.cluster import reaper
+
 SESSION = "session_latest"  # Ray's link to the running session, in its temporary directory
+REAP_S = 20.0
 
 
 class Scratch:
-    """Ray's temporary directory, short and away from the run; its logs end up in the run.
+    """Ray's temporary directory, short and away from the run, with the process that tidies up after it.
 
-    While Ray runs, `logs/ray/<name>` links to its logs. `collect` puts the logs themselves there and removes the rest. A driver that was
-    killed leaves the link; the next start in the same run collects it.
+    While Ray runs, `logs/ray/<name>` in the run links to its logs. At the end, or when this process is killed, the reaper ends every
+    process that was started under `marked`, puts the logs themselves in the link's place and removes the directory.
     """
 
     def __init__(self, log_dir: Path) -> None:
         log_dir.mkdir(parents=True, exist_ok=True)
-        for link in log_dir.iterdir():
-            if link.is_symlink() and not _alive(int(link.name.rpartition("-")[2])):
-                _collect(link)
         self.path = Path(tempfile.mkdtemp(prefix="slime-ray-", dir="/tmp"))
-        self._link = log_dir / f"{self.path.name}-{os.getpid()}"
+        self._link = log_dir / self.path.name
+        command = [sys.executable, reaper.__file__, str(self.path), str(self._link.absolute())]
+        self._reaper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+
+    @contextmanager
+    def marked(self) -> Iterator[None]:
+        """Processes started inside, and all that they start, belong to this Ray."""
+        os.environ[reaper.MARK] = self.path.name
+        try:
+            yield
+        finally:
+            del os.environ[reaper.MARK]
 
     def link(self) -> None:
         """Show the running session's logs in the run."""
         self._link.symlink_to((self.path / SESSION).resolve() / "logs")
 
     def collect(self) -> None:
-        """Move the logs into the run and remove the directory."""
-        if self._link.is_symlink():
-            _collect(self._link)
-        shutil.rmtree(self.path, ignore_errors=True)
-
-
-def _collect(link: Path) -> None:
-    """Replace a link to a session's logs by the logs; remove the session's temporary directory."""
-    logs = link.readlink()
-    link.unlink()
-    if logs.is_dir():
-        shutil.copytree(logs, link, symlinks=True)
-        shutil.rmtree(logs.parent.parent, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
+        """End what is left, move the logs into the run, remove the directory. Raises TimeoutError where that takes too long."""
+        try:
+            self._reaper.communicate(timeout=REAP_S)
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"waiting for the processes and logs of Ray in {self.path} to be tidied up: {REAP_S:g} s passed") from error

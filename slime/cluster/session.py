@@ -2,8 +2,8 @@
 
 Joined where `cluster.address` or RAY_ADDRESS names one (a Ray job sets RAY_ADDRESS for its driver), else started here. A Ray that we
 start names its node by a loopback address, so that engines and ranks bind there; its sockets lie in a short directory below /tmp (a
-socket's path has at most 107 bytes), its logs in the run's `logs/ray/`. The kernel ends its processes with the thread that called
-`connect`, even where that thread's process is killed: call it from the main thread.
+socket's path has at most 107 bytes), its logs in the run's `logs/ray/`. Its processes end with the driver, however that ends: the kernel
+kills them with the thread that called `connect` (call it from the main thread), and a reaper sees to the rest.
 """
 
 import logging
@@ -108,17 +108,18 @@ def _join(address: str) -> None:
 def _start(cfg: SlimeConfig, scratch: Scratch) -> None:
     """Start Ray on this host with at least the CPUs that the roles ask for."""
     cpus = math.ceil(sum(need.devices * need.cpus for need in role_needs(cfg).values()))
-    ray.init(
-        address="local",
-        num_cpus=max(cpus, os.cpu_count() or 1),
-        num_gpus=0 if cfg.cluster.device == "cpu" else None,
-        object_store_memory=cfg.cluster.object_store_mb << 20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _node_ip_address=NODE,
-        _temp_dir=str(scratch.path),
-    )
+    with scratch.marked():
+        ray.init(
+            address="local",
+            num_cpus=max(cpus, os.cpu_count() or 1),
+            num_gpus=0 if cfg.cluster.device == "cpu" else None,
+            object_store_memory=cfg.cluster.object_store_mb << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address=NODE,
+            _temp_dir=str(scratch.path),
+        )
     scratch.link()
 
 

@@ -2,6 +2,7 @@
 
 import bisect
 import json
+import tempfile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 _CHUNK = 1 << 24  # bytes scanned for line ends at a time
+_BATCH = 4096  # parquet rows decoded at a time
 
 
 class Rows(Protocol):
@@ -54,34 +56,50 @@ class JsonlRows:
         try:
             row = json.loads(self._file.readline())
         except ValueError as error:
-            raise ValueError(f"{self.path}, row {i + 1}: not JSON ({error})") from error
+            raise ValueError(f"{self.path}, line {self._line(i)}: not JSON ({error})") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{self.path}, row {i + 1}: a row is an object with columns, not {type(row).__name__}")
+            raise ValueError(f"{self.path}, line {self._line(i)}: a row is an object with columns, not {type(row).__name__}")
         return row
+
+    def _line(self, i: int) -> int:
+        """Number of the line that holds row i, blank ones counted, from 1."""
+        before, line = int(self._starts[i]), 1
+        with self.path.open("rb") as file:
+            while before > 0 and (chunk := file.read(min(_CHUNK, before))):
+                line += chunk.count(b"\n")
+                before -= len(chunk)
+        return line
 
 
 class ParquetRows:
-    """A parquet file; the row group of the last row read stays in memory."""
+    """A parquet file, decoded once, row group by row group, into an unlinked temporary file that is mapped into memory.
+
+    A shuffled epoch reads rows in any order, and a row of parquet is read by decoding its whole row group.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = pq.ParquetFile(path)
+            with pq.ParquetFile(path) as parquet, tempfile.NamedTemporaryFile(prefix="slime-rows-") as file:
+                with pa.ipc.new_file(file, parquet.schema_arrow) as writer:
+                    for batch in parquet.iter_batches(batch_size=_BATCH):
+                        writer.write_batch(batch)
+                file.flush()
+                self._file = pa.ipc.open_file(pa.memory_map(file.name))
         except pa.ArrowException as error:
-            raise ValueError(f"{path}: not a parquet file ({error})") from error
-        sizes = [self._file.metadata.row_group(g).num_rows for g in range(self._file.num_row_groups)]
-        self._ends = np.cumsum(sizes).tolist()
-        self._held: tuple[int, pa.Table] | None = None
+            raise ValueError(f"{path}: not a parquet file that can be read ({error})") from error
+        except OSError as error:
+            raise ValueError(f"{path}: not a parquet file that can be read, or {tempfile.gettempdir()} is full ({error}); set TMPDIR") from error
+        sizes = [self._file.get_batch(b).num_rows for b in range(self._file.num_record_batches)]
+        self._ends = np.cumsum(sizes, dtype=np.int64).tolist()
 
     def __len__(self) -> int:
-        return self._file.metadata.num_rows
+        return self._ends[-1] if self._ends else 0
 
     def row(self, i: int) -> dict[str, Any]:
-        group = bisect.bisect_right(self._ends, i)
-        if self._held is None or self._held[0] != group:
-            self._held = (group, self._file.read_row_group(group))
-        first = self._ends[group - 1] if group else 0
-        return self._held[1].slice(i - first, 1).to_pylist()[0]
+        batch = bisect.bisect_right(self._ends, i)
+        first = self._ends[batch - 1] if batch else 0
+        return self._file.get_batch(batch).slice(i - first, 1).to_pylist()[0]
 
 
 def _line_starts(path: Path) -> np.ndarray:

@@ -5,7 +5,6 @@ weight, in an order that the seed fixes; an epoch of a file is a permutation tha
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,7 +47,7 @@ class PromptSource:
             return 0, ordinal
         block, at = divmod(ordinal, BLOCK)
         if self._order is None or self._order[0] != block:
-            order = _rng(self.seed, 1, block).permutation(np.repeat(np.arange(len(self._files)), self._quota))
+            order = np.repeat(np.arange(len(self._files)), self._quota)[permutation(BLOCK, self.seed, 1, block)]
             earlier = np.zeros(BLOCK, np.int64)
             for which in range(len(self._files)):
                 mine = order == which
@@ -62,7 +61,7 @@ class PromptSource:
         held = self._epochs.get(which)
         if held is None or held[0] != epoch:
             n = len(self._files[which])
-            order = _rng(self.seed, 2, which, epoch).permutation(n) if self.cfg.shuffle else np.arange(n)
+            order = permutation(n, self.seed, 2, which, epoch) if self.cfg.shuffle else np.arange(n)
             held = self._epochs[which] = (epoch, order)
         return held[1]
 
@@ -75,35 +74,57 @@ def eval_prompts(name: str, eval_set: EvalSet, cfg: DataConfig) -> list[Prompt]:
 
 
 def to_prompt(rows: Rows, i: int, ordinal: int, cfg: DataConfig, source: str | None) -> Prompt:
-    """Row i of a file as a Prompt, its columns found by the keys of the config."""
+    """Row i of a file as a Prompt, its columns found by the keys of the config.
+
+    Raises ValueError for a column that is missing, naming its knob and the columns there are (label, metadata, tools and source may be
+    missing under their default names), and for a value of another kind.
+    """
     row = rows.row(i)
-    prompt = _column(row, cfg.prompt_key)
     where = f"{rows.path}, row {i + 1}"
-    if prompt is None:
-        raise ValueError(f"{where}: no column {cfg.prompt_key}; it has {', '.join(row)}: set data.prompt_key")
-    if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(isinstance(m, dict) and "role" in m for m in prompt)):
-        raise ValueError(f"{where}: {cfg.prompt_key} is neither a string nor a list of chat messages with a role; set data.prompt_key")
-    metadata = _column(row, cfg.metadata_key)
+    prompt = _column(row, cfg.prompt_key, "data.prompt_key", where)
+    if not is_prompt(prompt):
+        raise ValueError(f"{where}: {cfg.prompt_key} is neither a string nor a list of chat messages with a role, or it is empty; set data.prompt_key")
+    metadata = _column(row, cfg.metadata_key, "data.metadata_key", where, DataConfig.metadata_key)
+    tools = _column(row, cfg.tools_key, "data.tools_key", where, DataConfig.tools_key)
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError(f"{where}: {cfg.tools_key} is not a list of tool schemas; set data.tools_key")
+    named = source or _column(row, cfg.source_key, "data.source_key", where, DataConfig.source_key)
     return Prompt(
         ordinal=ordinal,
-        prompt=prompt,
-        label=_column(row, cfg.label_key),
-        source=str(source or _column(row, cfg.source_key) or Path(rows.path).stem),
+        prompt=prompt if isinstance(prompt, str) else _without_nulls(prompt),
+        label=_column(row, cfg.label_key, "data.label_key", where, DataConfig.label_key),
+        source=str(named or rows.path.stem),
         metadata=metadata if isinstance(metadata, dict) else {} if metadata is None else {"metadata": metadata},
-        tools=_column(row, cfg.tools_key),
+        tools=_without_nulls(tools) or None,
     )
 
 
-def _column(row: dict[str, Any], key: str) -> Any:
-    """The value at a dotted key, None where there is none."""
+def is_prompt(value: Any) -> bool:
+    """Whether a value is a string or a list of chat messages, and not empty."""
+    return bool(value) and (isinstance(value, str) or (isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value)))
+
+
+def _column(row: dict[str, Any], key: str, knob: str, where: str, default: str = "") -> Any:
+    """The value at a key: a column, or dots into nested ones. None where a key that is still its knob's default is missing."""
     if key in row:
         return row[key]
     value: Any = row
+    at = "it"
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
-            return None
-        value = value[part]
+            if key == default:
+                return None
+            has = ", ".join(value) if isinstance(value, dict) else "no columns"
+            raise ValueError(f"{where}: no column {key}; {at} has {has}: set {knob}")
+        value, at = value[part], part
     return value
+
+
+def _without_nulls(value: Any) -> Any:
+    """A parquet column gives every struct all fields that any row has, as None; a chat template asks whether a field is there."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(v) for name, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _quotas(weights: list[float]) -> np.ndarray:
@@ -117,5 +138,7 @@ def _quotas(weights: list[float]) -> np.ndarray:
     return quota
 
 
-def _rng(*key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+def permutation(n: int, *key: int) -> np.ndarray:
+    """int64 [n]: an order that the key fixes, the same in every version of NumPy (which promises the raw bits and not what is made of them)."""
+    bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(n)
+    return np.argsort(bits, kind="stable")

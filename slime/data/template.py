@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from slime.config import DataConfig, ModelConfig
@@ -20,7 +21,7 @@ def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, cfg: DataConfig
     """Token ids of a prompt, None where it is longer than data.max_prompt_tokens.
 
     Messages go through the chat template (data.chat=messages), plain strings too with data.chat=always, nothing with never.
-    Raises ValueError where a template is needed and the tokenizer has none, or the prompt is empty.
+    Raises ValueError where a template is needed and the tokenizer has none or refuses the messages, and where no token is left.
     """
     text: Any = prompt.prompt
     if cfg.chat == "never" and not isinstance(text, str):
@@ -31,8 +32,10 @@ def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, cfg: DataConfig
         if tokenizer.chat_template is None:
             raise ValueError(f"data.chat={cfg.chat}: the tokenizer has no chat template for prompt {prompt.ordinal} of {prompt.source}; use plain strings")
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
-        ids = tokenizer.apply_chat_template(messages, tools=prompt.tools, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+        try:
+            ids = tokenizer.apply_chat_template(messages, tools=prompt.tools, add_generation_prompt=True, return_dict=True)["input_ids"]
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template refuses prompt {prompt.ordinal} of {prompt.source}: {error}; mend its messages, or see data.chat") from error
     if not ids:
         raise ValueError(f"prompt {prompt.ordinal} of {prompt.source} is empty; give it at least one token")
     return list(ids) if len(ids) <= cfg.max_prompt_tokens else None
-

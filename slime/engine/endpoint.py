@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One SGLang server. `key` is both its API key and its admin key."""
+    """One SGLang server. `key` is both its API key and its admin key, `sglang` its version."""
 
     url: str  # http://host:port
     key: str = field(repr=False)
+    name: str = "engine"  # in messages and traces: engine 0, engine 1, ...
+    sglang: str = ""
 
     @property
     def headers(self) -> dict[str, str]:

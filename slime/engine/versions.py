@@ -1,10 +1,10 @@
 """What differs between versions of SGLang: one table, read once when an engine starts.
 
-A row holds from its version until the next row. Versions newer than the last row are taken to be like it, with a warning.
+A row holds from its version until the next row. Versions newer than NEWEST are taken to be like the last row, with a warning.
 """
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
 
@@ -16,10 +16,8 @@ class Facts:
     """How one version of SGLang behaves where slime depends on it."""
 
     update_session: bool  # tensor updates must lie between /begin_weight_update and /end_weight_update
-    flush_while_retracted: bool  # /flush_cache works while paused with requests retracted; before, an update with a flush then kills the server
+    flush_while_retracted: bool  # /flush_cache works while paused with requests retracted; before, a flush then kills the server
     version_spans: bool  # meta_info.weight_versions tells which tokens came from which weights; before, only the version at the end
-    refused_flush_is_an_answer: bool  # an update whose flush is refused answers 400; before, an assertion kills the server
-    names_bad_sampling: bool  # an unknown sampling parameter is a 400 that names it; before, a 500
 
     @property
     def pause_mode(self) -> str:
@@ -27,24 +25,13 @@ class Facts:
         return "retract" if self.flush_while_retracted else "abort"
 
 
-_FIRST = Facts(
-    update_session=False,
-    flush_while_retracted=False,
-    version_spans=False,
-    refused_flush_is_an_answer=False,
-    names_bad_sampling=False,
-)
-_SPANS = replace(_FIRST, version_spans=True)
-_SESSION = replace(_SPANS, update_session=True, flush_while_retracted=True, names_bad_sampling=True)
-_ANSWERS = replace(_SESSION, refused_flush_is_an_answer=True)
-
 TABLE: tuple[tuple[Release, Facts], ...] = (
-    ((0, 5, 15), _FIRST),
-    ((0, 5, 19), _SPANS),
-    ((0, 5, 21), _SESSION),
-    ((0, 5, 23), _ANSWERS),
+    ((0, 5, 15), Facts(update_session=False, flush_while_retracted=False, version_spans=False)),
+    ((0, 5, 19), Facts(update_session=False, flush_while_retracted=False, version_spans=True)),
+    ((0, 5, 21), Facts(update_session=True, flush_while_retracted=True, version_spans=True)),
 )
-OLDEST, NEWEST = TABLE[0][0], TABLE[-1][0]
+NEWEST = (0, 5, 23)  # up to which the last row is known to hold
+OLDEST = TABLE[0][0]
 
 
 def facts(version: str, where: str = "rollout.engine_python") -> Facts:
@@ -54,7 +41,7 @@ def facts(version: str, where: str = "rollout.engine_python") -> Facts:
     """
     release = _release(version, where)
     if release < OLDEST:
-        raise ValueError(f"{where} has SGLang {version}; slime needs {_text(OLDEST)} or newer: install it there, or name another interpreter")
+        raise ValueError(f"{where} has SGLang {version}; slime needs {_text(OLDEST)} or newer there")
     if release > NEWEST:
         log.warning("%s has SGLang %s, newer than slime knows; it is used like %s", where, version, _text(NEWEST))
     return next(row for first, row in reversed(TABLE) if release >= first)

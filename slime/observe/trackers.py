@@ -43,7 +43,7 @@ class WandbTracker:
         import wandb
 
         assert cfg.wandb != "off"
-        self.errors = (wandb.errors.Error, OSError)
+        self.errors: tuple[type[Exception], ...] = (wandb.errors.Error, OSError)
         self._id = run_id or secrets.token_hex(4)
         settings = wandb.Settings(console="off", silent=True, x_disable_stats=True, disable_git=True, disable_code=True)
         try:
@@ -76,7 +76,7 @@ class TensorboardTracker:
     """TensorBoard events in <run_dir>/tensorboard; a resumed run purges the steps it is about to train again."""
 
     name = "tensorboard"
-    errors = (OSError,)
+    errors: tuple[type[Exception], ...] = (OSError,)
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

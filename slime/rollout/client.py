@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedTokenizerBase
 
 from slime.engine.client import EngineClient, Generation, Sampling
+from slime.engine.errors import EngineError
 from slime.types import Sample
 
 
@@ -16,7 +17,6 @@ class RolloutClient:
     engines: EngineClient
     tokenizer: PreTrainedTokenizerBase
     sampling: Sampling  # defaults of this rollout
-    expected: str  # label of the weights that must answer
     generations: list[Generation] = field(default_factory=list)
 
     async def generate(
@@ -24,7 +24,8 @@ class RolloutClient:
     ) -> Generation:
         """Continue `token_ids`. Samples of one group go to one engine, whose cache holds their common prefix.
 
-        Raises RuntimeError naming the engine where the answer came from other weights than expected.
+        Raises what EngineClient.generate raises: for other weights than expected, a lost engine, a deadline, ids outside the vocabulary;
+        and EngineError for an answer that the engine cut short.
         """
         sampling = replace(
             self.sampling,
@@ -33,8 +34,7 @@ class RolloutClient:
             seed=sample.seed,
         )
         answer = await self.engines.generate(list(token_ids), sampling, session=sample.group)
-        stale = {span.version for span in answer.versions} - {self.expected}
-        if stale:
-            raise RuntimeError(f"{answer.engine} answered with weights {', '.join(sorted(stale))}, expected {self.expected}: it was not synced")
+        if answer.finish_reason == "abort":
+            raise EngineError(f"{answer.engine} aborted a request after {len(answer.output_ids)} tokens; its log says why")
         self.generations.append(answer)
         return answer

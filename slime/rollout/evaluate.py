@@ -1,13 +1,12 @@
 """Evaluation of one set of prompts."""
 
-import asyncio
 from math import comb
 
 import numpy as np
 
 from slime.config import EvalSet, SlimeConfig
 from slime.data.template import tokenize
-from slime.rollout.groups import GroupMaker
+from slime.rollout.groups import GroupMaker, together
 from slime.rollout.metrics import error_frac, example
 from slime.types import EvalResult, Group, Prompt
 
@@ -17,12 +16,14 @@ SUCCESS = 1.0  # a reward of at least this counts as solved in pass_at_k
 async def evaluate_set(name: str, eval_set: EvalSet, prompts: list[Prompt], maker: GroupMaker, cfg: SlimeConfig) -> EvalResult:
     """Answer and judge every prompt of a set, `samples` times each.
 
-    A prompt longer than data.max_prompt_tokens or a reward that fails counts as not solved, and is counted by name.
+    A prompt longer than data.max_prompt_tokens counts as not solved. An answer whose reward failed counts as none. Both are counted by name.
     """
     tokenized = [(p, tokenize(p, maker.client.tokenizer, cfg.data)) for p in prompts]
     asked = [(p, ids) for p, ids in tokenized if ids is not None]
-    groups = await asyncio.gather(*(maker.make(p, ids, eval_set.samples) for p, ids in asked))
-    metrics = scores([[s.reward or 0.0 for s in g.samples] for g in groups], len(prompts), eval_set.samples)
+    groups = await together(maker.make(p, ids, eval_set.samples) for p, ids in asked)
+    rewards: list[list[float | None]] = [[s.reward for s in g.samples] for g in groups]
+    rewards += [[0.0] * eval_set.samples] * (len(prompts) - len(asked))
+    metrics = scores(rewards, eval_set.samples)
     lengths = [len(s.response_ids) for g in groups for s in g.samples]
     metrics["response_len"] = float(np.mean(lengths)) if lengths else 0.0
     metrics["reward_error_frac"] = error_frac(maker.judged)
@@ -30,19 +31,18 @@ async def evaluate_set(name: str, eval_set: EvalSet, prompts: list[Prompt], make
     return EvalResult(name, metrics, [example(g.samples[0]) for g in spread(groups, cfg.observe.examples)])
 
 
-def scores(rewards: list[list[float]], prompts: int, samples: int) -> dict[str, float]:
-    """accuracy: mean reward of each prompt's first answer. avg_at_k and pass_at_k over k = `samples` answers, where k > 1.
+def scores(rewards: list[list[float | None]], k: int) -> dict[str, float]:
+    """accuracy: mean reward of each prompt's first answer. avg_at_k and pass_at_k over its k answers, where k > 1.
 
-    pass@k = 1 - C(n - c, k) / C(n, k), unbiased (Chen et al. 2021, arXiv 2107.03374); `prompts` that have no answer count as 0.
+    pass@k = 1 - C(n - c, k) / C(n, k), unbiased (Chen et al. 2021, arXiv 2107.03374). None, a reward that failed, is left out.
     """
-    accuracy = sum(r[0] for r in rewards) / prompts
-    if samples == 1:
-        return {"accuracy": accuracy}
-    return {
-        "accuracy": accuracy,
-        "avg_at_k": sum(float(np.mean(r)) for r in rewards) / prompts,
-        "pass_at_k": sum(pass_at_k(len(r), sum(x >= SUCCESS for x in r), samples) for r in rewards) / prompts,
-    }
+    firsts = [r[0] for r in rewards if r[0] is not None]
+    known = [found for r in rewards if (found := [x for x in r if x is not None])]
+    mean = {"accuracy": float(np.mean(firsts)) if firsts else 0.0}
+    if k == 1:
+        return mean
+    solved = [pass_at_k(len(r), sum(x >= SUCCESS for x in r), min(k, len(r))) for r in known]
+    return {**mean, "avg_at_k": float(np.mean([np.mean(r) for r in known])), "pass_at_k": float(np.mean(solved))}
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

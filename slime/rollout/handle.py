@@ -21,6 +21,7 @@ from slime.observe.trace import Span
 from slime.types import EvalResult, RolloutSummary, WeightVersion
 
 STEP_KNOB = "cluster.step_timeout_s"
+PROGRESS_S = 60.0  # the manager answers between two pieces of work, the longest of which is packing a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +95,12 @@ class Generating:
     def wait(self, timeout_s: float) -> bool:
         """Raises TimeoutError naming cluster.step_timeout_s when the whole rollout has taken longer."""
         if time.monotonic() > self._give_up_s:
-            done, of = deadline.get(self._manager.progress.remote(), 5.0, "the rollout's progress")
+            done, of = deadline.get(self._manager.progress.remote(), PROGRESS_S, "the rollout's progress")
             raise TimeoutError(f"rollout {self.step + 1}: {done} of {of} prompts finished after {self._timeout_s:g} s ({STEP_KNOB})")
         return bool(ray.wait([self._ref], timeout=timeout_s)[0])
 
     def progress(self) -> int:
-        return deadline.get(self._manager.progress.remote(), 5.0, "the rollout's progress")[0]
+        return deadline.get(self._manager.progress.remote(), PROGRESS_S, "the rollout's progress")[0]
 
     def result(self) -> RolloutResult:
         left_s = max(0.1, self._give_up_s - time.monotonic())

@@ -36,7 +36,6 @@ class RolloutManager:
 
     def __init__(self, cfg: SlimeConfig, run_dir: str) -> None:
         self.cfg, self.run_dir = cfg, Path(run_dir)
-        self.expected = ""
         self._progress = (0, 0)
 
     async def start(self, endpoints: list[Endpoint], vocab_size: int) -> None:
@@ -57,7 +56,7 @@ class RolloutManager:
 
     async def expect(self, label: str) -> None:
         """From here on, every answer must come from the weights of this label."""
-        self.expected = label
+        await self.engines.expect(label)
 
     async def progress(self) -> tuple[int, int]:
         """Prompts of the rollout under way that are finished, and how many are wanted."""
@@ -87,20 +86,21 @@ class RolloutManager:
         )
         if cfg.dump:
             write_rollout(self.run_dir, batch, summary, groups)
-        return ray.put(batch), summary, busy_spans(maker.client.generations)
+        return ray.put(batch), summary, busy_spans(maker.client.generations, maker.judging)
 
     async def evaluate(self, step: int) -> list[EvalResult]:
-        """Evaluate every set with the weights that are expected."""
+        """Evaluate every set with the weights that are expected. Raises what `generate` raises."""
         results = []
         for name, (eval_set, prompts) in self.eval_sets.items():
             longest = eval_set.max_response_tokens or self.cfg.rollout.max_response_tokens
             maker = self._maker(self._client(eval_set.temperature, eval_set.top_p, longest), self.eval_judges[name])
             results.append(await evaluate_set(name, eval_set, prompts, maker, self.cfg))
+            self._check_errors(maker)
         return results
 
     def _client(self, temperature: float, top_p: float, max_new_tokens: int) -> RolloutClient:
         sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, stop=tuple(self.cfg.rollout.stop))
-        return RolloutClient(self.engines, self.tokenizer, sampling, self.expected)
+        return RolloutClient(self.engines, self.tokenizer, sampling)
 
     def _maker(self, client: RolloutClient, judge: Judge) -> GroupMaker:
         return GroupMaker(self.cfg, client, judge, self.generate_fn)
@@ -113,6 +113,7 @@ class RolloutManager:
             while not draw.complete:
                 while (ordinal := draw.take()) is not None:
                     tasks[asyncio.create_task(self._group(ordinal, maker))] = ordinal
+                    await asyncio.sleep(0)  # its requests go out before the next prompt is tokenised
                 finished, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in sorted(finished, key=tasks.__getitem__):
                     ordinal, outcome = tasks.pop(task), task.result()
@@ -139,9 +140,15 @@ class RolloutManager:
         if any(s.reward_error for s in group.samples):
             self._check_errors(maker, at_least=self.cfg.rollout.prompts_per_step * self.cfg.rollout.samples_per_prompt)
             return "reward_error"
-        if self.filter_fn is not None and not self.filter_fn(group):
-            return "filter"
-        return group
+        return group if self._survives(group) else "filter"
+
+    def _survives(self, group: Group) -> bool:
+        if self.filter_fn is None:
+            return True
+        try:
+            return bool(self.filter_fn(group))
+        except Exception as error:
+            raise RuntimeError(f"rollout.filter={self.cfg.rollout.filter} failed on prompt {group.ordinal}: {type(error).__name__}: {error}") from error
 
     def _check_errors(self, maker: GroupMaker, at_least: int = 0) -> None:
         """Stop where more rewards failed than reward.max_error_frac of the judged samples (of `at_least` that many)."""

@@ -30,6 +30,7 @@ def rollout_metrics(
     prompt_tokens = sum(g.prompt_tokens for g in generations)
     tokens = sum(len(g.output_ids) for g in generations)
     return {
+        **{f"reward/{name}": float(np.mean(v)) for name, v in extras.items()},
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         "reward/error_frac": error_frac(judged),
@@ -38,11 +39,11 @@ def rollout_metrics(
         "response_len/max": float(lengths.max()),
         "response_len/truncated_frac": float(np.mean([s.truncated for s in samples])),
         "engine/cache_hit": sum(g.cached_tokens for g in generations) / max(1, prompt_tokens),
+        "engine/running": sum(g.engine_s for g in generations) / elapsed_s,
         "engine/tokens_per_s": tokens / elapsed_s,
         "rollout/cpu_us_per_token": 1e6 * cpu_s / max(1, tokens),
         "time/rollout_s": elapsed_s,
         **({f"reward/{name}/mean": float(np.mean(v)) for name, v in by_source.items()} if len(by_source) > 1 else {}),
-        **{f"reward/{name}": float(np.mean(v)) for name, v in extras.items()},
     }
 
 
@@ -51,22 +52,24 @@ def error_frac(samples: Sequence[Sample]) -> float:
     return sum(s.reward_error is not None for s in samples) / max(1, len(samples))
 
 
-def busy_spans(generations: Iterable[Generation]) -> list[Span]:
-    """Per engine, the intervals in which it worked on at least one of these requests."""
+def busy_spans(generations: Iterable[Generation], judging: Iterable[tuple[float, float]]) -> list[Span]:
+    """When each engine worked on at least one of these requests, by its own account, and when anything was judged."""
     by_engine: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for g in generations:
-        by_engine[g.engine].append((g.started_s, g.finished_s))
-    spans = []
-    for engine, intervals in by_engine.items():
-        intervals.sort()
-        begin, end = intervals[0]
-        for a, b in intervals[1:]:
-            if a > end:
-                spans.append(Span("engine", engine, begin, end))
-                begin, end = a, b
-            end = max(end, b)
-        spans.append(Span("engine", engine, begin, end))
-    return spans
+        by_engine[g.engine].append((g.response_sent_s - g.engine_s, g.response_sent_s))
+    engines = [Span("engine", engine, begin, end) for engine, intervals in by_engine.items() for begin, end in union(intervals)]
+    return [*engines, *(Span("reward", "rollout", begin, end) for begin, end in union(judging))]
+
+
+def union(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The intervals that these cover, ascending and apart."""
+    merged: list[tuple[float, float]] = []
+    for begin, end in sorted(intervals):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((begin, end))
+    return merged
 
 
 def examples(groups: Sequence[Group], count: int) -> list[dict]:

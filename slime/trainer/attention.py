@@ -6,7 +6,10 @@ length (`slime.trainer.packing`), so that a run of equally long ones is one batc
 
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from inspect import signature
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 MAX_FLASH_HEAD_SIZE = 256
+HAS_VARLEN = find_spec("torch.nn.attention.varlen") is not None  # since torch 2.10
 
 
 @dataclass
@@ -85,7 +89,8 @@ class PackedAttention(MegatronModule):
 
 def _flash_takes(query: Tensor, dropout: float) -> bool:
     """Whether torch's variable-length flash attention can compute this: CUDA, 16 bits, head size up to 256, no dropout."""
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= MAX_FLASH_HEAD_SIZE and dropout == 0.0
+    fits = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= MAX_FLASH_HEAD_SIZE and dropout == 0.0
+    return HAS_VARLEN and query.is_cuda and fits
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, packing: PackedSequences, scale: float) -> Tensor:
@@ -94,6 +99,9 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, packing: PackedSequences,
 
     longest, cu_seqlens = packing.max_seqlen_q, packing.cu_seqlens_device
     assert cu_seqlens is not None
+    grouped: dict[str, Any] = {}  # older torch takes grouped heads without being told
+    if "enable_gqa" in signature(varlen_attn).parameters:
+        grouped["enable_gqa"] = query.shape[1] != key.shape[1]
     out = varlen_attn(
         query,
         key,
@@ -104,7 +112,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, packing: PackedSequences,
         longest,
         scale=scale,
         window_size=(-1, 0),  # causal
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     assert isinstance(out, Tensor), "no log-sum-exp was asked for"
     return out

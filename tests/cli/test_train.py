@@ -132,6 +132,15 @@ def test_wrong_recipe_exits_with_2(argv: list[str], text: str, slime: Slime, run
     assert runs == []
 
 
+@pytest.mark.e2e
+def test_options_of_the_engine(slime: Slime, runs: list) -> None:
+    code, out, err = slime("train", *GOOD, "rollout.sglang.mem_fraction_statik=0.5")
+    assert (code, out, runs) == (2, "", [])
+    assert err.startswith("slime: rollout.sglang.mem_fraction_statik: SGLang 0.")
+    assert err.endswith("has no such server argument; did you mean rollout.sglang.mem_fraction_static?\n")
+    assert slime("train", *GOOD, "rollout.sglang.mem_fraction_static=0.5") == (0, "", "")
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [

@@ -8,7 +8,7 @@ import pytest
 
 from slime.config import DataConfig, DataFile, EvalSet
 from slime.data.files import open_rows
-from slime.data.source import BLOCK, PromptSource, eval_prompts
+from slime.data.source import BLOCK, PromptSource, eval_prompts, permutation
 
 
 def write_jsonl(path: Path, rows: list) -> Path:
@@ -92,7 +92,7 @@ def test_evaluation_takes_the_first_rows_in_order(tmp_path: Path):
     [
         (None, r"data\.train\.0\.path=.*no such file"),
         ("", "the file has no rows"),
-        ('{"prompt": "x"\n', "row 1: not JSON"),
+        ('{"prompt": "x"\n', "line 1: not JSON"),
         ("[1]\n", "a row is an object with columns, not list"),
         ('{"question": "x", "label": "y"}\n', "no column prompt; it has question, label: set data.prompt_key"),
         ('{"prompt": 3}\n', "neither a string nor a list of chat messages"),
@@ -104,6 +104,43 @@ def test_bad_files_say_what_and_where(tmp_path: Path, text: str | None, says: st
         path.write_text(text)
     with pytest.raises(ValueError, match=says):
         source(DataFile(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"label_key": "answer"}, r"no column answer; it has prompt, extra: set data\.label_key"),
+        ({"label_key": "extra.truth"}, r"no column extra\.truth; extra has index: set data\.label_key"),
+        ({"tools_key": "extra"}, r"extra is not a list of tool schemas; set data\.tools_key"),
+    ],
+)
+def test_a_column_that_is_asked_for_and_missing_is_named(tmp_path: Path, keys: dict, says: str):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "x", "extra": {"index": 1}}])
+    with pytest.raises(ValueError, match=says):
+        source(DataFile(str(path)), **keys)
+
+
+def test_the_line_of_a_broken_row_counts_blank_lines(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n\n\n{"prompt"')
+    with pytest.raises(ValueError, match="line 4: not JSON"):
+        open_rows(str(tmp_path / "a.jsonl"), "k").row(1)
+
+
+def test_fields_that_a_parquet_row_does_not_have_are_not_there(tmp_path: Path):
+    rows = [{"prompt": [{"role": "user", "content": "q", "tool_calls": None}]}, {"prompt": [{"role": "user", "content": "q", "tool_calls": [{"id": 1}]}]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert source(DataFile(str(tmp_path / "a.parquet")), shuffle=False).prompt(0).prompt == [{"role": "user", "content": "q"}]
+
+
+def test_shuffled_rows_of_many_row_groups_are_read_in_any_order(tmp_path: Path):
+    pq.write_table(pa.table({"prompt": [f"p{i}" for i in range(10_000)]}), tmp_path / "a.parquet", row_group_size=700)
+    prompts = source(DataFile(str(tmp_path / "a.parquet")))
+    assert {prompts.prompt(i).prompt for i in range(10_000)} == {f"p{i}" for i in range(10_000)}
+
+
+def test_the_order_of_an_epoch_is_fixed_for_good():
+    assert permutation(8, 0, 2, 0, 0).tolist() == [0, 4, 6, 3, 5, 7, 1, 2]
+    assert sorted(permutation(1000, 7).tolist()) == list(range(1000))
 
 
 def test_other_bad_files(tmp_path: Path):
@@ -120,5 +157,5 @@ def test_other_bad_files(tmp_path: Path):
 def test_a_broken_row_further_down_is_named_when_it_is_drawn(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n{"prompt": \n')
     prompts = source(DataFile(str(tmp_path / "a.jsonl")), shuffle=False)
-    with pytest.raises(ValueError, match="row 2: not JSON"):
+    with pytest.raises(ValueError, match="line 2: not JSON"):
         prompts.prompt(1)

@@ -13,9 +13,13 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n: int, c: int, k
 
 
 def test_scores():
-    rewards = [[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]]
-    assert scores(rewards, 4, 2) == {"accuracy": 0.25, "avg_at_k": 0.25, "pass_at_k": 0.5}
-    assert scores([[1.0], [0.5]], 2, 1) == {"accuracy": 0.75}
+    rewards = [[1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
+    assert scores(rewards, 2) == {"accuracy": 0.25, "avg_at_k": 0.25, "pass_at_k": 0.5}
+    assert scores([[1.0], [0.5]], 1) == {"accuracy": 0.75}
+
+
+def test_a_reward_that_failed_is_left_out_and_is_no_zero():
+    assert scores([[None, 1.0], [1.0, None], [None, None]], 2) == {"accuracy": 1.0, "avg_at_k": 1.0, "pass_at_k": 1.0}
 
 
 def test_spread_takes_samples_from_all_over_the_set():

@@ -41,5 +41,3 @@ def _deterministic():
     for module in (batch_invariant_ops, triton_ops):
         module.enable_batch_invariant_mode = slime_batch_invariant.enable
     slime_seeded_sampling.install()
-    if os.environ.get("TRY_RADIX"):
-        choices.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])

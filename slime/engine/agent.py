@@ -1,0 +1,197 @@
+"""The host agent: a Ray actor, one a host, that runs the SGLang servers of its host and alone gives them weights."""
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import aiohttp
+import ray
+
+from slime.config import SlimeConfig
+from slime.engine import arguments, settings
+from slime.engine.control import Control
+from slime.engine.endpoint import Endpoint
+from slime.engine.errors import EngineLost
+from slime.engine.live import LiveEngine
+from slime.engine.ports import free_ports
+from slime.engine.server import Server, ServerSpec
+from slime.engine.versions import facts
+from slime.sync import buckets
+from slime.sync.protocol import Bucket
+
+WATCH_S = 0.5
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One server of a host: its number in the run, and the GPUs it may see (none on a CPU)."""
+
+    index: int
+    gpus: tuple[int, ...]
+
+
+class EngineActor:
+    """Runs on the host of its servers. They end when this process does.
+
+    It keeps the tensors of the committed version in host memory: a restarted server begins from them.
+    """
+
+    def __init__(self, cfg: SlimeConfig, run_dir: str, run_id: str, key: str) -> None:
+        """`key` is the API and admin key of the run's servers, or of the user's."""
+        self._cfg, self._run_dir, self._key = cfg, Path(run_dir), key
+        self._loaded_label = f"{run_id}/loaded"  # weights that a server read from model.path
+        self._engines: list[LiveEngine] = []
+        self._pending: list[Bucket] = []
+        self._held: list[Bucket] = []
+        self._label: str | None = None
+        self._stopping = False
+
+    # --- starting -------------------------------------------------------------------------------------------------
+
+    async def start(self, assignments: Sequence[Assignment], device: settings.Device, cpus: float) -> list[Endpoint]:
+        """Start the servers side by side; all answer when this returns.
+
+        Raises ValueError for a model or argument that cannot be used, EngineError with a log's tail for a server that ended, TimeoutError
+        after rollout.start_timeout_s. Nothing is left running then.
+        """
+        self._session = open_session()
+        self._check_model()
+        known = await asyncio.to_thread(arguments.known_arguments, self._cfg.rollout.engine_python)
+        arguments.check(self._cfg.rollout.sglang, known)
+        facts(known.version)
+        chosen = settings.server_arguments(self._cfg, device)
+        environment = settings.server_environment(self._cfg, device, cpus)
+        host = ray.util.get_node_ip_address()
+        ports = free_ports(host, 2 * len(assignments))
+        try:
+            for a in assignments:
+                port, nccl_port = ports.pop(), ports.pop()
+                spec = ServerSpec(
+                    endpoint=Endpoint(f"http://{host}:{port}", self._key, f"engine {a.index}", known.version),
+                    python=self._cfg.rollout.engine_python or arguments.this_python(),
+                    words=arguments.command_line(chosen | {"nccl_port": nccl_port}, known),
+                    environment=environment | ({"CUDA_VISIBLE_DEVICES": ",".join(map(str, a.gpus))} if a.gpus else {}),
+                    label=self._loaded_label,
+                    log=self._run_dir / "logs" / f"engine_{a.index}.log",
+                )
+                self._engines.append(self._live(spec))
+            await self._every(self._ready)
+        except BaseException:
+            await self.stop()
+            raise
+        return self.endpoints()
+
+    async def attach(self, urls: Sequence[str]) -> list[Endpoint]:
+        """Use servers that the user started. Raises EngineError where one does not answer, ValueError for an SGLang that is too old."""
+        self._session = open_session()
+        for i, url in enumerate(urls):
+            info = await Control(Endpoint(url.rstrip("/"), self._key, f"engine {i} (rollout.external_urls)"), self._session).info()
+            endpoint = Endpoint(url.rstrip("/"), self._key, f"engine {i}", info["version"])
+            self._engines.append(LiveEngine(endpoint, info["tp_size"], self._session))
+        return self.endpoints()
+
+    def endpoints(self) -> list[Endpoint]:
+        return [engine.endpoint for engine in self._engines]
+
+    # --- weights --------------------------------------------------------------------------------------------------
+
+    async def begin(self, label: str) -> None:
+        """Pause every engine and open its update session."""
+        self._pending = []
+        await self._every(LiveEngine.begin)
+
+    async def load(self, bucket: Bucket, label: str | None, timeout_s: float) -> int:
+        """Load a bucket into every engine; `label` comes with the last one. Returns the bytes sent."""
+        self._pending.append(bucket)
+        payload = await asyncio.to_thread(buckets.serialise, bucket)
+        return sum(await self._every(lambda e: e.load(payload, label, timeout_s)))
+
+    async def commit(self, label: str) -> None:
+        """Finish the update; every engine must report `label` and goes on then."""
+        await self._every(lambda e: e.commit(label))
+        self._held, self._pending, self._label = self._pending, [], label
+
+    async def relabel(self, label: str) -> None:
+        """Call the weights that the engines loaded themselves `label`."""
+        await self._every(lambda e: e.relabel(label))
+        self._label = label
+
+    async def restart_dead(self, timeout_s: float) -> list[str]:
+        """Start servers that ended anew, at their old address and with the committed weights. Returns their names."""
+        dead = [i for i, e in enumerate(self._engines) if e.server is not None and not e.server.alive]
+        for i in dead:
+            server = self._engines[i].server
+            assert server is not None
+            server.stop()
+            engine = self._engines[i] = self._live(server.spec)
+            await self._ready(engine)
+            await self._catch_up(engine, timeout_s)
+        return [self._engines[i].endpoint.name for i in dead]
+
+    async def _catch_up(self, engine: LiveEngine, timeout_s: float) -> None:
+        """Bring an engine that has just loaded model.path to the committed version."""
+        if self._label is None:
+            return
+        if not self._held:
+            await engine.relabel(self._label)
+            return
+        await engine.begin()
+        for bucket in self._held:
+            label = self._label if bucket is self._held[-1] else None
+            await engine.load(await asyncio.to_thread(buckets.serialise, bucket), label, timeout_s)
+        await engine.commit(self._label)
+
+    # --- ending ---------------------------------------------------------------------------------------------------
+
+    async def watch(self) -> str:
+        """Returns when a server of ours has ended unasked: which one, and the end of its log."""
+        while True:
+            for engine in self._engines:
+                if engine.server is not None and not engine.server.alive and not self._stopping:
+                    return f"{engine.endpoint.name} ended; the end of {engine.server.spec.log}:\n{engine.server.tail()}"
+            await asyncio.sleep(WATCH_S)
+
+    async def stop(self) -> None:
+        """End the servers that were started here. May be called again."""
+        self._stopping = True
+        servers = [e.server for e in self._engines if e.server is not None]
+        await asyncio.gather(*(asyncio.to_thread(server.stop) for server in servers))
+        self._engines = []
+        await self._session.close()
+
+    # --- helpers --------------------------------------------------------------------------------------------------
+
+    def _live(self, spec: ServerSpec) -> LiveEngine:
+        return LiveEngine(spec.endpoint, self._cfg.rollout.tensor_parallel, self._session, Server(spec))
+
+    async def _ready(self, engine: LiveEngine) -> None:
+        assert engine.server is not None
+        await engine.server.ready(self._session, self._cfg.rollout.start_timeout_s)
+
+    async def _every(self, call: Callable[[LiveEngine], Awaitable[T]]) -> list[T]:
+        """The call on every engine, side by side, each to its end. Raises the first failure; a server that ended shows its log."""
+        results = await asyncio.gather(*(call(engine) for engine in self._engines), return_exceptions=True)
+        for engine, result in zip(self._engines, results, strict=True):
+            if isinstance(result, EngineLost) and engine.server is not None:
+                raise EngineLost(f"{result}; the end of {engine.server.spec.log}:\n{engine.server.tail()}") from result
+            if isinstance(result, BaseException):
+                raise result
+        return results  # type: ignore[return-value]
+
+    def _check_model(self) -> None:
+        path = self._cfg.model.path
+        if not Path(path).is_dir() and not HUB_ID.fullmatch(path):
+            host = ray.util.get_node_ip_address()
+            raise ValueError(f"model.path={path}: no such directory on {host}, where engines run; every engine host must see it")
+        if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+            raise ValueError(f"model.path={path}: no config.json there; give the directory of a Hugging Face model")
+
+
+def open_session() -> aiohttp.ClientSession:
+    """Connections for control calls: none is kept, so that none is stale after a long step."""
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True))

@@ -1,0 +1,74 @@
+"""The control calls of one SGLang server: pause, update, flush, continue, version. Each is sent once and never again."""
+
+from typing import Any
+
+import aiohttp
+
+from slime.engine.endpoint import Endpoint
+from slime.engine.errors import EngineError, EngineLost
+
+CALL_S = 120.0  # for calls that wait for running requests
+ASK_S = 10.0
+
+
+class Control:
+    """Raises EngineError where the server refuses, EngineLost where its connection breaks, TimeoutError naming the call."""
+
+    def __init__(self, endpoint: Endpoint, session: aiohttp.ClientSession) -> None:
+        self.endpoint = endpoint
+        self._session = session
+
+    async def info(self) -> dict[str, Any]:
+        """Everything that the server says of itself: its arguments, `version`, `internal_states`."""
+        return await self._call("GET", "/server_info", None, ASK_S)
+
+    async def label(self) -> str:
+        """Label of the weights that it holds."""
+        return (await self._call("GET", "/model_info", None, ASK_S))["weight_version"]
+
+    async def pause(self, mode: str) -> None:
+        """Stop decoding; `mode` is abort, retract or in_place."""
+        await self._call("POST", "/pause_generation", {"mode": mode})
+
+    async def resume(self) -> None:
+        """Go on decoding."""
+        await self._call("POST", "/continue_generation", {})
+
+    async def flush(self) -> None:
+        """Drop every cached prefix."""
+        await self._call("POST", f"/flush_cache?timeout={CALL_S / 2:g}", {})
+
+    async def begin(self) -> None:
+        """Open an update session."""
+        await self._call("POST", "/begin_weight_update", {})
+
+    async def end(self) -> None:
+        """Close the update session."""
+        await self._call("POST", "/end_weight_update", {})
+
+    async def update(self, payloads: list[str], label: str | None, flush: bool, timeout_s: float) -> None:
+        """Load tensors: `payloads` hold one serialised bucket for each TP rank (see slime.sync.buckets)."""
+        body = {"serialized_named_tensors": payloads, "flush_cache": flush, "weight_version": label}
+        await self._call("POST", "/update_weights_from_tensor", body, timeout_s)
+
+    async def relabel(self, label: str) -> None:
+        """Call the weights that it holds `label`."""
+        await self._call("POST", "/update_weight_version", {"new_version": label, "abort_all_requests": False})
+
+    async def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float = CALL_S) -> Any:
+        name = self.endpoint.name
+        try:
+            async with self._session.request(
+                method, self.endpoint.url + path, json=body, headers=self.endpoint.headers, timeout=aiohttp.ClientTimeout(timeout_s)
+            ) as response:
+                text = await response.text()
+                if response.status != 200:
+                    raise EngineError(f"{name} refused {path}: {response.status} {text[:500]}")
+                answer = await response.json() if response.content_type == "application/json" else {"message": text}
+        except TimeoutError as error:
+            raise TimeoutError(f"waiting for {name} to answer {path}: nothing after {timeout_s:g} s") from error
+        except aiohttp.ClientError as error:
+            raise EngineLost(f"{name} at {self.endpoint.url} was lost during {path}: {error or type(error).__name__}") from error
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise EngineError(f"{name} refused {path}: {answer.get('message')}")
+        return answer

@@ -1,0 +1,142 @@
+"""All engines as the driver sees them: host agents started where the placement has devices, and calls to all of them."""
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from slime.cluster import deadline
+from slime.cluster.placement import RolePlacement
+from slime.config import SlimeConfig
+from slime.engine.agent import Assignment, EngineActor
+from slime.engine.endpoint import Endpoint
+from slime.engine.errors import EngineLost
+
+SYNC_KNOB, START_KNOB = "sync.timeout_s", "rollout.start_timeout_s"
+GRACE_S = 30.0  # beyond an agent's own deadline, which explains more
+STOP_S = 20.0
+
+
+class EngineFleet:
+    """A plain object over the host agents; the weight channel's Receivers. Methods return when every engine is done.
+
+    They raise what an agent raised (EngineError, EngineLost, StaleWeights, ValueError), TimeoutError naming the knob, RuntimeError where a
+    host agent died.
+    """
+
+    def __init__(self, cfg: SlimeConfig, agents: list[Any], endpoints: list[Endpoint]) -> None:
+        """Takes over Ray handles of `EngineActor`; see `start`."""
+        self._cfg = cfg
+        self._agents = agents
+        self._endpoints = endpoints
+        self._watches = [agent.watch.remote() for agent in agents]
+
+    @classmethod
+    def start(cls, cfg: SlimeConfig, placement: RolePlacement | None, run_dir: Path, run_id: str) -> "EngineFleet":
+        """Start rollout.engines servers on the placement's devices, or use rollout.external_urls. All answer when this returns."""
+        agents: list[Any] = []
+        try:
+            if cfg.rollout.external_urls:
+                here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+                agents.append(_agent(cfg, run_dir, run_id, cfg.rollout.external_key or "", here))
+                starting = [agents[0].attach.remote(cfg.rollout.external_urls)]
+            else:
+                assert placement is not None, "engines need a placement"
+                key, starting = secrets.token_hex(32), []
+                for bundles, assignments in _by_host(cfg, placement):
+                    agents.append(_agent(cfg, run_dir, run_id, key, placement.strategy(bundles[0])))
+                    starting.append(agents[-1].start.remote(assignments, placement.device, placement.cpus))
+            timeout_s = cfg.rollout.start_timeout_s + GRACE_S
+            started = deadline.get(starting, timeout_s, "the engines to start", START_KNOB)
+        except BaseException:
+            _stop(agents)
+            raise
+        return cls(cfg, agents, [endpoint for endpoints in started for endpoint in endpoints])
+
+    def endpoints(self) -> list[Endpoint]:
+        return list(self._endpoints)
+
+    def check(self) -> None:
+        """Raises EngineLost naming a server that ended, with the end of its log."""
+        ended, _ = ray.wait(self._watches, timeout=0)
+        if ended:
+            raise EngineLost(deadline.get(ended[0], 1.0, "a host agent"))
+
+    def begin(self, label: str, timeout_s: float) -> None:
+        """Pause every engine and open its update session."""
+        self._all(lambda agent: agent.begin.remote(label), timeout_s, f"every engine to pause for weights {label}")
+
+    def load(self, bucket: "ray.ObjectRef", label: str | None, timeout_s: float) -> int:
+        """Load a bucket into every engine; `label` comes with the last one. Returns the bytes sent."""
+        return sum(self._all(lambda agent: agent.load.remote(bucket, label, timeout_s), timeout_s, "every engine to load weights"))
+
+    def commit(self, label: str, timeout_s: float) -> None:
+        """Every engine must report `label`, and goes on then."""
+        self._all(lambda agent: agent.commit.remote(label), timeout_s, f"every engine to hold weights {label}")
+
+    def relabel(self, label: str, timeout_s: float) -> None:
+        """Call the weights that the engines loaded themselves `label`."""
+        self._all(lambda agent: agent.relabel.remote(label), timeout_s, f"every engine to hold weights {label}")
+
+    def restart_dead(self) -> list[str]:
+        """Start servers that ended anew, with the committed weights. Returns their names."""
+        timeout_s = self._cfg.rollout.start_timeout_s + self._cfg.sync.timeout_s
+        what = "ended engines to start again"
+        names = deadline.get([a.restart_dead.remote(self._cfg.sync.timeout_s) for a in self._agents], timeout_s, what, START_KNOB)
+        self._watches = [agent.watch.remote() for agent in self._agents]
+        return [name for of_agent in names for name in of_agent]
+
+    def stop(self) -> None:
+        """End the servers that were started here, and the agents. May be called again."""
+        _stop(self._agents)
+        self._agents = []
+
+    def _all(self, call: "Callable[[Any], ray.ObjectRef]", timeout_s: float, what: str) -> list[Any]:
+        return deadline.get([call(agent) for agent in self._agents], timeout_s, what, SYNC_KNOB)
+
+
+def _agent(cfg: SlimeConfig, run_dir: Path, run_id: str, key: str, where: Any) -> Any:
+    """An agent takes no CPU of its bundle: those are its servers'."""
+    return ray.remote(EngineActor).options(num_cpus=0, scheduling_strategy=where).remote(cfg, str(run_dir.resolve()), run_id, key)
+
+
+def _by_host(cfg: SlimeConfig, placement: RolePlacement) -> list[tuple[list[int], list[Assignment]]]:
+    """Servers by host: positions of the host's devices in the placement, and its servers. A server's devices are on one host."""
+    nodes: dict[str, list[int]] = {}
+    node_of = ray.util.placement_group_table(placement.group)["bundles_to_node_id"]
+    for position, bundle in enumerate(placement.bundles):
+        nodes.setdefault(node_of[bundle], []).append(position)
+    size, wanted, hosts, index = cfg.rollout.tensor_parallel, cfg.rollout.engines, [], 0
+    for positions in nodes.values():
+        gpus = _gpus(placement, positions)
+        count = min(len(positions) // size, wanted - index)
+        if count:
+            mine = [Assignment(index + i, tuple(gpus[i * size : (i + 1) * size])) for i in range(count)]
+            hosts.append((positions, mine))
+            index += count
+    if index < wanted:
+        raise ValueError(
+            f"rollout.engines={wanted} of rollout.tensor_parallel={size} devices do not fit the {len(placement.bundles)} devices of "
+            f"cluster.roles.rollout on {len(nodes)} hosts, as a server's devices are on one host; lower rollout.engines or add devices"
+        )
+    return hosts
+
+
+def _gpus(placement: RolePlacement, positions: list[int]) -> list[int]:
+    """GPU numbers on their host of these devices; none on a CPU."""
+    if placement.device == "cpu":
+        return []
+    ask = ray.remote(ray.get_gpu_ids)
+    refs = [ask.options(num_cpus=0, num_gpus=1, scheduling_strategy=placement.strategy(p)).remote() for p in positions]
+    return [int(ids[0]) for ids in deadline.get(refs, 60.0, "the rollout devices to name their GPUs", "cluster.start_timeout_s")]
+
+
+def _stop(agents: list[Any]) -> None:
+    """Let agents end their servers, then end them. An agent that does not answer takes its servers with it."""
+    if agents:
+        ray.wait([agent.stop.remote() for agent in agents], num_returns=len(agents), timeout=STOP_S)
+    for agent in agents:
+        ray.kill(agent)

@@ -1,0 +1,85 @@
+"""A request to an engine and its answer, as records and as SGLang's JSON."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slime.engine.errors import EngineError
+from slime.types import VersionSpan
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How an answer is drawn."""
+
+    max_new_tokens: int
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()  # strings that end the answer, beside the tokenizer's end tokens
+    seed: int | None = None  # of deterministic mode; other engines ignore it
+    ignore_eos: bool = False
+
+    def to_sglang(self) -> dict[str, Any]:
+        chosen: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "top_p": self.top_p}
+        if self.stop:
+            chosen["stop"] = list(self.stop)
+        if self.seed is not None:
+            chosen["sampling_seed"] = self.seed
+        if self.ignore_eos:
+            chosen["ignore_eos"] = True
+        return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One answer. R response tokens; times in seconds since 1970."""
+
+    output_ids: list[int]  # [R], with the end token where there is one
+    logprobs: list[float]  # [R], natural log, of the drawn tokens under softmax(logits / temperature); top-p does not change them
+    text: str
+    finish_reason: str  # stop | length | abort
+    versions: list[VersionSpan]  # cover [0, R)
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, taken from the engine's cache
+    engine: str  # who answered
+    started_s: float  # the request was sent
+    finished_s: float  # the answer had arrived
+    engine_s: float  # what the engine says it took
+    response_sent_s: float  # when the engine says it sent the answer
+
+    @property
+    def e2e_s(self) -> float:
+        return self.finished_s - self.started_s
+
+
+def check_ids(prompt_ids: Sequence[int], vocab_size: int) -> None:
+    """Raises ValueError for a prompt that an engine must not see: an id outside the vocabulary ends its process."""
+    if not prompt_ids:
+        raise ValueError("an empty prompt: give at least one token id")
+    low, high = min(prompt_ids), max(prompt_ids)
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"token id {wrong} is outside the model's vocabulary [0, {vocab_size}): does the tokenizer belong to the model?")
+
+
+def parse(answer: dict[str, Any], has_spans: bool, engine: str, started_s: float, finished_s: float) -> Generation:
+    """SGLang's answer of /generate with return_logprob. Raises EngineError where ids and log-probs do not belong together."""
+    meta, ids = answer["meta_info"], answer["output_ids"]
+    triples = meta["output_token_logprobs"]
+    if [t[1] for t in triples] != ids:
+        raise EngineError(f"{engine} returned {len(ids)} token ids and log-probs of {len(triples)} others")
+    spans = meta["weight_versions"] if has_spans else [{"version": meta["weight_version"], "start": 0, "end": len(ids)}]
+    return Generation(
+        output_ids=ids,
+        logprobs=[t[0] for t in triples],
+        text=answer["text"],
+        finish_reason=meta["finish_reason"]["type"],
+        versions=[VersionSpan(s["version"], s["start"], s["end"]) for s in spans],
+        prompt_tokens=meta["prompt_tokens"],
+        cached_tokens=meta["cached_tokens"],
+        engine=engine,
+        started_s=started_s,
+        finished_s=finished_s,
+        engine_s=meta["e2e_latency"],
+        response_sent_s=meta["response_sent_to_client_ts"],
+    )

@@ -1,0 +1,83 @@
+"""Which engine gets a request. A pure state machine: no network, no clock.
+
+    FENCED   its weights are unknown or not the expected ones; gets nothing
+    READY    holds the expected weights
+    DEAD     its connection broke; gets nothing until it is shown to hold the expected weights again
+
+A session (the ordinal of a prompt) stays with the engine that got its first request, whose cache holds the prompt; it moves when that
+engine is not ready or has much more to do than the least loaded one.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from enum import Enum
+
+from slime.engine.errors import EngineError
+
+SESSIONS = 65536  # remembered; the longest unused is forgotten
+SLACK = 16  # requests by which an engine may exceed twice the least load before sessions leave it
+
+
+class State(Enum):
+    FENCED = "fenced"
+    READY = "ready"
+    DEAD = "dead"
+
+
+@dataclass
+class Slot:
+    """What the router knows of one engine."""
+
+    name: str
+    state: State = State.FENCED
+    reason: str = "its weights are not known yet"
+    load: int = 0  # requests under way
+
+
+class Router:
+    """Engines are known by their position."""
+
+    def __init__(self, names: list[str]) -> None:
+        assert names, "a router needs an engine"
+        self.slots = [Slot(name) for name in names]
+        self._sessions: OrderedDict[int, int] = OrderedDict()
+
+    def ready(self, engine: int) -> None:
+        """It answers, and holds the expected weights."""
+        self.slots[engine].state, self.slots[engine].reason = State.READY, ""
+
+    def fence(self, engine: int, reason: str) -> None:
+        """It holds other weights, or unknown ones. A dead engine stays dead."""
+        slot = self.slots[engine]
+        if slot.state is not State.DEAD:
+            slot.state, slot.reason = State.FENCED, reason
+
+    def dead(self, engine: int, reason: str) -> None:
+        self.slots[engine].state, self.slots[engine].reason = State.DEAD, reason
+
+    def acquire(self, session: int | None = None) -> int:
+        """The engine for a request of `session`; `release` it afterwards. Raises EngineError where none is ready, saying why."""
+        open_engines = [i for i, slot in enumerate(self.slots) if slot.state is State.READY]
+        if not open_engines:
+            states = "; ".join(f"{slot.name} is {slot.state.value}: {slot.reason}" for slot in self.slots)
+            raise EngineError(f"no engine can answer: {states}")
+        least = min(open_engines, key=lambda i: (self.slots[i].load, i))
+        chosen = least if session is None else self._sticky(session, least)
+        self.slots[chosen].load += 1
+        return chosen
+
+    def release(self, engine: int) -> None:
+        """A request that `acquire` placed there has ended."""
+        assert self.slots[engine].load > 0, f"{self.slots[engine].name} has no request to release"
+        self.slots[engine].load -= 1
+
+    def _sticky(self, session: int, least: int) -> int:
+        engine = self._sessions.get(session, least)
+        slot = self.slots[engine]
+        if slot.state is not State.READY or slot.load > 2 * self.slots[least].load + SLACK:
+            engine = least
+        self._sessions[session] = engine
+        self._sessions.move_to_end(session)
+        if len(self._sessions) > SESSIONS:
+            self._sessions.popitem(last=False)
+        return engine

@@ -1,0 +1,93 @@
+"""What a recipe's servers are started with: SGLang's arguments by name, environment, and the size of the KV pool on a CPU.
+
+The pool on a CPU. SGLang would take 84 % of the host's memory. Instead the pool holds every request that a server may run at once at its
+longest, so that none is ever retracted:
+
+    max_running_requests  requests of a step, divided among the servers, at most rollout.max_in_flight and 256,
+                          fewer where the pool would pass 2 GiB
+    max_total_tokens      max_running_requests x (data.max_prompt_tokens + rollout.max_response_tokens + 1), rounded up to 1024
+
+On CUDA, SGLang sizes its pool itself.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from slime.config import SlimeConfig
+from slime.cpu import serving
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+MOST_RUNNING = 256
+POOL_BYTES = 2 << 30
+ROUND_TO = 1024
+
+Device = Literal["cpu", "cuda"]
+
+
+def server_arguments(cfg: SlimeConfig, device: Device) -> dict[str, Any]:
+    """SGLang's server arguments; what rollout.sglang says comes last. Raises ValueError for a pool that cannot hold one answer."""
+    chosen: dict[str, Any] = {
+        "model_path": cfg.model.path,
+        "dtype": DTYPES[cfg.model.dtype],
+        "tp_size": cfg.rollout.tensor_parallel,
+        "device": device,
+        "random_seed": cfg.run.seed,
+        "log_level_http": "warning",
+    }
+    if device == "cpu":
+        chosen |= serving.arguments(cfg.run.deterministic) | cpu_pool(cfg)
+    chosen |= cfg.rollout.sglang
+    if device == "cpu":
+        _check_pool(cfg, chosen)
+    return chosen
+
+
+def server_environment(cfg: SlimeConfig, device: Device, cpus: float) -> dict[str, str]:
+    """The whole environment of a server whose devices reserve `cpus` CPUs each."""
+    threads = max(1, int(cpus))
+    own = {"OMP_NUM_THREADS": str(threads)}
+    if device == "cpu":
+        own = serving.environment(cfg.run.deterministic, threads, cfg.rollout.tensor_parallel)
+    return os.environ | own
+
+
+def cpu_pool(cfg: SlimeConfig) -> dict[str, int]:
+    """max_running_requests and max_total_tokens, see the module."""
+    step = cfg.rollout.prompts_per_step * cfg.rollout.samples_per_prompt
+    wanted = -(-min(step, cfg.rollout.max_in_flight) // cfg.rollout.engines)
+    longest = longest_request(cfg)
+    affordable = POOL_BYTES // (longest * kv_bytes_per_token(cfg))
+    running = max(1, min(wanted, MOST_RUNNING, affordable))
+    return {"max_running_requests": running, "max_total_tokens": -(-running * longest // ROUND_TO) * ROUND_TO}
+
+
+def longest_request(cfg: SlimeConfig) -> int:
+    """Tokens of the longest prompt with the longest answer, and one that SGLang reserves."""
+    longest = max([cfg.rollout.max_response_tokens, *(s.max_response_tokens or 0 for s in cfg.data.eval.values())])
+    return cfg.data.max_prompt_tokens + longest + 1
+
+
+def kv_bytes_per_token(cfg: SlimeConfig) -> int:
+    """Keys and values of one token in all layers, on one device; 1 where the model is not on this host yet."""
+    path = Path(cfg.model.path) / "config.json"
+    if not path.exists():
+        return 1
+    hf = json.loads(path.read_text())
+    heads = hf.get("num_key_value_heads") or hf["num_attention_heads"]
+    head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    width = {"fp32": 4, "bf16": 2}[cfg.model.dtype]
+    return max(1, 2 * hf["num_hidden_layers"] * heads * head_dim * width // cfg.rollout.tensor_parallel)
+
+
+def _check_pool(cfg: SlimeConfig, chosen: dict[str, Any]) -> None:
+    """In deterministic mode nothing may be retracted; in any mode one request must fit."""
+    running = chosen["max_running_requests"] if cfg.run.deterministic else 1
+    needed, tokens = running * longest_request(cfg), chosen["max_total_tokens"]
+    if tokens is not None and tokens < needed:
+        what = f"{running} requests at once, as run.deterministic needs" if cfg.run.deterministic else "one request"
+        raise ValueError(
+            f"rollout.sglang.max_total_tokens={tokens}: too few for {what}, of {longest_request(cfg)} tokens (data.max_prompt_tokens + "
+            f"rollout.max_response_tokens + 1); {needed} are needed"
+        )

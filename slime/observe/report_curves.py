@@ -1,0 +1,136 @@
+"""Which curves a report shows. A chart whose metrics no step has is left out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+
+from slime.observe.charts import Series, line_chart, number, percent, stacked_chart
+from slime.observe.console_table import seconds, short
+from slime.observe.report_data import RunRecord
+
+MAX_LINES = 6  # colours of the page
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A line chart: (metric, label) pairs."""
+
+    title: str
+    metrics: tuple[tuple[str, str], ...]
+    log: bool = False
+    bounds: tuple[float | None, float | None] = (None, None)
+    write: Callable[[float], str] = number
+    limit: str = ""  # a knob of `observe` drawn as a dashed line
+    note: str = ""
+
+
+GROUPS: tuple[tuple[str, tuple[Curve, ...]], ...] = (
+    (
+        "Responses",
+        (
+            Curve("Response length", (("response_len/mean", "mean"), ("response_len/max", "longest")), note="tokens", write=short),
+            Curve("Truncated responses", (("response_len/truncated_frac", "share"),), bounds=(0.0, None), write=percent),
+            Curve(
+                "Groups of equal rewards", (("group/zero_std_frac", "share"),), bounds=(0.0, None), write=percent, note="they teach nothing"
+            ),
+            Curve("Reward errors", (("reward/error_frac", "share"),), bounds=(0.0, None), write=percent),
+        ),
+    ),
+    (
+        "Optimisation",
+        (
+            Curve("Entropy", (("train/entropy", "nats a token"),)),
+            Curve("Policy loss", (("train/pg_loss", "loss"),)),
+            Curve("Loss", (("train/loss", "loss"),)),
+            Curve("Gradient norm", (("train/grad_norm", "before clipping"),), bounds=(0.0, None)),
+            Curve("Clipped tokens", (("train/clip_frac", "share"),), bounds=(0.0, None), write=percent),
+            Curve("Learning rate", (("train/lr", "lr"),), bounds=(0.0, None)),
+        ),
+    ),
+    (
+        "Trainer against engine",
+        (
+            Curve(
+                "Log-prob difference",
+                (("mismatch/logprob_abs_diff", "mean"), ("mismatch/logprob_abs_diff_max", "largest")),
+                log=True,
+                limit="mismatch_warn",
+                note="same tokens, same weights",
+            ),
+            Curve("KL(engine, trainer)", (("mismatch/kl", "k3 estimate"),), log=True),
+            Curve("KL of the update", (("train/kl", "k3 estimate"),)),
+            Curve("Staleness", (("staleness/mean", "mean"), ("staleness/max", "largest")), bounds=(0.0, None), note="versions"),
+        ),
+    ),
+)
+
+
+def learning(run: RunRecord) -> str:
+    """Accuracy on every evaluation set, and the reward: what a run is for."""
+    sets = [s for n in run.names("eval/", "/accuracy")[:MAX_LINES] if (s := run.series(f"eval/{n}/accuracy", n, markers=True))]
+    rewards = [s for s in [run.series("reward/mean", "all")] if s]
+    sources = run.names("reward/", "/mean")[: MAX_LINES - 1]
+    rewards += [s for n in sources if (s := run.series(f"reward/{n}/mean", n))] if len(sources) > 1 else []
+    cards = []
+    if sets:
+        cards.append(card("Evaluation accuracy", sets, line_chart(sets, write=percent, bounds=(0.0, None)), percent))
+    if rewards:
+        cards.append(card("Mean reward", rewards, line_chart(rewards), number))
+    return "".join(cards)
+
+
+def groups(run: RunRecord) -> list[tuple[str, str]]:
+    """(heading, cards) of every other group of curves that has any."""
+    shown = [(heading, "".join(curve(run, c) for c in curves)) for heading, curves in GROUPS]
+    shown.append(("Time", times(run) + speeds(run)))
+    return [(heading, cards) for heading, cards in shown if cards]
+
+
+def curve(run: RunRecord, spec: Curve) -> str:
+    """One card, "" where no step has a value to draw."""
+    series = [s for metric, label in spec.metrics if (s := run.series(metric, label))]
+    drawable = [s for s in series if not spec.log or any(v is not None and v > 0 for v in s.values)]
+    if not drawable:
+        return ""
+    limit = run.config.get("observe", {}).get(spec.limit) if spec.limit else None
+    svg = line_chart(drawable, log=spec.log, bounds=spec.bounds, write=spec.write, threshold=limit)
+    return card(spec.title, drawable, svg, spec.write, spec.note)
+
+
+def times(run: RunRecord) -> str:
+    """Where the seconds of a step go."""
+    steps = range(1, len(run.lines))
+    named = {n: [run.lines[k].get(f"time/{n}_s") for k in steps] for n in ("rollout", "train", "sync", "eval", "save")}
+    series = [Series(n, list(steps), values) for n, values in named.items() if any(values)]
+    if not series:
+        return ""
+    overlap = run.config.get("rollout", {}).get("mode", "sync") != "sync"
+    return card("Seconds of a step", series, stacked_chart(series, seconds), seconds, "rollout runs beside training" if overlap else "")
+
+
+def speeds(run: RunRecord) -> str:
+    """Throughput, and the share of a step in which nothing computes."""
+    return "".join(
+        curve(run, spec)
+        for spec in (
+            Curve(
+                "Tokens per second",
+                (("perf/tokens_per_s", "trained"), ("engine/tokens_per_s", "generated")),
+                bounds=(0.0, None),
+                write=short,
+            ),
+            Curve("Idle share of a step", (("time/idle_frac", "nothing computes"),), bounds=(0.0, None), write=percent),
+            Curve("Prefix cache hits", (("engine/cache_hit", "share of prompt tokens"),), bounds=(0.0, 1.0), write=percent),
+        )
+    )
+
+
+def card(title: str, series: list[Series], svg: str, write: Callable[[float], str], note: str = "") -> str:
+    """A titled chart with its legend and the newest values."""
+    newest = [next((v for v in reversed(s.values) if v is not None), None) for s in series]
+    legend = "".join(
+        f'<span class="key"><i class="c{i}"></i>{escape(s.name)} <b>{"" if v is None else escape(write(v))}</b></span>'
+        for i, (s, v) in enumerate(zip(series, newest, strict=True))
+    )
+    remark = f'<span class="note">{escape(note)}</span>' if note else ""
+    return f'<figure class="card"><figcaption><h3>{escape(title)}{remark}</h3><div class="legend">{legend}</div></figcaption>{svg}</figure>'

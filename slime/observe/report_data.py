@@ -1,0 +1,106 @@
+"""What a report is made of: the files of a run's directory, read leniently where a crash may have left them short."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from slime.observe.charts import Series
+from slime.observe.metrics import Line, read
+from slime.observe.summary import Summary, read_summary
+
+EVAL = "eval/"  # how the source of an evaluation's example begins
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One answer that was kept for the report."""
+
+    step: int
+    prompt: str
+    response: str
+    reward: float | None
+    label: str
+    source: str
+
+    @property
+    def of_evaluation(self) -> bool:
+        return self.source.startswith(EVAL)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as its files tell it."""
+
+    name: str
+    lines: list[Line]  # entry k is step k
+    summary: Summary | None  # None where the run goes on or was killed
+    config_text: str
+    config: dict[str, Any]
+    examples: list[Example]
+    ledger: dict[str, int]  # drawn, trained, dropped, pending; {} where not known
+
+    @classmethod
+    def read(cls, run_dir: Path) -> "RunRecord":
+        """Read a run's directory. Raises ValueError where metrics.jsonl or config.yaml is damaged; any file may be missing."""
+        metrics, config = run_dir / "metrics.jsonl", run_dir / "config.yaml"
+        lines = read(metrics) if metrics.exists() else []
+        text = config.read_text() if config.exists() else ""
+        loaded = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
+        return cls(
+            name=run_dir.resolve().name,
+            lines=lines,
+            summary=read_summary(run_dir),
+            config_text=text,
+            config={str(k): v for k, v in loaded.items()} if isinstance(loaded, dict) else {},
+            examples=_read_examples(run_dir / "examples.jsonl"),
+            ledger=_read_ledger(run_dir / "ledger.json", lines),
+        )
+
+    def series(self, metric: str, name: str = "", *, markers: bool = False) -> Series | None:
+        """The values of a metric over all steps (with `markers` only where it has one); None where no step has one."""
+        steps = [(k, line.get(metric)) for k, line in enumerate(self.lines)]
+        known = [k for k, value in steps if value is not None]
+        if not known:
+            return None
+        shown = [(k, v) for k, v in steps if (v is not None if markers else k >= known[0])]
+        return Series(name or metric, [k for k, _ in shown], [v for _, v in shown], markers)
+
+    def names(self, prefix: str, suffix: str) -> list[str]:
+        """What stands between `prefix` and `suffix` in the metric names, sorted."""
+        found = {n for line in self.lines for n in line if n.startswith(prefix) and n.endswith(suffix)}
+        return sorted(n[len(prefix) : len(n) - len(suffix)] for n in found if len(n) > len(prefix) + len(suffix))
+
+    def last(self, metric: str) -> float | None:
+        """The newest value of a metric."""
+        return next((v for line in reversed(self.lines) if (v := line.get(metric)) is not None), None)
+
+
+def _read_examples(path: Path) -> list[Example]:
+    """All examples; steps that a resume trained again count once, as they came last. A line torn by a crash is left out."""
+    examples: list[Example] = []
+    if not path.exists():
+        return examples
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if not line.endswith("\n"):
+                break
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            while examples and examples[-1].step > row["step"]:
+                examples.pop()
+            label, source = row.get("label"), row.get("source")
+            text = "" if label is None else str(label)
+            examples.append(Example(row["step"], str(row["prompt"]), str(row["response"]), row.get("reward"), text, str(source or "")))
+    return examples
+
+
+def _read_ledger(path: Path, lines: Sequence[Line]) -> dict[str, int]:
+    """The counts of ledger.json, by default those of the newest line of metrics."""
+    values = json.loads(path.read_bytes()) if path.exists() else (lines[-1] if lines else {})
+    return {n.removeprefix("ledger/"): int(v) for n, v in values.items() if n.startswith("ledger/") and v is not None}

@@ -1,0 +1,1 @@
+"""The weight channel: how the trainer's weights reach the engines."""
