@@ -36,7 +36,8 @@ def main() -> int:
 def run(recipe: str, seed: int, control: bool) -> dict:
     """One quickstart from its task to its summary."""
     begun = time.time()
-    subprocess.run([sys.executable, "-m", "examples.quickstart", "--recipe", recipe, f"run.seed={seed}", *(CONTROL if control else [])], check=True)
+    command = [sys.executable, "-m", "examples.quickstart", "--recipe", recipe, f"run.seed={seed}"]
+    subprocess.run(command + (CONTROL if control else []), check=True)
     newest = max(Path("runs").glob(f"{recipe}-*/summary.json"), key=lambda p: p.stat().st_mtime)
     assert newest.stat().st_mtime > begun, "the quickstart wrote no summary"
     summary = json.loads(newest.read_text())

@@ -36,7 +36,7 @@ from slime.types import EvalResult, WeightVersion
 
 log = logging.getLogger(__name__)
 
-BUSY = frozenset({"engine", "forward_backward", "logprobs", "optimizer", "gather_weights", "load_weights"})  # spans in which something computes
+BUSY = frozenset({"engine", "train", "gather_weights"})  # spans in which something computes
 POLL_S = 0.2  # how often a wait looks at its progress bar and for a stop
 
 
@@ -49,7 +49,7 @@ class Run:
     resolved: dict  # the recipe as plain values, for checkpoints
     version: WeightVersion  # of the weights that the trainer holds
     ledger: Ledger
-    trainer: TrainerGroup
+    ranks: TrainerGroup | None  # None with run.only=rollout
     rollout: BatchSource
     channel: Channel
     console: Console
@@ -66,6 +66,11 @@ class Run:
     _sync: dict[str, float] = field(default_factory=dict)  # of the last publish
     _save_s: float = 0.0
     _saved: int = -1  # the last committed step
+
+    @property
+    def trainer(self) -> TrainerGroup:
+        assert self.ranks is not None, "run.only=rollout has no trainer"
+        return self.ranks
 
     @property
     def step(self) -> int:
@@ -99,6 +104,8 @@ class Run:
         with self.console.bar(f"rollout {pending.step + 1}", self.cfg.rollout.prompts_per_step, "prompts") as bar:
             while not pending.wait(POLL_S):
                 bar.update(pending.progress())
+                if self.fleet is not None:
+                    self.fleet.check()
                 if self.signal.received:
                     self.commit(self.step, None)
                     raise SavedRunAgain(f"stopped by {self.signal.received} before update {self.step + 1}; saved at step {self.step}")
@@ -136,7 +143,7 @@ class Run:
     # --- what the verbs do ------------------------------------------------------------------------------------------
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        if not self.cfg.data.eval or self.fleet is None:
+        if not self.cfg.data.eval or self.fleet is None or self.ranks is None:
             return {}
         self.publish(step)
         begun = time.time()
@@ -148,7 +155,7 @@ class Run:
     def _write(self, step: int, line: dict[str, float], examples: list[dict], spans: list[Span]) -> None:
         now = time.time()
         self.tracer.add("step", self._step_begun_s, now, step=step)
-        spans = [*spans, *self.trainer.spans(), *self.channel.spans(), *self.tracer.drain()]
+        spans = [*spans, *(self.ranks.spans() if self.ranks else []), *self.channel.spans(), *self.tracer.drain()]
         if step:
             line["time/idle_frac"] = idle_fraction(spans, (self._step_begun_s, now), BUSY)
             line["time/save_s"] = self._save_s
@@ -170,11 +177,11 @@ class Run:
         """Train and inference must agree on the log-probs of the same tokens under the same weights."""
         drift, observe = line.get("mismatch/logprob_abs_diff", 0.0), self.cfg.observe
         if observe.mismatch_stop and drift > observe.mismatch_stop:
-            raise GateStopped(
-                f"update {step}: trainer and engine log-probs differ by {drift:.3g} on average, above observe.mismatch_stop={observe.mismatch_stop:g}"
-            )
+            limit = f"observe.mismatch_stop={observe.mismatch_stop:g}"
+            raise GateStopped(f"update {step}: trainer and engine log-probs differ by {drift:.3g} on average, above {limit}")
         if drift > observe.mismatch_warn:
-            log.warning("update %d: trainer and engine log-probs differ by %.3g (observe.mismatch_warn=%g)", step, drift, observe.mismatch_warn)
+            limit = f"observe.mismatch_warn={observe.mismatch_warn:g}"
+            log.warning("update %d: trainer and engine log-probs differ by %.3g on average, above %s", step, drift, limit)
 
     # --- durable ----------------------------------------------------------------------------------------------------
 
@@ -197,7 +204,7 @@ class Run:
 
     def finish(self) -> None:
         """The last commit and the Hugging Face directory of the final weights."""
-        if self.cfg.run.only == "rollout":
+        if self.ranks is None:
             return
         if self._saved != self.step:
             self.commit(self.step, None)

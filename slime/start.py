@@ -4,7 +4,6 @@ import fcntl
 import json
 import logging
 import secrets
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -38,7 +37,7 @@ from slime.observe.summary import write_summary
 from slime.observe.trace import TraceFile
 from slime.observe.trackers import start_trackers
 from slime.rollout.demonstrations import Demonstrations
-from slime.rollout.handle import BatchSource, Pending, Ready, Rollout, RolloutResult, start_rollout
+from slime.rollout.handle import BatchSource, Pending, Ready, RolloutResult, start_rollout
 from slime.rollout.replay import Replay
 from slime.run import Run
 from slime.sync.channel import Channel
@@ -105,7 +104,8 @@ def claim(cfg: SlimeConfig, directory: Path, stack: ExitStack) -> Restored | Non
         path = Path(mode)
         restored = restore.newest(path) if not path.name.startswith("iter_") else _named(path)
     if restored is None and mode not in ("auto", "never"):
-        raise ConfigError(f"run.resume={mode}: there is no checkpoint in {directory if mode == 'must' else mode}; use run.resume=auto to start anew")
+        where = directory if mode == "must" else mode
+        raise ConfigError(f"run.resume={mode}: there is no checkpoint in {where}; use run.resume=auto to start anew")
     if restored is not None and restored.step >= cfg.run.steps:
         raise NothingToDo(f"{directory} has completed {restored.step} updates and run.steps={cfg.run.steps}; raise run.steps to go on")
     return restored
@@ -196,7 +196,7 @@ def build(
         resolved=resolved,
         version=version,
         ledger=ledger,
-        trainer=parts.trainer,
+        ranks=parts.trainer,
         rollout=parts.source,
         channel=Channel(cfg.sync, parts.trainer, parts.fleet, version),
         console=console,

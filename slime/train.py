@@ -43,6 +43,8 @@ def train(run: Run) -> None:
 
 def generate(run: Run) -> None:
     """run.only=rollout: generate and dump batches with the weights that the engines loaded."""
+    run.publish(run.step)
+    run.evaluate_first()
     for step in run.steps():
         batch = run.join(run.start(step))
         run.record(step + 1, batch, {})

@@ -89,7 +89,9 @@ class ParquetRows:
         except pa.ArrowException as error:
             raise ValueError(f"{path}: not a parquet file that can be read ({error})") from error
         except OSError as error:
-            raise ValueError(f"{path}: not a parquet file that can be read, or {tempfile.gettempdir()} is full ({error}); set TMPDIR") from error
+            raise ValueError(
+                f"{path}: not a parquet file that can be read, or {tempfile.gettempdir()} is full ({error}); set TMPDIR"
+            ) from error
         sizes = [self._file.get_batch(b).num_rows for b in range(self._file.num_record_batches)]
         self._ends = np.cumsum(sizes, dtype=np.int64).tolist()
 

@@ -26,7 +26,9 @@ class Ledger:
         drawn = set(range(self.next, self.next + summary.drawn))
         assert summary.first_ordinal == self.next, f"a rollout drew from ordinal {summary.first_ordinal}, {self.next} is next"
         accounted = [*summary.trained, *summary.dropped]
-        assert len(accounted) == len(drawn) and set(accounted) == drawn, f"a rollout lost or repeated prompts: drew {drawn}, accounts for {accounted}"
+        assert len(accounted) == len(drawn) and set(accounted) == drawn, (
+            f"a rollout lost or repeated prompts: drew {drawn}, accounts for {accounted}"
+        )
         self.next += summary.drawn
         self.pending |= set(summary.trained)
         self.dropped.update(summary.dropped.values())

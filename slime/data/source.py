@@ -83,7 +83,9 @@ def to_prompt(rows: Rows, i: int, ordinal: int, cfg: DataConfig, source: str | N
     where = f"{rows.path}, row {i + 1}"
     prompt = _column(row, cfg.prompt_key, "data.prompt_key", where)
     if not is_prompt(prompt):
-        raise ValueError(f"{where}: {cfg.prompt_key} is neither a string nor a list of chat messages with a role, or it is empty; set data.prompt_key")
+        raise ValueError(
+            f"{where}: {cfg.prompt_key} is neither a string nor a list of chat messages with a role, or it is empty; set data.prompt_key"
+        )
     metadata = _column(row, cfg.metadata_key, "data.metadata_key", where, DataConfig.metadata_key)
     tools = _column(row, cfg.tools_key, "data.tools_key", where, DataConfig.tools_key)
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
@@ -139,6 +141,6 @@ def _quotas(weights: list[float]) -> np.ndarray:
 
 
 def permutation(n: int, *key: int) -> np.ndarray:
-    """int64 [n]: an order that the key fixes, the same in every version of NumPy (which promises the raw bits and not what is made of them)."""
+    """int64 [n]: an order that the key fixes. NumPy promises the raw bits for every version, and not what it makes of them."""
     bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(n)
     return np.argsort(bits, kind="stable")

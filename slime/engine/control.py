@@ -34,6 +34,10 @@ class Control:
         """Go on decoding."""
         await self._call("POST", "/continue_generation", {})
 
+    async def freeze_gc(self) -> None:
+        """Take what the server holds after its start out of Python's garbage collection, which costs 0.3 s in every flush on a CPU."""
+        await self._call("POST", "/freeze_gc", {})
+
     async def flush(self) -> None:
         """Drop every cached prefix."""
         await self._call("POST", f"/flush_cache?timeout={CALL_S / 2:g}", {})

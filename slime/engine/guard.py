@@ -48,7 +48,7 @@ def die_with_parent() -> None:
 
 def wait_for_agent(group: int) -> None:
     """Block until the agent closes the pipe or dies."""
-    while sys.stdin.buffer.read(1):
+    while os.read(0, 1):
         pass
     kill_group(group)
 

@@ -100,6 +100,7 @@ class Server:
             self.stop()
             raise
         self._keys.close()
+        await control.freeze_gc()
 
     def _ended(self) -> EngineError:
         tail = self.tail()

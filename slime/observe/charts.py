@@ -11,9 +11,28 @@ from html import escape
 
 from slime.observe.console_table import short
 
-WIDTH, HEIGHT = 420, 190
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 24  # around the plot
 MAX_POINTS = 300  # more steps are drawn as means of equal stretches
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The size of a picture, in units that are about a pixel on the page."""
+
+    width: int
+    height: int
+
+    def x(self, first: int, last: int) -> Callable[[float], float]:
+        """Where a step lies."""
+        width = self.width - LEFT - RIGHT
+        return lambda step: LEFT + width * ((step - first) / (last - first) if last > first else 0.5)
+
+    def y(self, axis: "Axis") -> Callable[[float], float]:
+        """Where a value lies."""
+        return lambda value: self.height - BOTTOM - (self.height - TOP - BOTTOM) * axis(value)
+
+
+SMALL, LARGE = Frame(370, 175), Frame(580, 230)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +62,17 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def number(value: float) -> str:
     """A value in a few characters."""
     size = abs(value)
-    if size >= 10_000:
-        return short(value)
+    if size >= 100:
+        return f"{value:.0f}" if size < 10_000 else short(value)
     if size == 0 or size >= 0.01:
-        return f"{value:.4g}"
+        return f"{value:.3g}"
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def percent(value: float) -> str:
     """A share."""
-    return f"{100 * value:.1f}".removesuffix(".0") + "%"
+    return f"{100 * value:.3g}%"
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -83,8 +102,8 @@ class Axis:
             return cls(math.floor(min(exponents) - 0.05), math.ceil(max(exponents) + 0.05), True)
         low = min([*values, *(b for b in bounds if b is not None)])
         high = max([*values, *(b for b in bounds if b is not None)])
-        if high - low < 1e-9 * max(1.0, abs(high)) or high == low:
-            low, high = low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5)
+        if high - low <= 1e-9 * abs(high):  # a flat line: above its floor, or in the middle
+            low, high = low if bounds[0] == low else low - (abs(low) / 2 or 1.0), high + (abs(high) / 2 or 1.0)
         pad = 0.06 * (high - low)
         return cls(low if bounds[0] == low else low - pad, high if bounds[1] == high else high + pad, False)
 
@@ -101,6 +120,7 @@ class Axis:
 
 def line_chart(
     series: Sequence[Series],
+    frame: Frame = SMALL,
     *,
     log: bool = False,
     bounds: tuple[float | None, float | None] = (None, None),
@@ -111,41 +131,39 @@ def line_chart(
     drawn = [_positive(s.thinned()) if log else s.thinned() for s in series]
     axis = Axis.around([v for s in drawn for v in s.values if v is not None], log=log, bounds=bounds)
     first, last = _span(series)
-    x, y = _scale_x(first, last), _scale_y(axis)
-    parts = [_grid(axis, write, y), _step_axis(first, last, x)]
+    x, y = frame.x(first, last), frame.y(axis)
+    parts = [_grid(axis, write, y, frame), _step_axis(first, last, x, frame)]
     if threshold and 0 <= axis(threshold) <= 1:
-        parts.append(f'<path class="limit" d="M{LEFT} {y(threshold):.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<path class="limit" d="M{LEFT} {y(threshold):.1f}H{frame.width - RIGHT}"/>')
     for i, s in enumerate(drawn):
         points = [(x(step), None if v is None else y(v)) for step, v in zip(s.steps, s.values, strict=True)]
         parts.append(_line(points, i, s.markers))
-    return _svg(parts, drawn, x, write)
+    return _svg(parts, drawn, x, write, frame)
 
 
-def stacked_chart(series: Sequence[Series], write: Callable[[float], str] = number) -> str:
+def stacked_chart(series: Sequence[Series], frame: Frame = SMALL, *, write: Callable[[float], str] = number) -> str:
     """Areas on top of one another; a missing value counts as 0. All series have the same steps."""
     drawn = [s.thinned() for s in series]
     heights = [[v or 0.0 for v in s.values] for s in drawn]
     totals = [sum(column) for column in zip(*heights, strict=True)]
     first, last = _span(series)
     axis = Axis.around(totals, log=False, bounds=(0.0, None))
-    x, y = _scale_x(first, last), _scale_y(axis)
-    parts = [_grid(axis, write, y), _step_axis(first, last, x)]
+    x, y = frame.x(first, last), frame.y(axis)
+    parts = [_grid(axis, write, y, frame), _step_axis(first, last, x, frame)]
     floor = [0.0] * len(totals)
     half = (x(last) - x(first)) / max(1, len(totals) - 1) / 2 if last > first else 40.0
-    for i, (s, height) in enumerate(zip(drawn, heights, strict=True)):
+    columns = [(max(LEFT, x(s) - half), min(frame.width - RIGHT, x(s) + half)) for s in drawn[0].steps]
+    for i, height in enumerate(heights):
         top = [f + h for f, h in zip(floor, height, strict=True)]
-        outline = _steps(s.steps, top, x, y, half) + _steps(s.steps, floor, x, y, half)[::-1]
+        outline = [*_outline(columns, top, y), *reversed(_outline(columns, floor, y))]
         parts.append(f'<path class="area c{i}" d="M{"L".join(outline)}Z"/>')
         floor = top
-    return _svg(parts, drawn, x, write)
+    return _svg(parts, drawn, x, write, frame)
 
 
-def _steps(
-    steps: Sequence[int], values: Sequence[float], x: Callable[[float], float], y: Callable[[float], float], half: float
-) -> list[str]:
-    """The outline of bars that touch, within the plot."""
-    edges = ((max(LEFT, x(s) - half), min(WIDTH - RIGHT, x(s) + half), y(v)) for s, v in zip(steps, values, strict=True))
-    return [f"{at:.1f} {height:.1f}" for left, right, height in edges for at in (left, right)]
+def _outline(columns: Sequence[tuple[float, float]], values: Sequence[float], y: Callable[[float], float]) -> list[str]:
+    """The upper edge of bars that touch, from left to right."""
+    return [f"{at:.1f} {y(v):.1f}" for edges, v in zip(columns, values, strict=True) for at in edges]
 
 
 def _positive(series: Series) -> Series:
@@ -155,15 +173,6 @@ def _positive(series: Series) -> Series:
 def _span(series: Sequence[Series]) -> tuple[int, int]:
     steps = [step for s in series for step in s.steps]
     return min(steps), max(steps)
-
-
-def _scale_x(first: int, last: int) -> Callable[[float], float]:
-    width = WIDTH - LEFT - RIGHT
-    return lambda step: LEFT + width * ((step - first) / (last - first) if last > first else 0.5)
-
-
-def _scale_y(axis: Axis) -> Callable[[float], float]:
-    return lambda value: HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * axis(value)
 
 
 def _line(points: list[tuple[float, float | None]], colour: int, markers: bool) -> str:
@@ -180,26 +189,22 @@ def _line(points: list[tuple[float, float | None]], colour: int, markers: bool) 
     return (f'<path class="line c{colour}" d="{path}"/>' if path else "") + circles
 
 
-def _grid(axis: Axis, write: Callable[[float], str], y: Callable[[float], float]) -> str:
+def _grid(axis: Axis, write: Callable[[float], str], y: Callable[[float], float], frame: Frame) -> str:
     out = []
     for value in axis.ticks():
         at = y(value)
-        out.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
+        out.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{frame.width - RIGHT}"/>')
         out.append(f'<text class="tick" x="{LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{escape(write(value))}</text>')
     return "".join(out)
 
 
-def _step_axis(first: int, last: int, x: Callable[[float], float]) -> str:
-    """Whole steps; labels too near to the right edge end there."""
+def _step_axis(first: int, last: int, x: Callable[[float], float], frame: Frame) -> str:
+    """Whole steps."""
     values = sorted({round(v) for v in ticks(first, last, 5)}) if last > first else [first]
-    labels = (
-        f'<text class="tick" x="{min(x(v), WIDTH - RIGHT - 3 * len(short(v))):.1f}" y="{HEIGHT - 7}" text-anchor="middle">{short(v)}</text>'
-        for v in values
-    )
-    return "".join(labels)
+    return "".join(f'<text class="tick" x="{x(v):.1f}" y="{frame.height - 7}" text-anchor="middle">{short(v)}</text>' for v in values)
 
 
-def _svg(parts: list[str], drawn: Sequence[Series], x: Callable[[float], float], write: Callable[[float], str]) -> str:
+def _svg(parts: list[str], drawn: Sequence[Series], x: Callable[[float], float], write: Callable[[float], str], frame: Frame) -> str:
     """The picture with what the read-out needs: for every step its x and each series' text."""
     by_step: dict[int, list[str]] = {}
     for i, s in enumerate(drawn):
@@ -207,7 +212,8 @@ def _svg(parts: list[str], drawn: Sequence[Series], x: Callable[[float], float],
             row = by_step.setdefault(step, [""] * len(drawn))
             row[i] = "" if value is None else write(value)
     rows = [[round(x(step), 1), step, *texts] for step, texts in sorted(by_step.items())]
-    data = escape(json.dumps({"names": [s.name for s in drawn], "rows": rows}, separators=(",", ":")), quote=False).replace("'", "&#39;")
-    cursor = f'<path class="cursor" d="M0 {TOP}V{HEIGHT - BOTTOM}"/>'
-    body = "".join(parts)
-    return f"""<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" data-chart='{data}'>{body}{cursor}</svg>"""
+    data = json.dumps({"names": [s.name for s in drawn], "rows": rows}, separators=(",", ":"))
+    data = escape(data, quote=False).replace("'", "&#39;")
+    cursor = f'<path class="cursor" d="M0 {TOP}V{frame.height - BOTTOM}"/>'
+    size = f'viewBox="0 0 {frame.width} {frame.height}"'
+    return f"""<svg class="chart" {size} role="img" data-chart='{data}'>{"".join(parts)}{cursor}</svg>"""

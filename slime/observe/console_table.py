@@ -37,9 +37,9 @@ COLUMNS = (
     Column("grad", 7, "train/grad_norm", "{:.3g}".format),
     Column("lr", 7, "train/lr", "{:.1e}".format),
     Column("rollout", 7, "time/rollout_s", seconds),
-    Column("train", 7, "time/train_s", seconds),
+    Column("train", 6, "time/train_s", seconds),
     Column("sync", 6, "time/sync_s", seconds),
-    Column("tok/s", 6, "perf/tokens_per_s", short),
+    Column("tok/s", 5, "perf/tokens_per_s", short),
 )
 
 

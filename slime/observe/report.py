@@ -125,13 +125,10 @@ def ledger(run: RunRecord) -> str:
     accounted = sum(count for _, count, _ in parts)
     bars = "".join(f'<i class="c{i}" style="width:{100 * count / max(1, drawn):.3f}%"></i>' for _, count, i in parts)
     keys = "".join(f'<span class="key"><i class="c{i}"></i>{name} <b>{count:,}</b></span>' for name, count, i in parts)
-    verdict = (
-        '<span class="pill good">adds up</span>' if drawn == accounted else f'<span class="pill bad">accounts for {accounted:,}</span>'
-    )
-    return (
-        f'<h2>Ledger</h2><div class="card"><div class="title"><h3>{drawn:,} prompts drawn = trained + dropped + pending</h3>{verdict}</div>'
-        f'<div class="bar">{bars}</div><div class="legend">{keys}</div></div>'
-    )
+    kind, verdict = ("good", "adds up") if drawn == accounted else ("bad", f"accounts for {accounted:,}")
+    title = f'<h3>{drawn:,} prompts drawn = trained + dropped + pending</h3><span class="pill {kind}">{verdict}</span>'
+    account = f'<div class="bar">{bars}</div><div class="legend">{keys}</div>'
+    return f'<h2>Ledger</h2><div class="card"><div class="title">{title}</div>{account}</div>'
 
 
 def files(run: RunRecord) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 
-from slime.observe.charts import Series, line_chart, number, percent, stacked_chart
+from slime.observe.charts import LARGE, Series, line_chart, number, percent, stacked_chart
 from slime.observe.console_table import seconds, short
 from slime.observe.report_data import RunRecord
 
@@ -22,18 +22,18 @@ class Curve:
     write: Callable[[float], str] = number
     limit: str = ""  # a knob of `observe` drawn as a dashed line
     note: str = ""
+    if_any: bool = False  # left out where all values are 0
 
 
+FROM_0 = (0.0, None)
 GROUPS: tuple[tuple[str, tuple[Curve, ...]], ...] = (
     (
         "Responses",
         (
-            Curve("Response length", (("response_len/mean", "mean"), ("response_len/max", "longest")), note="tokens", write=short),
-            Curve("Truncated responses", (("response_len/truncated_frac", "share"),), bounds=(0.0, None), write=percent),
-            Curve(
-                "Groups of equal rewards", (("group/zero_std_frac", "share"),), bounds=(0.0, None), write=percent, note="they teach nothing"
-            ),
-            Curve("Reward errors", (("reward/error_frac", "share"),), bounds=(0.0, None), write=percent),
+            Curve("Response length", (("response_len/mean", "mean"), ("response_len/max", "longest")), note="tokens"),
+            Curve("Truncated responses", (("response_len/truncated_frac", "share"),), bounds=FROM_0, write=percent),
+            Curve("Groups of equal rewards", (("group/zero_std_frac", "share"),), bounds=FROM_0, write=percent),
+            Curve("Reward errors", (("reward/error_frac", "share"),), bounds=FROM_0, write=percent, if_any=True),
         ),
     ),
     (
@@ -42,13 +42,14 @@ GROUPS: tuple[tuple[str, tuple[Curve, ...]], ...] = (
             Curve("Entropy", (("train/entropy", "nats a token"),)),
             Curve("Policy loss", (("train/pg_loss", "loss"),)),
             Curve("Loss", (("train/loss", "loss"),)),
-            Curve("Gradient norm", (("train/grad_norm", "before clipping"),), bounds=(0.0, None)),
-            Curve("Clipped tokens", (("train/clip_frac", "share"),), bounds=(0.0, None), write=percent),
-            Curve("Learning rate", (("train/lr", "lr"),), bounds=(0.0, None)),
+            Curve("Gradient norm", (("train/grad_norm", "before clipping"),), bounds=FROM_0),
+            Curve("Clipped tokens", (("train/clip_frac", "share"),), bounds=FROM_0, write=percent),
+            Curve("KL of the update", (("train/kl", "k3 estimate"),), if_any=True),
+            Curve("Learning rate", (("train/lr", "lr"),), bounds=FROM_0),
         ),
     ),
     (
-        "Trainer against engine",
+        "Trainer and engine",
         (
             Curve(
                 "Log-prob difference",
@@ -58,8 +59,8 @@ GROUPS: tuple[tuple[str, tuple[Curve, ...]], ...] = (
                 note="same tokens, same weights",
             ),
             Curve("KL(engine, trainer)", (("mismatch/kl", "k3 estimate"),), log=True),
-            Curve("KL of the update", (("train/kl", "k3 estimate"),)),
-            Curve("Staleness", (("staleness/mean", "mean"), ("staleness/max", "largest")), bounds=(0.0, None), note="versions"),
+            Curve("Prefix cache hits", (("engine/cache_hit", "of prompt tokens"),), bounds=(0.0, 1.0), write=percent),
+            Curve("Staleness", (("staleness/mean", "mean"), ("staleness/max", "largest")), bounds=FROM_0, note="versions", if_any=True),
         ),
     ),
 )
@@ -68,14 +69,14 @@ GROUPS: tuple[tuple[str, tuple[Curve, ...]], ...] = (
 def learning(run: RunRecord) -> str:
     """Accuracy on every evaluation set, and the reward: what a run is for."""
     sets = [s for n in run.names("eval/", "/accuracy")[:MAX_LINES] if (s := run.series(f"eval/{n}/accuracy", n, markers=True))]
-    rewards = [s for s in [run.series("reward/mean", "all")] if s]
-    sources = run.names("reward/", "/mean")[: MAX_LINES - 1]
-    rewards += [s for n in sources if (s := run.series(f"reward/{n}/mean", n))] if len(sources) > 1 else []
+    sources = {f"reward/{n}/mean": n for n in run.names("reward/", "/mean")[: MAX_LINES - 1]}
+    means = {"reward/mean": "all" if sources else "mean", **sources}
+    rewards = [s for metric, name in means.items() if (s := run.series(metric, name))]
     cards = []
     if sets:
-        cards.append(card("Evaluation accuracy", sets, line_chart(sets, write=percent, bounds=(0.0, None)), percent))
+        cards.append(card("Evaluation accuracy", sets, line_chart(sets, LARGE, write=percent, bounds=FROM_0), percent))
     if rewards:
-        cards.append(card("Mean reward", rewards, line_chart(rewards), number))
+        cards.append(card("Mean reward", rewards, line_chart(rewards, LARGE), number))
     return "".join(cards)
 
 
@@ -90,7 +91,7 @@ def curve(run: RunRecord, spec: Curve) -> str:
     """One card, "" where no step has a value to draw."""
     series = [s for metric, label in spec.metrics if (s := run.series(metric, label))]
     drawable = [s for s in series if not spec.log or any(v is not None and v > 0 for v in s.values)]
-    if not drawable:
+    if not drawable or (spec.if_any and not any(v for s in drawable for v in s.values)):
         return ""
     limit = run.config.get("observe", {}).get(spec.limit) if spec.limit else None
     svg = line_chart(drawable, log=spec.log, bounds=spec.bounds, write=spec.write, threshold=limit)
@@ -105,7 +106,9 @@ def times(run: RunRecord) -> str:
     if not series:
         return ""
     overlap = run.config.get("rollout", {}).get("mode", "sync") != "sync"
-    return card("Seconds of a step", series, stacked_chart(series, seconds), seconds, "rollout runs beside training" if overlap else "")
+    return card(
+        "Seconds of a step", series, stacked_chart(series, write=seconds), seconds, "rollout runs beside training" if overlap else ""
+    )
 
 
 def speeds(run: RunRecord) -> str:
@@ -116,11 +119,10 @@ def speeds(run: RunRecord) -> str:
             Curve(
                 "Tokens per second",
                 (("perf/tokens_per_s", "trained"), ("engine/tokens_per_s", "generated")),
-                bounds=(0.0, None),
+                bounds=FROM_0,
                 write=short,
             ),
-            Curve("Idle share of a step", (("time/idle_frac", "nothing computes"),), bounds=(0.0, None), write=percent),
-            Curve("Prefix cache hits", (("engine/cache_hit", "share of prompt tokens"),), bounds=(0.0, 1.0), write=percent),
+            Curve("Idle share of a step", (("time/idle_frac", "nothing computes"),), bounds=FROM_0, write=percent),
         )
     )
 

@@ -10,25 +10,8 @@ from omegaconf import OmegaConf
 
 from slime.observe.charts import Series
 from slime.observe.metrics import Line, read
+from slime.observe.report_examples import Example, read_examples
 from slime.observe.summary import Summary, read_summary
-
-EVAL = "eval/"  # how the source of an evaluation's example begins
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One answer that was kept for the report."""
-
-    step: int
-    prompt: str
-    response: str
-    reward: float | None
-    label: str
-    source: str
-
-    @property
-    def of_evaluation(self) -> bool:
-        return self.source.startswith(EVAL)
 
 
 @dataclass(frozen=True)
@@ -56,7 +39,7 @@ class RunRecord:
             summary=read_summary(run_dir),
             config_text=text,
             config={str(k): v for k, v in loaded.items()} if isinstance(loaded, dict) else {},
-            examples=_read_examples(run_dir / "examples.jsonl"),
+            examples=read_examples(run_dir / "examples.jsonl"),
             ledger=_read_ledger(run_dir / "ledger.json", lines),
         )
 
@@ -77,27 +60,6 @@ class RunRecord:
     def last(self, metric: str) -> float | None:
         """The newest value of a metric."""
         return next((v for line in reversed(self.lines) if (v := line.get(metric)) is not None), None)
-
-
-def _read_examples(path: Path) -> list[Example]:
-    """All examples; steps that a resume trained again count once, as they came last. A line torn by a crash is left out."""
-    examples: list[Example] = []
-    if not path.exists():
-        return examples
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if not line.endswith("\n"):
-                break
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            while examples and examples[-1].step > row["step"]:
-                examples.pop()
-            label, source = row.get("label"), row.get("source")
-            text = "" if label is None else str(label)
-            examples.append(Example(row["step"], str(row["prompt"]), str(row["response"]), row.get("reward"), text, str(source or "")))
-    return examples
 
 
 def _read_ledger(path: Path, lines: Sequence[Line]) -> dict[str, int]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from slime.observe.charts import number
-from slime.observe.report_data import Example
+from slime.observe.report_examples import Example
 
 A_STEP, PAIRS = 4, 6  # texts shown of a step, and pairs before and after
 LONGEST = 2400  # characters of one text
@@ -30,17 +30,16 @@ def before_after_table(examples: Sequence[Example]) -> str:
 
 
 def samples(examples: Sequence[Example]) -> str:
-    """Training samples of the first, a middle and the last step that has some. "" where there are none."""
+    """Training samples, a column a step. "" where there are none."""
     by_step: dict[int, list[Example]] = {}
     for example in examples:
         if not example.of_evaluation:
             by_step.setdefault(example.step, []).append(example)
     if not by_step:
         return ""
-    steps = sorted(by_step)
-    chosen = sorted({steps[0], steps[len(steps) // 2], steps[-1]})
     columns = "".join(
-        f'<div class="card"><p class="step">Update {step}</p>{"".join(map(_sample, by_step[step][:A_STEP]))}</div>' for step in chosen
+        f'<div class="card"><p class="step">Update {step}</p>{"".join(map(_sample, shown[:A_STEP]))}</div>'
+        for step, shown in sorted(by_step.items())
     )
     return f'<h2>Samples</h2><div class="columns">{columns}</div>'
 
@@ -64,7 +63,7 @@ def _sample(example: Example) -> str:
 
 
 def _answer(example: Example) -> str:
-    return f'<pre class="text">{text(example.response)}</pre><div class="meta">{_reward(example)}</div>'
+    return f'<div class="answer"><pre class="text">{text(example.response)}</pre>{_reward(example)}</div>'
 
 
 def _reward(example: Example) -> str:

@@ -53,7 +53,9 @@ def demonstration(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, cfg: Slime
     """The example of a prompt, None where prompt or answer is too long. Raises ValueError for a label that is not text."""
     ids = tokenize(prompt, tokenizer, cfg.data)
     if not isinstance(prompt.label, str):
-        raise ValueError(f"prompt {prompt.ordinal} of {prompt.source}: algorithm.name=sft takes the label as the answer, and it is not text; set data.label_key")
+        raise ValueError(
+            f"prompt {prompt.ordinal} of {prompt.source}: its label is the answer (algorithm.name=sft) and is not text; set data.label_key"
+        )
     response = [*tokenizer(prompt.label, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     if ids is None or len(response) > cfg.rollout.max_response_tokens:
         return None

@@ -49,8 +49,8 @@ class Draw:
         if self.drawn >= MOST_DRAWS * self.wanted:
             reasons = sorted(set(self.dropped.values()))
             raise ValueError(
-                f"rollout: {len(self.dropped)} of {self.drawn} prompts were dropped ({', '.join(reasons)}) and {len(self.kept)} of {self.wanted} kept; "
-                "loosen rollout.filter, raise data.max_prompt_tokens, or mend the reward"
+                f"rollout: {len(self.dropped)} of {self.drawn} prompts were dropped ({', '.join(reasons)}) "
+                f"and {len(self.kept)} of {self.wanted} kept; loosen rollout.filter, raise data.max_prompt_tokens, or mend the reward"
             )
         self.next += 1
         return self.next - 1

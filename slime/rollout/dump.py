@@ -29,7 +29,9 @@ def read_rollout(folder: Path, step: int) -> tuple[Batch, RolloutSummary]:
     """One step's batch and account. Raises ValueError naming run.replay where the folder has no such step."""
     base = next((f / f"step_{step:07d}" for f in (folder, folder / FOLDER) if (f / f"step_{step:07d}.npz").is_file()), None)
     if base is None:
-        raise ValueError(f"run.replay={folder}: no rollout of step {step} there (step_{step:07d}.npz); dump one with rollout.dump=true or lower run.steps")
+        raise ValueError(
+            f"run.replay={folder}: no rollout of step {step} there (step_{step:07d}.npz); dump it with rollout.dump=true or lower run.steps"
+        )
     with np.load(base.with_suffix(".npz"), allow_pickle=False) as columns:
         batch = Batch(**{name: columns[name] for name in columns.files})
     with base.with_suffix(".jsonl").open() as text:

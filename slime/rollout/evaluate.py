@@ -1,5 +1,6 @@
 """Evaluation of one set of prompts."""
 
+from collections.abc import Sequence
 from math import comb
 
 import numpy as np
@@ -16,7 +17,7 @@ SUCCESS = 1.0  # a reward of at least this counts as solved in pass_at_k
 async def evaluate_set(name: str, eval_set: EvalSet, prompts: list[Prompt], maker: GroupMaker, cfg: SlimeConfig) -> EvalResult:
     """Answer and judge every prompt of a set, `samples` times each.
 
-    A prompt longer than data.max_prompt_tokens counts as not solved. An answer whose reward failed counts as none. Both are counted by name.
+    A prompt longer than data.max_prompt_tokens counts as not solved; an answer whose reward failed is left out.
     """
     tokenized = [(p, tokenize(p, maker.client.tokenizer, cfg.data)) for p in prompts]
     asked = [(p, ids) for p, ids in tokenized if ids is not None]
@@ -25,7 +26,7 @@ async def evaluate_set(name: str, eval_set: EvalSet, prompts: list[Prompt], make
     rewards += [[0.0] * eval_set.samples] * (len(prompts) - len(asked))
     metrics = scores(rewards, eval_set.samples)
     lengths = [len(s.response_ids) for g in groups for s in g.samples]
-    metrics["response_len"] = float(np.mean(lengths)) if lengths else 0.0
+    metrics["response_len"] = mean(lengths)
     metrics["reward_error_frac"] = error_frac(maker.judged)
     metrics["too_long_frac"] = 1 - len(asked) / len(prompts)
     return EvalResult(name, metrics, [example(g.samples[0]) for g in spread(groups, cfg.observe.examples)])
@@ -36,13 +37,16 @@ def scores(rewards: list[list[float | None]], k: int) -> dict[str, float]:
 
     pass@k = 1 - C(n - c, k) / C(n, k), unbiased (Chen et al. 2021, arXiv 2107.03374). None, a reward that failed, is left out.
     """
-    firsts = [r[0] for r in rewards if r[0] is not None]
-    known = [found for r in rewards if (found := [x for x in r if x is not None])]
-    mean = {"accuracy": float(np.mean(firsts)) if firsts else 0.0}
+    accuracy = {"accuracy": mean([r[0] for r in rewards if r[0] is not None])}
     if k == 1:
-        return mean
+        return accuracy
+    known = [found for r in rewards if (found := [x for x in r if x is not None])]
     solved = [pass_at_k(len(r), sum(x >= SUCCESS for x in r), min(k, len(r))) for r in known]
-    return {**mean, "avg_at_k": float(np.mean([np.mean(r) for r in known])), "pass_at_k": float(np.mean(solved))}
+    return {**accuracy, "avg_at_k": mean([mean(r) for r in known]), "pass_at_k": mean(solved)}
+
+
+def mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else 0.0
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

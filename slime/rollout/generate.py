@@ -1,17 +1,34 @@
-"""The default generate function: one answer to one prompt."""
+"""Generate functions, async fn(sample, client, cfg) -> Sample | list[Sample]: the default one. examples/tool_calls.py has one with tools.
+
+`cfg` is the recipe's `rollout`; `client` knows the sampling of this rollout or evaluation set and its token budget.
+"""
 
 from slime.config import RolloutConfig
+from slime.engine.generation import Generation
 from slime.rollout.client import RolloutClient
-from slime.types import Sample
+from slime.types import Sample, VersionSpan
 
 
 async def single_turn(sample: Sample, client: RolloutClient, cfg: RolloutConfig) -> Sample:
     """Fill a sample with one answer of the engine, every token of which is trained on."""
-    answer = await client.generate(sample, sample.prompt_ids)
-    sample.response_ids = answer.output_ids
-    sample.loss_mask = [1] * len(answer.output_ids)
-    sample.rollout_logprobs = answer.logprobs
-    sample.text = answer.text
-    sample.finish_reason = answer.finish_reason
-    sample.weight_versions = answer.versions
+    append_answer(sample, await client.generate(sample, sample.prompt_ids))
     return sample
+
+
+def append_answer(sample: Sample, answer: Generation) -> None:
+    """Add what the engine drew: ids as they came, trained on."""
+    begin = len(sample.response_ids)
+    sample.response_ids += answer.output_ids
+    sample.loss_mask += [1] * len(answer.output_ids)
+    sample.rollout_logprobs += answer.logprobs
+    sample.text += answer.text
+    sample.finish_reason = answer.finish_reason
+    sample.weight_versions += [VersionSpan(s.version, begin + s.start, begin + s.end) for s in answer.versions]
+
+
+def append_observation(sample: Sample, token_ids: list[int], text: str) -> None:
+    """Add what the engine did not draw, such as a tool's result: the model reads it and is not trained on it."""
+    sample.response_ids += token_ids
+    sample.loss_mask += [0] * len(token_ids)
+    sample.rollout_logprobs += [0.0] * len(token_ids)
+    sample.text += text

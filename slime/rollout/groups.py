@@ -60,7 +60,9 @@ class GroupMaker:
             raise ValueError(f"rollout.generate={self.cfg.rollout.generate} returned no sample for prompt {prompt.ordinal}")
         for s in samples:
             if not isinstance(s, Sample):
-                raise ValueError(f"rollout.generate={self.cfg.rollout.generate} returned {type(s).__name__}; return a Sample or a list of them")
+                raise ValueError(
+                    f"rollout.generate={self.cfg.rollout.generate} returned {type(s).__name__}; return a Sample or a list of them"
+                )
             s.check()
         return samples
 

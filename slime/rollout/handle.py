@@ -6,6 +6,7 @@
 Three sources: `Rollout` (engines), `Demonstrations` (supervised examples), `Replay` (rollouts dumped earlier).
 """
 
+import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from slime.config import SlimeConfig
 from slime.engine.endpoint import Endpoint
 from slime.observe.trace import Span
 from slime.types import EvalResult, RolloutSummary, WeightVersion
+
+log = logging.getLogger(__name__)
 
 STEP_KNOB = "cluster.step_timeout_s"
 PROGRESS_S = 60.0  # the manager answers between two pieces of work, the longest of which is packing a batch
@@ -135,11 +138,19 @@ def start_rollout(cfg: SlimeConfig, run_dir: Path, endpoints: list[Endpoint], vo
     """Start the RolloutManager on the driver's host. Raises ValueError naming the knob of what it cannot use."""
     from slime.rollout.manager import RolloutManager
 
+    if cfg.rollout.select == "arrival":
+        log.warning("rollout.select=arrival: the groups that finish first make the batch, which leans to short answers")
+
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    manager = ray.remote(RolloutManager).options(num_cpus=0, scheduling_strategy=here, max_concurrency=8).remote(cfg, str(run_dir))
+    manager: Any = ray.remote(RolloutManager).options(num_cpus=0, scheduling_strategy=here, max_concurrency=8).remote(cfg, str(run_dir))
     rollout = Rollout(cfg, manager)
     try:
-        deadline.get(manager.start.remote(endpoints, vocab_size), cfg.cluster.start_timeout_s, "the rollout manager to start", "cluster.start_timeout_s")
+        deadline.get(
+            manager.start.remote(endpoints, vocab_size),
+            cfg.cluster.start_timeout_s,
+            "the rollout manager to start",
+            "cluster.start_timeout_s",
+        )
     except BaseException:
         rollout.stop()
         raise

@@ -148,7 +148,9 @@ class RolloutManager:
         try:
             return bool(self.filter_fn(group))
         except Exception as error:
-            raise RuntimeError(f"rollout.filter={self.cfg.rollout.filter} failed on prompt {group.ordinal}: {type(error).__name__}: {error}") from error
+            raise RuntimeError(
+                f"rollout.filter={self.cfg.rollout.filter} failed on prompt {group.ordinal}: {type(error).__name__}: {error}"
+            ) from error
 
     def _check_errors(self, maker: GroupMaker, at_least: int = 0) -> None:
         """Stop where more rewards failed than reward.max_error_frac of the judged samples (of `at_least` that many)."""
@@ -156,6 +158,6 @@ class RolloutManager:
         limit = self.cfg.reward.max_error_frac
         if len(failed) > limit * max(at_least, len(maker.judged)):
             raise GateStopped(
-                f"{len(failed)} of {len(maker.judged)} rewards failed ({error_frac(maker.judged):.0%}), above reward.max_error_frac={limit:g}; "
-                f"the first: {failed[0].reward_error}"
+                f"{len(failed)} of {len(maker.judged)} rewards failed ({error_frac(maker.judged):.0%}), "
+                f"above reward.max_error_frac={limit:g}; the first: {failed[0].reward_error}"
             )

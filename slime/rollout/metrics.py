@@ -7,7 +7,7 @@ import numpy as np
 
 from slime.observe.trace import Span
 from slime.rollout.client import Generation
-from slime.types import Group, Sample
+from slime.types import Group, Messages, Sample
 
 
 def rollout_metrics(
@@ -79,9 +79,13 @@ def examples(groups: Sequence[Group], count: int) -> list[dict]:
 
 def example(sample: Sample) -> dict:
     return {
-        "prompt": sample.prompt if isinstance(sample.prompt, str) else "\n".join(f"[{m['role']}] {m.get('content')}" for m in sample.prompt),
+        "prompt": readable(sample.prompt),
         "response": sample.text,
         "reward": sample.reward,
         "label": sample.label if isinstance(sample.label, str | int | float | None) else str(sample.label),
         "source": sample.source,
     }
+
+
+def readable(prompt: str | Messages) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(f"[{m['role']}] {m.get('content')}" for m in prompt)

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from slime.models.hf_files import HFWriter
 from slime.models.map import ModelMap
+from slime.sync.protocol import Bucket
 from slime.trainer import blocks
 from slime.trainer.distributed import Parallel
 from slime.trainer.model import Model
-
-Bucket = list[tuple[str, Tensor]]
 
 
 def plan_buckets(model_map: ModelMap, itemsize: int, bucket_bytes: int) -> list[list[str]]:

@@ -1,4 +1,7 @@
-"""The Ray actor of one device: a thin shell that holds a rank's state and calls the other files of this room."""
+"""The Ray actor of one device: a thin shell that holds a rank's state and calls the other files of this room.
+
+The driver imports this module to start ranks; megatron-core, slow to import and of no use there, is imported by the methods.
+"""
 
 import functools
 from collections.abc import Callable
@@ -11,10 +14,8 @@ import ray
 
 from slime.algorithms.registry import build_algorithm
 from slime.config import SlimeConfig
-from slime.models.hf_files import HFWriter
 from slime.observe.trace import Span, Tracer
-from slime.trainer import device, distributed, export, shards, step
-from slime.trainer.model import build_model
+from slime.sync.protocol import Bucket
 from slime.types import Batch
 
 EXPORT_BUCKET_BYTES = 256 << 20
@@ -52,6 +53,8 @@ class Rank:
 
     def open_store(self) -> tuple[str, int]:
         """Rank 0 alone: address and port where the ranks meet."""
+        from slime.trainer import distributed
+
         address = ray.util.get_node_ip_address()
         self.store = distributed.open_store(address, self.cfg.cluster.start_timeout_s)
         return address, self.store.port
@@ -59,6 +62,9 @@ class Rank:
     def build(self, address: str, port: int) -> Place:
         """Meet the other ranks and build the model. Raises ValueError for a model or option that cannot be used, RuntimeError where there
         is no device."""
+        from slime.trainer import device, distributed, step
+        from slime.trainer.model import build_model
+
         cfg = self.cfg
         self.device = device.set_up(self.kind, self.threads)
         distributed.use_interface_of(ray.util.get_node_ip_address())
@@ -75,12 +81,16 @@ class Rank:
     @on_device
     def train(self, batch: Batch) -> dict[str, float]:
         """See `step.train_batch`."""
+        from slime.trainer import step
+
         with self.tracer.span("train", samples=len(batch)):
             return step.train_batch(self.trainer, batch)
 
     @on_device
     def log_probs(self, batch: Batch) -> np.ndarray:
         """See `step.log_probs`."""
+        from slime.trainer import step
+
         return step.log_probs(self.trainer, batch)
 
     def spans(self) -> list[Span]:
@@ -90,18 +100,25 @@ class Rank:
     @on_device
     def plan_buckets(self, bucket_bytes: int) -> list[list[str]]:
         """Rank 0 alone: the parameters of each bucket of weights."""
+        from slime.trainer import export
+
         model = self.trainer.model
         return export.plan_buckets(model.map, next(model.gpt.parameters()).element_size(), bucket_bytes)
 
     @on_device
-    def gather_bucket(self, names: list[str]) -> export.Bucket:
+    def gather_bucket(self, names: list[str]) -> Bucket:
         """The ranks of the first copy of the model: see `export.gather_bucket`."""
+        from slime.trainer import export
+
         with self.tracer.span("gather_weights"):
             return export.gather_bucket(self.trainer.model, self.parallel, names)
 
     @on_device
     def export_hf(self, directory: str) -> None:
         """The ranks of the first copy of the model: write a Hugging Face directory."""
+        from slime.models.hf_files import HFWriter
+        from slime.trainer import export
+
         model = self.trainer.model
         if not self.parallel.is_leader:
             export.write_hf(model, self.parallel, None, EXPORT_BUCKET_BYTES)
@@ -112,11 +129,15 @@ class Rank:
     @on_device
     def save(self, directory: str) -> None:
         """See `shards.save`."""
+        from slime.trainer import shards
+
         with self.tracer.span("save"):
             shards.save(self.trainer, Path(directory))
 
     @on_device
     def load(self, directory: str) -> None:
         """See `shards.load`."""
+        from slime.trainer import shards
+
         with self.tracer.span("load"):
             shards.load(self.trainer, Path(directory))

@@ -104,7 +104,7 @@ def test_every_flipped_byte_of_a_manifest_is_seen(tmp_path: Path) -> None:
     saved(tmp_path, 5)
     path = tmp_path / "iter_0000005" / "manifest.json"
     content = path.read_bytes()
-    for at in range(0, len(content) - 1):
+    for at in range(len(content) - 1):
         if content[at : at + 1].isspace():
             continue  # a blank between two values says nothing
         path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])

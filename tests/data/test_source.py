@@ -41,7 +41,9 @@ def test_a_prompt_depends_on_its_ordinal_alone(tmp_path: Path):
 
 
 def test_files_are_mixed_by_weight_and_each_is_drawn_evenly(tmp_path: Path):
-    prompts = source(DataFile(str(numbered(tmp_path / "a.jsonl", 64)), 3.0), DataFile(str(numbered(tmp_path / "b.jsonl", 10)), 1.0, source="small"))
+    prompts = source(
+        DataFile(str(numbered(tmp_path / "a.jsonl", 64)), 3.0), DataFile(str(numbered(tmp_path / "b.jsonl", 10)), 1.0, source="small")
+    )
     drawn = [prompts.prompt(i) for i in range(4 * BLOCK)]
     assert Counter(p.source for p in drawn) == {"a": 3 * BLOCK, "small": BLOCK}
     of_b = Counter(p.label for p in drawn if p.source == "small")
@@ -127,7 +129,10 @@ def test_the_line_of_a_broken_row_counts_blank_lines(tmp_path: Path):
 
 
 def test_fields_that_a_parquet_row_does_not_have_are_not_there(tmp_path: Path):
-    rows = [{"prompt": [{"role": "user", "content": "q", "tool_calls": None}]}, {"prompt": [{"role": "user", "content": "q", "tool_calls": [{"id": 1}]}]}]
+    rows = [
+        {"prompt": [{"role": "user", "content": "q", "tool_calls": None}]},
+        {"prompt": [{"role": "user", "content": "q", "tool_calls": [{"id": 1}]}]},
+    ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert source(DataFile(str(tmp_path / "a.parquet")), shuffle=False).prompt(0).prompt == [{"role": "user", "content": "q"}]
 

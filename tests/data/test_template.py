@@ -53,7 +53,12 @@ def test_tools_reach_the_template(tokenizer):
     [
         (MESSAGES, "never", "x", "data.chat=never takes strings only"),
         (MESSAGES, "messages", None, "the tokenizer has no chat template"),
-        (MESSAGES, "messages", "{{ raise_exception('roles must alternate') }}", "the chat template refuses prompt 0 of s: roles must alternate"),
+        (
+            MESSAGES,
+            "messages",
+            "{{ raise_exception('roles must alternate') }}",
+            "the chat template refuses prompt 0 of s: roles must alternate",
+        ),
         (MESSAGES, "messages", "", "is empty"),
     ],
 )

@@ -28,13 +28,14 @@ def reference(dtype):
 
 def ours(place, dtype, chunk_elements, use):
     """(log-probs, entropy, this rank's columns of the gradient)."""
-    logprobs.CHUNK_ELEMENTS = chunk_elements
     tp = place.join(place.world).tp
     logits, rows, labels, d_logprobs, d_entropy = inputs(dtype)
     local = logits.chunk(place.world, 1)[place.rank].contiguous().requires_grad_()
-    picked, entropy = logprobs.token_logprobs(local, rows, labels, TEMPERATURE, VOCAB, tp)
-    loss = {"both": picked * d_logprobs + entropy * d_entropy, "logprobs": picked * d_logprobs, "entropy": entropy * d_entropy}[use]
-    loss.sum().backward()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logprobs, "CHUNK_ELEMENTS", chunk_elements)
+        picked, entropy = logprobs.token_logprobs(local, rows, labels, TEMPERATURE, VOCAB, tp)
+        loss = {"both": picked * d_logprobs + entropy * d_entropy, "logprobs": picked * d_logprobs, "entropy": entropy * d_entropy}[use]
+        loss.sum().backward()
     return picked.detach(), entropy.detach(), local.grad
 
 

@@ -4,6 +4,7 @@ What serving on a CPU needs beyond stock SGLang:
 
     host buffers           plain tensors, where SGLang would register them with CUDA
     torch.cuda.synchronize nothing to wait for
+    decode attention       one call a batch instead of one a sequence, except in deterministic mode
     deterministic mode     torch_native counts as a deterministic backend, and SGLang's batch-invariant mode is ours
 """
 
@@ -19,6 +20,10 @@ def register():
     _plain_host_buffers()
     if os.environ.get(BATCH_INVARIANT) == "1":
         _deterministic()
+    else:
+        import slime_batched_decode
+
+        slime_batched_decode.install()
 
 
 def _plain_host_buffers():

@@ -12,6 +12,7 @@ from slime.config import RewardConfig
 from slime.types import Sample
 
 NUMBER = re.compile(r"(?:(?<!\d)[-+])?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+LATEX = ("$", "\\boxed", "\\(", "\\[")  # what marks mathematics in a text
 TOLERANCE = 1e-6  # relative; and absolute, for labels near zero
 
 
@@ -46,7 +47,8 @@ def math_equal(sample: Sample) -> float:
     from math_verify import parse, verify
 
     label = str(label_of(sample, "math"))
-    expected = parse(label, parsing_timeout=None) or parse(f"${label}$", parsing_timeout=None)
+    latex = label if any(mark in label for mark in LATEX) else f"${label}$"  # bare, 2\sqrt{2} would be read as 2
+    expected = parse(latex, parsing_timeout=None)
     if not expected:
         raise ValueError(f"reward.fn=math: math-verify finds nothing to compare in the label {label!r}; set data.label_key")
     return float(verify(expected, parse(sample.text, parsing_timeout=None), timeout_seconds=None))

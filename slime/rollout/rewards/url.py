@@ -1,6 +1,6 @@
 """Rewards from an HTTP endpoint, reward.url.
 
-    POST {"prompt": ..., "response": "...", "label": ..., "source": "...", "metadata": {...}}  ->  a number, or {"score": ..., ...}
+POST {"prompt": ..., "response": "...", "label": ..., "source": "...", "metadata": {...}}  ->  a number, or {"score": ..., ...}
 """
 
 import aiohttp
@@ -19,7 +19,9 @@ class UrlJudge:
     def __init__(self, cfg: RewardConfig) -> None:
         assert cfg.url is not None
         self._url, self._timeout_s = cfg.url, cfg.timeout_s
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=TOGETHER), timeout=aiohttp.ClientTimeout(total=cfg.timeout_s))
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=TOGETHER), timeout=aiohttp.ClientTimeout(total=cfg.timeout_s)
+        )
 
     async def judge(self, samples: list[Sample]) -> list[Verdict]:
         """The verdict of one sample; whatever goes wrong on the way is its error."""

@@ -1,0 +1,154 @@
+"""Host agents over real Ray: servers of two ranks, the weight channel, engines of the user's, and what goes wrong at the start."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from slime.cluster.placement import RolePlacement
+from slime.config import SyncConfig
+from slime.engine.client import EngineClient, Generation, Sampling
+from slime.engine.errors import EngineError, EngineLost, StaleWeights
+from slime.engine.fleet import EngineFleet
+from slime.engine.server import Server
+from slime.sync.channel import Channel
+from slime.types import WeightVersion
+from tests.engine import servers
+from tests.engine.test_server import distance, tensors
+
+pytestmark = pytest.mark.e2e
+PROMPT = list(range(5, 25))
+SAMPLING = Sampling(max_new_tokens=10, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def placement() -> Iterator[RolePlacement]:
+    """Two devices of the rollout role on a Ray of this test's own."""
+    options = {"include_dashboard": False, "log_to_driver": False, "object_store_memory": 100 << 20}
+    ray.init(address="local", num_cpus=2, **options)
+    group = placement_group([{"CPU": 1}] * 2)
+    ray.get(group.ready(), timeout=60)
+    yield RolePlacement("rollout", group, [0, 1], "cpu", 1.0)
+    remove_placement_group(group)
+    ray.shutdown()
+
+
+class Weights:
+    """A publisher of files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def weights(self, version: WeightVersion, bucket_bytes: int) -> Iterator[Any]:
+        found = tensors(self.path)
+        for at in range(0, len(found), 5):
+            yield ray.put(found[at : at + 5])
+
+
+def ask(fleet: EngineFleet, label: str) -> Generation:
+    """The answer to PROMPT, in a batch with prompts of other lengths."""
+
+    async def together() -> list[Generation]:
+        async with EngineClient(fleet.endpoints(), vocab_size=servers.VOCAB, timeout_s=60, max_in_flight=100) as client:
+            await client.expect(label)
+            prompts = [PROMPT, PROMPT[:3], PROMPT * 3]
+            return await asyncio.gather(*(client.generate(prompt, SAMPLING, session=1) for prompt in prompts))
+
+    return asyncio.run(together())[0]
+
+
+def test_two_ranks_take_published_weights_and_their_end_is_noticed(
+    placement: RolePlacement, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    cfg = servers.recipe(models[0], tensor_parallel=2)
+    fleet = EngineFleet.start(cfg, placement, tmp_path, "run")
+    try:
+        publisher = Weights(models[0])
+        channel = Channel(SyncConfig(), publisher, fleet, WeightVersion(0, 0, "run"))
+        with pytest.raises(StaleWeights, match="engine 0 holds weights run/loaded; expected run/0/0"):
+            ask(fleet, "run/0/0")
+        channel.publish(0)
+        assert distance(models[0], ask(fleet, "run/0/0"), PROMPT) < 1e-5
+        publisher.path = models[1]
+        metrics = channel.publish(1)
+        assert metrics["sync/wire_bytes"] > 2 * models[1].joinpath("model.safetensors").stat().st_size, "one payload a rank"
+        answer = ask(fleet, "run/0/1")
+        assert distance(models[1], answer, PROMPT) < 1e-5 and answer.versions[0].version == "run/0/1"
+        fleet.check()
+        kill_server(fleet)
+        with pytest.raises(EngineLost, match=r"engine 0 ended; the end of .*engine_0.log"):
+            wait_for_the_loss(fleet)
+    finally:
+        fleet.stop()
+    assert not servers.processes_of(f"--model-path={models[0]}\0--dtype")
+
+
+def kill_server(fleet: EngineFleet) -> None:
+    port = fleet.endpoints()[0].url.rpartition(":")[2]
+    [main] = servers.processes_of(f"--port\0{port}")
+    os.kill(main, signal.SIGKILL)
+
+
+def wait_for_the_loss(fleet: EngineFleet) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        fleet.check()
+        time.sleep(0.2)
+
+
+def test_servers_of_the_user_are_used_and_left_alone(
+    placement: RolePlacement, server: Server, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    cfg = servers.recipe(models[0], external_urls=[server.spec.endpoint.url + "/"], external_key=server.spec.endpoint.key)
+    fleet = EngineFleet.start(cfg, None, tmp_path, "run")
+    assert fleet.endpoints()[0].sglang == "0.5.23"
+    Channel(SyncConfig(), Weights(models[1]), fleet, WeightVersion(3, 0, "run")).publish(9)
+    assert distance(models[1], ask(fleet, "run/3/9"), PROMPT) < 1e-5
+    Channel(SyncConfig(), None, fleet, WeightVersion(4, 0, "run")).publish(0)
+    assert distance(models[1], ask(fleet, "run/4/0"), PROMPT) < 1e-5
+    fleet.stop()
+    assert server.alive
+    cfg.rollout.external_key = "wrong"
+    with pytest.raises(EngineError, match=r"engine 0 \(rollout.external_urls\) refused /server_info: 401"):
+        EngineFleet.start(cfg, None, tmp_path, "run")
+    cfg.rollout.external_urls = ["http://127.0.0.1:9"]
+    with pytest.raises(EngineError, match=r"engine 0 \(rollout.external_urls\) at http://127.0.0.1:9 was lost during /server_info"):
+        EngineFleet.start(cfg, None, tmp_path, "run")
+
+
+@pytest.mark.parametrize(
+    ("knobs", "model", "message"),
+    [
+        ({}, "/no/such/model", "model.path=/no/such/model: no such directory on .*, where engines run"),
+        ({}, "/tmp", "model.path=/tmp: no config.json there"),
+        ({"engines": 2, "tensor_parallel": 2}, None, "rollout.engines=2 of rollout.tensor_parallel=2 devices do not fit the 2 devices"),
+        ({"sglang": {"max_totl_tokens": 1}}, None, "rollout.sglang.max_totl_tokens: SGLang 0.5.23 has no such server argument"),
+        ({"engine_python": "/no/python"}, None, "rollout.engine_python=/no/python: cannot be run"),
+    ],
+)
+def test_what_cannot_be_started(
+    knobs: dict[str, Any], model: str | None, message: str, placement: RolePlacement, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    cfg = servers.recipe(Path(model) if model else models[0], **knobs)
+    with pytest.raises(ValueError, match=message):
+        EngineFleet.start(cfg, placement, tmp_path, "run")
+    assert not list(tmp_path.rglob("*.log"))
+
+
+def test_a_server_that_ends_is_noticed_at_once_with_its_log(placement: RolePlacement, models: tuple[Path, Path], tmp_path: Path) -> None:
+    """A model that SGLang does not know."""
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "unheard_of", "num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 8}'
+    )
+    with pytest.raises(
+        EngineError, match=r"engine 0 ended with exit code \d+ while it started; the end of .*engine_0.log(.|\n)*unheard_of"
+    ):
+        EngineFleet.start(servers.recipe(tmp_path), placement, tmp_path, "run")
+    assert not servers.processes_of(f"--model-path={tmp_path}\0")

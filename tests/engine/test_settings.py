@@ -1,0 +1,77 @@
+"""What servers are started with."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from slime.config import EvalSet, SlimeConfig
+from slime.engine.settings import POOL_BYTES, cpu_pool, kv_bytes_per_token, longest_request, server_arguments, server_environment
+
+
+@pytest.fixture
+def cfg(tmp_path: Path) -> SlimeConfig:
+    hf = {"num_hidden_layers": 4, "num_key_value_heads": 2, "num_attention_heads": 4, "head_dim": 32, "hidden_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    made = SlimeConfig()
+    made.model.path, made.model.dtype = str(tmp_path), "fp32"
+    made.data.max_prompt_tokens, made.rollout.max_response_tokens = 31, 8
+    made.rollout.prompts_per_step, made.rollout.samples_per_prompt = 64, 8
+    return made
+
+
+def test_the_pool_holds_every_running_request_at_its_longest(cfg: SlimeConfig) -> None:
+    assert longest_request(cfg) == 40
+    assert cpu_pool(cfg) == {"max_running_requests": 256, "max_total_tokens": 10240}
+    cfg.rollout.engines = 4
+    assert cpu_pool(cfg) == {"max_running_requests": 128, "max_total_tokens": 5120}
+    cfg.rollout.max_in_flight = 40
+    assert cpu_pool(cfg) == {"max_running_requests": 10, "max_total_tokens": 1024}
+    cfg.data.eval = {"heldout": EvalSet("x", max_response_tokens=500)}
+    assert longest_request(cfg) == 532
+
+
+def test_the_pool_stays_within_its_memory(cfg: SlimeConfig) -> None:
+    assert kv_bytes_per_token(cfg) == 2 * 4 * 2 * 32 * 4
+    cfg.rollout.max_response_tokens = 100_000
+    pool = cpu_pool(cfg)
+    assert pool["max_running_requests"] == POOL_BYTES // (longest_request(cfg) * 2048) < 256
+    cfg.rollout.max_response_tokens = 10_000_000
+    assert cpu_pool(cfg)["max_running_requests"] == 1
+
+
+def test_a_pool_too_small_is_refused(cfg: SlimeConfig) -> None:
+    cfg.rollout.sglang = {"max_total_tokens": 39}
+    with pytest.raises(ValueError, match=r"rollout.sglang.max_total_tokens=39: too few for one request, of 40 tokens"):
+        server_arguments(cfg, "cpu")
+    cfg.rollout.sglang = {"max_total_tokens": 4000}
+    assert server_arguments(cfg, "cpu")["max_total_tokens"] == 4000
+    cfg.run.deterministic = True
+    with pytest.raises(ValueError, match=r"too few for 256 requests at once, as run.deterministic needs.*10240 are needed"):
+        server_arguments(cfg, "cpu")
+    cfg.rollout.sglang["max_running_requests"] = 100
+    server_arguments(cfg, "cpu")
+
+
+def test_what_the_user_says_comes_last(cfg: SlimeConfig) -> None:
+    cfg.rollout.sglang = {"attention_backend": "intel_amx", "dtype": "float16"}
+    chosen = server_arguments(cfg, "cpu")
+    assert (chosen["attention_backend"], chosen["dtype"], chosen["device"]) == ("intel_amx", "float16", "cpu")
+
+
+def test_nothing_of_the_cpu_on_cuda(cfg: SlimeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    chosen = server_arguments(cfg, "cuda")
+    assert "attention_backend" not in chosen and "max_total_tokens" not in chosen
+    environment = server_environment(cfg, "cuda", 4.0)
+    assert "PYTHONPATH" not in environment and "SGLANG_USE_CPU_ENGINE" not in environment
+
+
+def test_environment_of_a_cpu_server(cfg: SlimeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    cfg.rollout.tensor_parallel, cfg.run.deterministic = 2, True
+    environment = server_environment(cfg, "cpu", 2.9)
+    shims, mine = environment["PYTHONPATH"].split(":")
+    assert mine == "/mine" and (Path(shims) / "sitecustomize.py").exists()
+    assert environment["OMP_NUM_THREADS"] == "2" and environment["SGLANG_CPU_OMP_THREADS_BIND"] == "0|1"
+    assert environment["SLIME_CPU_BATCH_INVARIANT"] == "1" and environment["CUDA_VISIBLE_DEVICES"] == ""

@@ -1,0 +1,65 @@
+"""A server that misbehaves as asked. For what a real engine cannot be made to do on demand; answers of real ones are tested in test_e2e.py."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+from slime.engine.endpoint import Endpoint
+
+LABEL = "run/0/0"
+
+
+@dataclass
+class Double:
+    """`behave(request body)` names what happens: a text to answer with, or one of stale, die, hang, abort, refuse."""
+
+    behave: Callable[[dict[str, Any]], str]
+    asked: list[dict[str, Any]] = field(default_factory=list)
+
+    async def model_info(self, request: web.Request) -> web.Response:
+        return web.json_response({"weight_version": LABEL})
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.asked.append(body)
+        what = self.behave(body)
+        if what == "die":
+            assert request.transport is not None
+            request.transport.close()
+        if what == "hang":
+            await asyncio.sleep(30)
+        if what == "refuse":
+            return web.json_response({"error": {"message": "no such parameter"}}, status=400)
+        return web.json_response(self.answer(body, what))
+
+    def answer(self, body: dict[str, Any], what: str) -> dict[str, Any]:
+        ids = [5, 6, 1]
+        return {
+            "text": what,
+            "output_ids": ids,
+            "meta_info": {
+                "finish_reason": {"type": "abort" if what == "abort" else "stop"},
+                "output_token_logprobs": [[-0.1, i, None] for i in ids],
+                "weight_version": LABEL,
+                "weight_versions": [{"version": "run/0/9" if what == "stale" else LABEL, "start": 0, "end": len(ids)}],
+                "prompt_tokens": len(body["input_ids"]),
+                "cached_tokens": 0,
+                "e2e_latency": 0.001,
+                "response_sent_to_client_ts": 1000.0,
+            },
+        }
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[Endpoint]:
+        app = web.Application()
+        app.router.add_get("/model_info", self.model_info)
+        app.router.add_post("/generate", self.generate)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield Endpoint(f"http://127.0.0.1:{runner.addresses[0][1]}", "key", "engine 0", "0.5.23")
+        await runner.cleanup()

@@ -1,0 +1,44 @@
+"""Generate functions and filters, good and bad, to be named by import path."""
+
+from typing import Any
+
+from slime.config import RolloutConfig
+from slime.rollout.client import RolloutClient
+from slime.rollout.generate import single_turn
+from slime.types import Group, Sample
+
+
+async def raises(sample: Sample, client: RolloutClient, cfg: RolloutConfig) -> Sample:
+    raise KeyError("tool")
+
+
+async def returns_text(sample: Sample, client: RolloutClient, cfg: RolloutConfig) -> Any:
+    return "4"
+
+
+async def returns_nothing(sample: Sample, client: RolloutClient, cfg: RolloutConfig) -> list[Sample]:
+    return []
+
+
+async def forgets_the_mask(sample: Sample, client: RolloutClient, cfg: RolloutConfig) -> Sample:
+    sample = await single_turn(sample, client, cfg)
+    sample.loss_mask = sample.loss_mask[1:]
+    return sample
+
+
+async def twice(sample: Sample, client: RolloutClient, cfg: RolloutConfig) -> list[Sample]:
+    """Two samples of one trajectory."""
+    sample = await single_turn(sample, client, cfg)
+    return [sample, sample]
+
+
+def odd_ordinals_go(group: Group) -> bool:
+    return group.ordinal % 2 == 0
+
+
+def nobody_stays(group: Group) -> bool:
+    return False
+
+
+def broken(group: Group) -> bool:
+    raise ZeroDivisionError("division by zero")

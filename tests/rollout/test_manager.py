@@ -1,0 +1,177 @@
+"""The RolloutManager against a server that misbehaves: what is dropped, what is refused, and what the errors say."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slime.config import DataFile, EvalSet, SlimeConfig
+from slime.config.exits import GateStopped
+from slime.engine.errors import EngineError, EngineLost, StaleWeights
+from slime.rollout.manager import RolloutManager
+from slime.types import Batch, RolloutSummary
+from tests.rollout.double import LABEL, Double
+from tests.tiny import make_tokenizer
+
+pytestmark = pytest.mark.e2e
+FUNCTIONS = "tests.rollout.generate_functions:"
+
+
+@pytest.fixture
+def cfg(tmp_path: Path) -> SlimeConfig:
+    make_tokenizer(tmp_path / "model", 80)
+    rows = [{"prompt": f"{i}+{i}=" + "0" * 50 * (i == 5), "label": "yes"} for i in range(40)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    cfg = SlimeConfig()
+    cfg.model.path = str(tmp_path / "model")
+    cfg.data.train = [DataFile(str(tmp_path / "train.jsonl"))]
+    cfg.data.shuffle, cfg.data.max_prompt_tokens = False, 20
+    cfg.rollout.prompts_per_step, cfg.rollout.samples_per_prompt = 4, 2
+    cfg.rollout.request_timeout_s, cfg.reward.workers = 1.0, 1
+    return cfg
+
+
+def rollout(cfg: SlimeConfig, behave: Callable[[dict[str, Any]], str], first: int = 0) -> tuple[Batch, RolloutSummary, Double]:
+    """One rollout against a double; `ray.put` is left out."""
+
+    async def run() -> tuple[Batch, RolloutSummary, Double]:
+        double = Double(behave)
+        async with double.serving() as endpoint:
+            manager = RolloutManager(cfg, cfg.run.dir)
+            await manager.start([endpoint], 80)
+            try:
+                await manager.expect(LABEL)
+                batch, summary, _ = await asyncio.wait_for(manager.generate(0, first), 60)
+            finally:
+                await manager.engines.close()
+                await manager.judge.close()
+        return batch, summary, double  # type: ignore[return-value]
+
+    return asyncio.run(run())
+
+
+@pytest.fixture(autouse=True)
+def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slime.rollout.manager.ray.put", lambda value: value)
+
+
+def prompt_of(body: dict[str, Any]) -> int:
+    """The number that the prompt `n+n=` of a request begins with."""
+    from tests.tiny import CHARACTERS, SPECIAL
+
+    text = "".join(CHARACTERS[i - len(SPECIAL)] for i in body["input_ids"])
+    return int(text.partition("+")[0])
+
+
+def test_a_whole_rollout(cfg: SlimeConfig):
+    batch, summary, _ = rollout(cfg, lambda body: "yes" if prompt_of(body) % 2 else "no")
+    assert (summary.drawn, summary.trained, summary.dropped) == (4, [0, 1, 2, 3], {})
+    assert batch.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and batch.rewards.tolist() == [0, 0, 1, 1] * 2
+    assert summary.metrics["group/zero_std_frac"] == 1.0
+
+
+def test_what_is_dropped_is_replaced_by_the_next_prompts_and_named(cfg: SlimeConfig):
+    """Prompt 5 is too long, odd ones are filtered; the order in which groups finish changes nothing."""
+    cfg.rollout.filter = FUNCTIONS + "odd_ordinals_go"
+    _, summary, _ = rollout(cfg, lambda body: "yes", first=2)
+    assert summary.trained == [2, 4, 6, 8]
+    assert summary.dropped == {3: "filter", 5: "too_long", 7: "filter"}
+    assert (summary.first_ordinal, summary.drawn) == (2, 7)
+
+
+def test_a_group_whose_reward_failed_is_replaced(cfg: SlimeConfig):
+    cfg.reward.fn, cfg.reward.max_error_frac = "tests.rollout.reward_functions:behave", 0.5
+    batch, summary, _ = rollout(cfg, lambda body: "raise" if prompt_of(body) == 1 else "1")
+    assert (summary.trained, summary.dropped) == ([0, 2, 3, 4], {1: "reward_error"})
+    assert summary.metrics["reward/error_frac"] == pytest.approx(0.2)
+    assert batch.rewards.tolist() == [1.0] * 8
+
+
+def test_too_many_failed_rewards_stop_the_run(cfg: SlimeConfig):
+    cfg.reward.fn = "tests.rollout.reward_functions:behave"
+    with pytest.raises(
+        GateStopped, match=r"rewards failed .*above reward\.max_error_frac=0\.05; the first: the reward function raised KeyError"
+    ):
+        rollout(cfg, lambda body: "raise")
+
+
+def test_arrival_takes_the_first_finished_and_drops_the_rest_by_name(cfg: SlimeConfig):
+    cfg.rollout.select, cfg.rollout.request_timeout_s = "arrival", 60.0
+    _, summary, _ = rollout(cfg, lambda body: "hang" if prompt_of(body) == 0 else "yes")
+    assert (summary.trained, summary.dropped, summary.drawn) == ([1, 2, 3, 4], {0: "surplus"}, 5)
+
+
+def test_several_samples_of_one_trajectory(cfg: SlimeConfig):
+    cfg.rollout.generate = FUNCTIONS + "twice"
+    batch, _, _ = rollout(cfg, lambda body: "yes")
+    assert len(batch) == 16 and batch.group.tolist() == sorted([0, 1, 2, 3] * 4)
+
+
+def test_seeds_belong_to_the_sample(cfg: SlimeConfig):
+    cfg.run.deterministic = True
+
+    def seeds(first: int) -> dict[int, list[int]]:
+        _, _, double = rollout(cfg, lambda body: "yes", first)
+        found: dict[int, list[int]] = {}
+        for body in double.asked:
+            found.setdefault(prompt_of(body), []).append(body["sampling_params"]["sampling_seed"])
+        return {prompt: sorted(seeds) for prompt, seeds in found.items()}
+
+    early, late = seeds(0), seeds(1)
+    assert all(early[p] == late[p] for p in (1, 2, 3))
+    every = [s for seeds in early.values() for s in seeds]
+    assert len(set(every)) == len(every) == 8 and all(0 <= s < 2**31 for s in every)
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "says"),
+    [
+        ("stale", StaleWeights, "engine 0 answered with weights run/0/9, expected run/0/0"),
+        ("die", EngineLost, "engine 0 at http://127.* was lost while it generated"),
+        ("hang", TimeoutError, r"engine 0 gave no answer after 1 s \(rollout.request_timeout_s\)"),
+        ("abort", EngineError, "engine 0 aborted a request after 3 tokens"),
+        ("refuse", EngineError, "engine 0 refused a request: 400 .*no such parameter"),
+    ],
+)
+def test_an_engine_that_fails(cfg: SlimeConfig, what: str, kind: type[Exception], says: str):
+    with pytest.raises(kind, match=says):
+        rollout(cfg, lambda body: what if prompt_of(body) == 3 else "yes")
+
+
+@pytest.mark.parametrize(
+    ("knob", "function", "kind", "says"),
+    [
+        ("generate", "raises", RuntimeError, r"rollout\.generate=\S+:raises failed on sample \d of prompt \d: KeyError: 'tool'"),
+        ("generate", "returns_text", ValueError, r"rollout\.generate=\S+ returned str; return a Sample or a list of them"),
+        ("generate", "returns_nothing", ValueError, r"rollout\.generate=\S+ returned no sample for prompt"),
+        ("generate", "forgets_the_mask", ValueError, r"rollout\.generate: .* has 3 response ids but 2 entries in loss_mask"),
+        ("filter", "broken", RuntimeError, r"rollout\.filter=\S+:broken failed on prompt \d: ZeroDivisionError: division by zero"),
+        ("filter", "nobody_stays", ValueError, r"prompts were dropped \(filter.*\) and 0 of 4 kept; loosen rollout\.filter"),
+    ],
+)
+def test_a_function_of_the_user_that_fails(cfg: SlimeConfig, knob: str, function: str, kind: type[Exception], says: str):
+    setattr(cfg.rollout, knob, FUNCTIONS + function)
+    with pytest.raises(kind, match=says):
+        rollout(cfg, lambda body: "yes")
+
+
+def test_an_evaluation_whose_rewards_fail_stops_the_run(cfg: SlimeConfig):
+    cfg.data.eval = {"e": EvalSet(cfg.data.train[0].path, limit=4, reward="tests.rollout.reward_functions:behave")}
+
+    async def run() -> None:
+        async with Double(lambda body: "nan").serving() as endpoint:
+            manager = RolloutManager(cfg, cfg.run.dir)
+            await manager.start([endpoint], 80)
+            try:
+                await manager.expect(LABEL)
+                await manager.evaluate(0)
+            finally:
+                await manager.engines.close()
+                await manager.judge.close()
+                await manager.eval_judges["e"].close()
+
+    with pytest.raises(GateStopped, match="returned nan, which is not finite"):
+        asyncio.run(run())

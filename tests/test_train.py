@@ -1,0 +1,109 @@
+"""The real command on the real stack: Ray, megatron-core ranks, SGLang servers."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.launch import Launched, finish, launch, left_behind, make_inputs, start
+
+pytestmark = pytest.mark.e2e
+
+TWO_RANKS = ("cluster.roles.actor.devices=2", "cluster.cpus_per_rank=0.5", "cluster.cpus_per_engine=0.5")
+TWO_ENGINES = ("cluster.roles.rollout.devices=2", "rollout.engines=2")
+NOT_OF_THE_RECIPE = ("time/", "sync/", "perf/", "engine/", "rollout/cpu")  # depend on the clock or on how many engines there are
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def assert_done(run: Launched) -> None:
+    assert run.code == 0, run.out + run.err
+    assert left_behind(run.mark) == []
+
+
+def hf_bytes(run: Launched) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted((run.run_dir / "hf").glob("*.safetensors"))}
+
+
+def of_the_recipe(run: Launched) -> list[dict]:
+    return [{k: v for k, v in line.items() if not k.startswith(NOT_OF_THE_RECIPE)} for line in run.metrics]
+
+
+def test_two_engines_and_two_ranks_train_together(inputs: Path):
+    evaluation = f"data.eval={{heldout: {{path: {inputs}/eval.jsonl, samples: 2, temperature: 1}}}}"
+    run = launch(inputs, "two", *TWO_RANKS, *TWO_ENGINES, "run.steps=3", "run.eval_every=2", "run.save_every=2", evaluation)
+    assert_done(run)
+    lines = run.metrics
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert all(line["mismatch/logprob_abs_diff"] < 1e-4 for line in lines[1:])
+    assert all(line["train/grad_norm"] > 0 for line in lines[1:])
+    assert [k for k, line in enumerate(lines) if "eval/heldout/pass_at_k" in line] == [0, 2, 3]
+    assert lines[-1]["ledger/drawn"] == lines[-1]["ledger/trained"] == 12 and lines[-1]["ledger/pending"] == 0
+    assert lines[-1]["sync/version"] == 3
+    assert (run.run_dir / "latest_checkpointed_iteration.txt").read_text() == "3\n"
+    for name in ("config.yaml", "report.html", "trace.json.gz", "hf/model.safetensors", "hf/tokenizer.json", "logs/engine_1.log"):
+        assert (run.run_dir / name).stat().st_size > 0, name
+    before, after = load_file(inputs / "model" / "model.safetensors"), load_file(run.run_dir / "hf" / "model.safetensors")
+    assert set(before) == set(after) and any(not np.array_equal(before[n], after[n]) for n in before)
+    assert "done: 3 updates" in run.out and run.err == ""
+
+
+def test_deterministic_runs_give_the_same_bits_with_one_engine_or_two(inputs: Path):
+    runs = [
+        launch(inputs, "det_a", "run.deterministic=true"),
+        launch(inputs, "det_b", "run.deterministic=true"),
+        launch(inputs, "det_two", "run.deterministic=true", *TWO_ENGINES),
+    ]
+    for run in runs:
+        assert_done(run)
+    assert hf_bytes(runs[0])
+    assert hf_bytes(runs[0]) == hf_bytes(runs[1]) == hf_bytes(runs[2])
+    assert of_the_recipe(runs[0]) == of_the_recipe(runs[1]) == of_the_recipe(runs[2])
+
+
+def test_a_run_that_is_stopped_saves_and_the_same_command_goes_on(inputs: Path):
+    process, mark = start(inputs, "stopped", "run.steps=40")
+    run_dir = inputs / "runs" / "stopped"
+    wait_for_line(run_dir / "metrics.jsonl", 3)
+    process.send_signal(signal.SIGTERM)
+    first = finish(process, mark, run_dir)
+    assert first.code == 75, first.out + first.err
+    assert left_behind(mark) == []
+    saved = int((run_dir / "latest_checkpointed_iteration.txt").read_text())
+    second = launch(inputs, "stopped", f"run.steps={saved + 2}")
+    assert_done(second)
+    assert [line["step"] for line in second.metrics] == list(range(saved + 3))
+    account = json.loads((run_dir / "ledger.json").read_text())
+    assert account["ledger/drawn"] == account["ledger/trained"] == 4 * (saved + 2)
+    third = launch(inputs, "stopped", f"run.steps={saved + 2}")
+    assert third.code == 4 and "has completed" in third.err
+
+
+def test_rollouts_are_dumped_and_trained_on_again(inputs: Path):
+    dumped = launch(inputs, "rollouts", "run.only=rollout", "rollout.dump=true")
+    assert_done(dumped)
+    assert not (dumped.run_dir / "hf").exists()
+    replayed = launch(inputs, "replayed", "run.only=train", f"run.replay={dumped.run_dir}")
+    assert_done(replayed)
+    assert replayed.metrics[1]["mismatch/logprob_abs_diff"] < 1e-4
+    assert replayed.metrics[1]["reward/mean"] == dumped.metrics[1]["reward/mean"]
+
+
+def test_one_step_off_trains_each_prompt_once(inputs: Path):
+    run = launch(inputs, "overlap", "rollout.mode=one_step_off", "run.steps=3")
+    assert_done(run)
+    assert run.metrics[-1]["ledger/trained"] == run.metrics[-1]["ledger/drawn"] == 12
+
+
+def wait_for_line(path: Path, count: int, timeout_s: float = 180.0) -> None:
+    give_up = time.monotonic() + timeout_s
+    while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert time.monotonic() < give_up, f"{path} has no {count} lines after {timeout_s} s"
+        time.sleep(0.1)
