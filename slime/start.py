@@ -37,7 +37,7 @@ from slime.observe.summary import write_summary
 from slime.observe.trace import TraceFile
 from slime.observe.trackers import start_trackers
 from slime.rollout.demonstrations import Demonstrations
-from slime.rollout.handle import BatchSource, Pending, Ready, RolloutResult, start_rollout
+from slime.rollout.handle import BatchSource, Pending, Ready, Rollout, RolloutResult
 from slime.rollout.replay import Replay
 from slime.run import Run
 from slime.sync.channel import Channel
@@ -228,7 +228,7 @@ def read_batch(restored: Restored) -> Pending | None:
 
 
 def start_parts(cfg: SlimeConfig, directory: Path, version: WeightVersion, placements: dict[str, RolePlacement], stack: ExitStack) -> Parts:
-    """Start ranks and engines side by side, then the rollout manager. Raises what any of them raises; the others are ended."""
+    """Start ranks, engines and the rollout manager side by side. Raises what any of them raises; the others are ended."""
     serves = cfg.run.only != "train" and build_algorithm(cfg.algorithm).needs_rollouts
 
     def start_trainer() -> TrainerGroup | None:
@@ -237,15 +237,19 @@ def start_parts(cfg: SlimeConfig, directory: Path, version: WeightVersion, place
     def start_fleet() -> EngineFleet | None:
         return EngineFleet.start(cfg, placements.get("rollout"), directory, version.run_id) if serves else None
 
+    rollout = Rollout.launch(cfg, directory) if serves else None
+    if rollout is not None:
+        stack.callback(rollout.stop)
     with ThreadPoolExecutor(2) as pool:
         starting = (pool.submit(start_trainer), pool.submit(start_fleet))
     for future in starting:
         if future.exception() is None and (started := future.result()) is not None:
             stack.callback(started.stop)
     trainer, fleet = starting[0].result(), starting[1].result()
-    if fleet is not None:
-        source: BatchSource = start_rollout(cfg, directory, fleet.endpoints(), load_map(cfg.model.path, cfg.model.family).vocab_size)
-        stack.callback(source.stop)
+    source: BatchSource
+    if fleet is not None and rollout is not None:
+        rollout.connect(fleet.endpoints(), load_map(cfg.model.path, cfg.model.family).vocab_size)
+        source = rollout
     else:
         source = Replay(Path(cfg.run.replay)) if cfg.run.replay else Demonstrations(cfg)
     return Parts(trainer, fleet, source)

@@ -69,7 +69,10 @@ class WandbTracker:
         return self._id
 
     def close(self) -> None:
+        import wandb
+
         self._run.finish()
+        wandb.teardown()  # finish alone may return before an offline run's file is whole
 
 
 class TensorboardTracker:

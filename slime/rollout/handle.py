@@ -24,7 +24,7 @@ from slime.types import EvalResult, RolloutSummary, WeightVersion
 log = logging.getLogger(__name__)
 
 STEP_KNOB = "cluster.step_timeout_s"
-PROGRESS_S = 60.0  # the manager answers between two pieces of work, the longest of which is packing a batch
+MANAGER_S = 60.0  # for small questions; the manager answers between two pieces of work, the longest of which is packing a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +98,12 @@ class Generating:
     def wait(self, timeout_s: float) -> bool:
         """Raises TimeoutError naming cluster.step_timeout_s when the whole rollout has taken longer."""
         if time.monotonic() > self._give_up_s:
-            done, of = deadline.get(self._manager.progress.remote(), PROGRESS_S, "the rollout's progress")
+            done, of = deadline.get(self._manager.progress.remote(), MANAGER_S, "the rollout's progress")
             raise TimeoutError(f"rollout {self.step + 1}: {done} of {of} prompts finished after {self._timeout_s:g} s ({STEP_KNOB})")
         return bool(ray.wait([self._ref], timeout=timeout_s)[0])
 
     def progress(self) -> int:
-        return deadline.get(self._manager.progress.remote(), PROGRESS_S, "the rollout's progress")[0]
+        return deadline.get(self._manager.progress.remote(), MANAGER_S, "the rollout's progress")[0]
 
     def result(self) -> RolloutResult:
         left_s = max(0.1, self._give_up_s - time.monotonic())
@@ -112,14 +112,35 @@ class Generating:
 
 
 class Rollout:
-    """Batches from the engines, through the RolloutManager."""
+    """Batches from the engines, through the RolloutManager.
+
+    rollout = Rollout.launch(cfg, run_dir)          # at once; the manager opens data, tokenizer and rewards while engines start
+    rollout.connect(fleet.endpoints(), vocab_size)
+    """
 
     def __init__(self, cfg: SlimeConfig, manager: Any) -> None:
         self._cfg, self._manager = cfg, manager
+        self._opened = manager.open.remote()
+
+    @classmethod
+    def launch(cls, cfg: SlimeConfig, run_dir: Path) -> "Rollout":
+        """Begin to start the RolloutManager on the driver's host."""
+        from slime.rollout.manager import RolloutManager
+
+        if cfg.rollout.select == "arrival":
+            log.warning("rollout.select=arrival: the groups that finish first make the batch, which leans to short answers")
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor: Any = ray.remote(RolloutManager).options(num_cpus=0, scheduling_strategy=here, max_concurrency=8)
+        return cls(cfg, actor.remote(cfg, str(run_dir)))
+
+    def connect(self, endpoints: list[Endpoint], vocab_size: int) -> None:
+        """Wait for the manager and give it the engines. Raises ValueError naming the knob of what it cannot use."""
+        deadline.get(self._opened, self._cfg.cluster.start_timeout_s, "the rollout manager to start", "cluster.start_timeout_s")
+        deadline.get(self._manager.connect.remote(endpoints, vocab_size), MANAGER_S, "the rollout manager to take the engines")
 
     def expect(self, version: WeightVersion) -> None:
-        """From here on every answer must come from these weights."""
-        deadline.get(self._manager.expect.remote(version.label), 30.0, "the rollout manager to take the weight version")
+        """From here on every answer must come from these weights. Raises StaleWeights naming an engine that holds others."""
+        deadline.get(self._manager.expect.remote(version.label), MANAGER_S, "the rollout manager to take the weight version")
 
     def start(self, step: int, first_ordinal: int) -> Pending:
         timeout_s = self._cfg.cluster.step_timeout_s
@@ -132,26 +153,3 @@ class Rollout:
     def stop(self) -> None:
         """End the manager and its reward workers."""
         ray.kill(self._manager)
-
-
-def start_rollout(cfg: SlimeConfig, run_dir: Path, endpoints: list[Endpoint], vocab_size: int) -> Rollout:
-    """Start the RolloutManager on the driver's host. Raises ValueError naming the knob of what it cannot use."""
-    from slime.rollout.manager import RolloutManager
-
-    if cfg.rollout.select == "arrival":
-        log.warning("rollout.select=arrival: the groups that finish first make the batch, which leans to short answers")
-
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    manager: Any = ray.remote(RolloutManager).options(num_cpus=0, scheduling_strategy=here, max_concurrency=8).remote(cfg, str(run_dir))
-    rollout = Rollout(cfg, manager)
-    try:
-        deadline.get(
-            manager.start.remote(endpoints, vocab_size),
-            cfg.cluster.start_timeout_s,
-            "the rollout manager to start",
-            "cluster.start_timeout_s",
-        )
-    except BaseException:
-        rollout.stop()
-        raise
-    return rollout

@@ -38,8 +38,8 @@ class RolloutManager:
         self.cfg, self.run_dir = cfg, Path(run_dir)
         self._progress = (0, 0)
 
-    async def start(self, endpoints: list[Endpoint], vocab_size: int) -> None:
-        """Open data, tokenizer, rewards and connections. Raises ValueError naming the knob of what cannot be used."""
+    async def open(self) -> None:
+        """Open data, tokenizer and rewards. Raises ValueError naming the knob of what cannot be used."""
         cfg = self.cfg
         self.source = PromptSource(cfg.data, cfg.run.seed)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(cfg.model)
@@ -50,9 +50,11 @@ class RolloutManager:
         self.eval_judges = {
             name: await Judge.open(cfg.reward, s.reward) if s.reward else self.judge for name, (s, _) in self.eval_sets.items()
         }
-        self.engines = EngineClient(
-            endpoints, vocab_size=vocab_size, timeout_s=cfg.rollout.request_timeout_s, max_in_flight=cfg.rollout.max_in_flight
-        )
+
+    async def connect(self, endpoints: list[Endpoint], vocab_size: int) -> None:
+        """Take these engines."""
+        cfg = self.cfg.rollout
+        self.engines = EngineClient(endpoints, vocab_size=vocab_size, timeout_s=cfg.request_timeout_s, max_in_flight=cfg.max_in_flight)
 
     async def expect(self, label: str) -> None:
         """From here on, every answer must come from the weights of this label."""

@@ -14,7 +14,7 @@ def not_an_algorithm(cfg: AlgorithmConfig) -> str:
     return "grpo"
 
 
-HERE = "tests.algorithms.test_registry"
+HERE = __name__
 
 
 def test_builtins_and_import_paths():

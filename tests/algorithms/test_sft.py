@@ -1,20 +1,28 @@
+import numpy as np
 import torch
 
 from slime.algorithms import sft
+from slime.algorithms.base import LossInputs
 from slime.config import AlgorithmConfig
-from tests.algorithms.test_grpo import make_batch, make_inputs
+from slime.types import Batch
 
 
 def test_loss_is_the_negative_log_probability():
-    x = make_inputs(6)
-    algorithm = sft.build(AlgorithmConfig(name="sft"))
-    out = algorithm.loss(x)
-    (grad,) = torch.autograd.grad(out.loss.sum(), x.logprobs)
-    assert torch.equal(out.loss, -x.logprobs) and torch.equal(grad, torch.full_like(grad, -1))
-    assert torch.equal(out.metrics["nll"], -x.logprobs) and not out.metrics["nll"].requires_grad
+    logprobs = torch.tensor([-0.5, -2.0, -0.1], dtype=torch.float64, requires_grad=True)
+    others = torch.full((3,), 7.0, dtype=torch.float64)
+    out = sft.build(AlgorithmConfig(name="sft")).loss(
+        LossInputs(logprobs, others, others, others, others, torch.zeros(3, dtype=torch.int64))
+    )
+    (grad,) = torch.autograd.grad(out.loss.sum(), logprobs)
+    assert out.loss.tolist() == [0.5, 2.0, 0.1] and grad.tolist() == [-1, -1, -1]
+    assert out.metrics["nll"].tolist() == [0.5, 2.0, 0.1] and not out.metrics["nll"].requires_grad
+    assert out.metrics["entropy"].tolist() == [7.0, 7.0, 7.0]
 
 
 def test_it_needs_no_engine_no_old_logprobs_and_no_rewards():
     algorithm = sft.build(AlgorithmConfig(name="sft"))
     assert not algorithm.needs_rollouts and not algorithm.uses_old_logprobs
-    assert algorithm.advantages(make_batch([1.0, 0.0], [0, 0])).tolist() == [0.0, 0.0]
+    batch = Batch(
+        np.zeros(2, np.int32), np.array([0, 2]), np.array([False, True]), np.zeros(2, np.float32), np.array([np.nan]), np.zeros(1, int)
+    )
+    assert algorithm.advantages(batch).tolist() == [0.0]

@@ -92,6 +92,7 @@ def wandb_records(content: bytes) -> list[bytes]:
     return records
 
 
+@pytest.mark.e2e
 def test_wandb_offline_needs_no_network_and_keeps_its_id(tmp_path: Path, capfd) -> None:
     from wandb.proto import wandb_internal_pb2
 

@@ -1,4 +1,4 @@
-"""A server that misbehaves as asked. For what a real engine cannot be made to do on demand; answers of real ones are tested in test_e2e.py."""
+"""A server that misbehaves as asked. For what a real engine cannot be made to do on demand; real answers are tested in test_e2e.py."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable

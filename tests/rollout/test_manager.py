@@ -41,7 +41,8 @@ def rollout(cfg: SlimeConfig, behave: Callable[[dict[str, Any]], str], first: in
         double = Double(behave)
         async with double.serving() as endpoint:
             manager = RolloutManager(cfg, cfg.run.dir)
-            await manager.start([endpoint], 80)
+            await manager.open()
+            await manager.connect([endpoint], 80)
             try:
                 await manager.expect(LABEL)
                 batch, summary, _ = await asyncio.wait_for(manager.generate(0, first), 60)
@@ -164,7 +165,8 @@ def test_an_evaluation_whose_rewards_fail_stops_the_run(cfg: SlimeConfig):
     async def run() -> None:
         async with Double(lambda body: "nan").serving() as endpoint:
             manager = RolloutManager(cfg, cfg.run.dir)
-            await manager.start([endpoint], 80)
+            await manager.open()
+            await manager.connect([endpoint], 80)
             try:
                 await manager.expect(LABEL)
                 await manager.evaluate(0)
