@@ -5,6 +5,7 @@ dictionary, a first evaluation set), the prefix is written here, so that a user 
 """
 
 from dataclasses import is_dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import get_origin
 
@@ -16,7 +17,7 @@ from hydra.errors import HydraException
 from slime.config.exits import ConfigError
 from slime.config.tree import STEP_NAMES, did_you_mean, element, is_open, knobs, nearest, type_of
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(str(files("slime_recipes")))
 
 
 def prepare(argv: list[str]) -> list[str]:

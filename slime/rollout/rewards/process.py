@@ -100,8 +100,9 @@ class Worker:
         try:
             while True:
                 number, verdicts = await receive(reader)
-                if number in self._waiting:
-                    self._waiting.pop(number).set_result(verdicts)
+                future = self._waiting.pop(number, None)
+                if future is not None and not future.done():  # nobody waits for a judgement that was cancelled
+                    future.set_result(verdicts)
         except EOFError:
             ending = await self._ending()
         self._writer.close()
