@@ -59,7 +59,7 @@ def run(recipe: str, seed: int, control: bool) -> dict:
 
 
 def median(lines: list[dict], name: str) -> float:
-    values = sorted(line[name] for line in lines[1:])
+    values = sorted(line[name] for line in lines if name in line)
     return values[len(values) // 2]
 
 

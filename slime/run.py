@@ -32,7 +32,7 @@ from slime.observe.trackers import Trackers
 from slime.rollout.handle import BatchSource, Pending, RolloutResult
 from slime.sync.channel import Channel
 from slime.trainer.group import TrainerGroup
-from slime.types import EvalResult, WeightVersion
+from slime.types import WeightVersion
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,10 @@ class Run:
     _step_begun_s: float = field(default_factory=time.time)
     _sync: dict[str, float] = field(default_factory=dict)  # of the last publish
     _save_s: float = 0.0
+    _eval_spans: list[Span] = field(default_factory=list)
+    _recent: list[Span] = field(default_factory=list)  # of the last record
+    _joins: tuple[float, float] | None = None  # when the last two batches were joined; all work in between has been recorded
+    _joined_s: float | None = None
     _saved: int = -1  # the last committed step
 
     @property
@@ -110,6 +114,9 @@ class Run:
                     self.commit(self.step, None)
                     raise SavedRunAgain(f"stopped by {self.signal.received} before update {self.step + 1}; saved at step {self.step}")
         result = pending.result()
+        joined_s = time.time()
+        self._joins = (self._joined_s, joined_s) if self._joined_s is not None else None
+        self._joined_s = joined_s
         if pending is not self.restored_batch:
             self.ledger.record(result.summary)
         return result
@@ -147,7 +154,7 @@ class Run:
             return {}
         self.publish(step)
         begun = time.time()
-        results: list[EvalResult] = self.rollout.evaluate(step)
+        results, self._eval_spans = self.rollout.evaluate(step)
         self._keep_examples(step, [{**e, "source": f"eval/{r.name}"} for r in results for e in r.examples])
         line = {f"eval/{r.name}/{name}": value for r in results for name, value in r.metrics.items()}
         return {**line, "time/eval_s": time.time() - begun}
@@ -155,12 +162,14 @@ class Run:
     def _write(self, step: int, line: dict[str, float], examples: list[dict], spans: list[Span]) -> None:
         now = time.time()
         self.tracer.add("step", self._step_begun_s, now, step=step)
-        spans = [*spans, *(self.ranks.spans() if self.ranks else []), *self.channel.spans(), *self.tracer.drain()]
+        spans = [*spans, *self._eval_spans, *(self.ranks.spans() if self.ranks else []), *self.channel.spans(), *self.tracer.drain()]
         if step:
-            line["time/idle_frac"] = idle_fraction(spans, (self._step_begun_s, now), BUSY)
             line["time/save_s"] = self._save_s
+        if self._joins is not None:
+            line["time/idle_frac"] = idle_fraction([*self._recent, *spans], self._joins, BUSY)
+        self._recent = spans
         line["time/step_s"] = now - self._step_begun_s
-        self._step_begun_s, self._save_s = now, 0.0
+        self._step_begun_s, self._save_s, self._eval_spans = now, 0.0, []
         self.metrics.append(step, line)
         self.trackers.log(step, line)
         self.trace.append(step, spans)

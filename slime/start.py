@@ -4,6 +4,7 @@ import fcntl
 import json
 import logging
 import secrets
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -39,6 +40,7 @@ from slime.observe.trackers import start_trackers
 from slime.rollout.demonstrations import Demonstrations
 from slime.rollout.handle import BatchSource, Pending, Ready, Rollout, RolloutResult
 from slime.rollout.replay import Replay
+from slime.rollout.rewards.builtin import check_label
 from slime.run import Run
 from slime.sync.channel import Channel
 from slime.trainer.group import TrainerGroup
@@ -142,10 +144,14 @@ def check_inputs(cfg: SlimeConfig) -> None:
     """Open what the recipe names, so that a bad file is an error before anything starts. Raises ValueError naming the knob."""
     load_map(cfg.model.path, cfg.model.family, cfg.trainer.tensor_parallel)
     load_tokenizer(cfg.model)
-    if cfg.run.only != "train":
-        PromptSource(cfg.data, cfg.run.seed)
+    judged = build_algorithm(cfg.algorithm).needs_rollouts
+    for prompt in PromptSource(cfg.data, cfg.run.seed).first if cfg.run.only != "train" else []:
+        if judged:
+            check_label(cfg.reward, None, prompt)
     for name, eval_set in cfg.data.eval.items():
-        eval_prompts(name, eval_set, cfg.data)
+        prompts = eval_prompts(name, eval_set, cfg.data)
+        if judged:
+            check_label(cfg.reward, eval_set.reward, prompts[0])
 
 
 # --- the parts ----------------------------------------------------------------------------------------------------------
@@ -180,6 +186,8 @@ def build(
     if restored is None:
         for stale in ("metrics.jsonl", "examples.jsonl", "trace.json.gz"):
             (directory / stale).unlink(missing_ok=True)
+    elif restored.path.parent != directory:
+        shutil.copy(restored.path.parent / "metrics.jsonl", directory)
     metrics = MetricsLog(directory / "metrics.jsonl")
     if restored is not None:
         assert parts.trainer is not None

@@ -2,17 +2,18 @@
 
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from tests.tiny import make_tiny
 
-MARK = "SLIME_TEST_MARK"
 ROOT = Path(__file__).parents[1]
 LAUNCH_S = 240.0
 
@@ -25,7 +26,7 @@ class Launched:
     out: str
     err: str
     run_dir: Path
-    mark: str
+    offspring: "Offspring"
 
     @property
     def metrics(self) -> list[dict]:
@@ -68,17 +69,55 @@ def arguments(inputs: Path, name: str, *overrides: str) -> list[str]:
     return ["--config-name", "base", *(f"{key}={value}" for key, value in base.items())]
 
 
-def start(inputs: Path, name: str, *overrides: str) -> tuple[subprocess.Popen, str]:
-    """Start the command; returns the process and the mark that everything it starts carries in its environment."""
-    mark = secrets.token_hex(8)
+class Offspring:
+    """Every process that descends from the command, noted while the command lives: some rename themselves, some outlive their parent."""
+
+    def __init__(self, command: subprocess.Popen) -> None:
+        self._root = psutil.Process(command.pid)
+        self._seen: set[psutil.Process] = set()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        try:
+            while self._root.is_running() and self._root.status() != psutil.STATUS_ZOMBIE:
+                self._seen |= set(self._root.children(recursive=True))
+                time.sleep(0.1)
+        except psutil.NoSuchProcess:
+            return
+
+    @property
+    def count(self) -> int:
+        """Processes that were ever seen."""
+        return len(self._seen)
+
+    def alive(self) -> dict[int, str]:
+        """Process id -> name and command line of those that still run."""
+        found = {}
+        for process in set(self._seen):
+            try:
+                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                    found[process.pid] = f"{process.name()} {' '.join(process.cmdline())}"[:200]
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    def left(self, within_s: float = 15.0) -> list[str]:
+        """What still runs after `within_s`."""
+        give_up = time.monotonic() + within_s
+        while (found := self.alive()) and time.monotonic() < give_up:
+            time.sleep(0.2)
+        return list(found.values())
+
+
+def start(inputs: Path, name: str, *overrides: str) -> tuple[subprocess.Popen, Offspring]:
+    """Start the command; returns the process and the watch over what it starts."""
     command = [sys.executable, "-m", "slime.cli.main", "train", *arguments(inputs, name, *overrides)]
-    env = os.environ | {MARK: mark, "PYTHONPATH": str(ROOT)}
-    pipe = subprocess.PIPE
+    env, pipe = os.environ | {"PYTHONPATH": str(ROOT)}, subprocess.PIPE
     process = subprocess.Popen(command, cwd=inputs, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
-    return process, mark
+    return process, Offspring(process)
 
 
-def finish(process: subprocess.Popen, mark: str, run_dir: Path, timeout_s: float = LAUNCH_S) -> Launched:
+def finish(process: subprocess.Popen, offspring: Offspring, run_dir: Path, timeout_s: float = LAUNCH_S) -> Launched:
     """Wait for the command; kills it when it takes too long."""
     try:
         out, err = process.communicate(timeout=timeout_s)
@@ -86,34 +125,18 @@ def finish(process: subprocess.Popen, mark: str, run_dir: Path, timeout_s: float
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
         raise AssertionError(f"the command did not end in {timeout_s} s:\n{out}\n{err}") from None
-    return Launched(process.returncode, out, err, run_dir, mark)
+    return Launched(process.returncode, out, err, run_dir, offspring)
 
 
 def launch(inputs: Path, name: str, *overrides: str, timeout_s: float = LAUNCH_S) -> Launched:
     """Run the command to its end."""
-    process, mark = start(inputs, name, *overrides)
-    return finish(process, mark, inputs / "runs" / name, timeout_s)
+    process, offspring = start(inputs, name, *overrides)
+    return finish(process, offspring, inputs / "runs" / name, timeout_s)
 
 
-def left_behind(mark: str, within_s: float = 15.0) -> list[str]:
-    """Command lines of processes that the command started and that are still there after `within_s`."""
-    give_up = time.monotonic() + within_s
-    while (found := marked(mark)) and time.monotonic() < give_up:
-        time.sleep(0.2)
-    return found
-
-
-def marked(mark: str) -> list[str]:
-    """Command lines of all processes that carry the mark."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"{MARK}={mark}".encode() in (process / "environ").read_bytes() and b"Z" not in _state(process):
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200])
-        except (OSError, PermissionError):  # it has ended meanwhile
-            continue
-    return found
-
-
-def _state(process: Path) -> bytes:
-    return (process / "stat").read_bytes().rpartition(b")")[2].split()[0]
+def wait_for_line(path: Path, count: int, timeout_s: float = 180.0) -> None:
+    """Wait until a file has `count` lines."""
+    give_up = time.monotonic() + timeout_s
+    while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert time.monotonic() < give_up, f"{path} has no {count} lines after {timeout_s} s"
+        time.sleep(0.1)

@@ -2,14 +2,13 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.launch import Launched, finish, launch, left_behind, make_inputs, start
+from tests.launch import Launched, finish, launch, make_inputs, start, wait_for_line
 
 pytestmark = pytest.mark.e2e
 
@@ -25,7 +24,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_done(run: Launched) -> None:
     assert run.code == 0, run.out + run.err
-    assert left_behind(run.mark) == []
+    assert run.offspring.count > 5 and run.offspring.left() == []
 
 
 def hf_bytes(run: Launched) -> dict[str, bytes]:
@@ -69,13 +68,13 @@ def test_deterministic_runs_give_the_same_bits_with_one_engine_or_two(inputs: Pa
 
 
 def test_a_run_that_is_stopped_saves_and_the_same_command_goes_on(inputs: Path):
-    process, mark = start(inputs, "stopped", "run.steps=40")
+    process, offspring = start(inputs, "stopped", "run.steps=40")
     run_dir = inputs / "runs" / "stopped"
     wait_for_line(run_dir / "metrics.jsonl", 3)
     process.send_signal(signal.SIGTERM)
-    first = finish(process, mark, run_dir)
+    first = finish(process, offspring, run_dir)
     assert first.code == 75, first.out + first.err
-    assert left_behind(mark) == []
+    assert offspring.left() == []
     saved = int((run_dir / "latest_checkpointed_iteration.txt").read_text())
     second = launch(inputs, "stopped", f"run.steps={saved + 2}")
     assert_done(second)
@@ -100,10 +99,3 @@ def test_one_step_off_trains_each_prompt_once(inputs: Path):
     run = launch(inputs, "overlap", "rollout.mode=one_step_off", "run.steps=3")
     assert_done(run)
     assert run.metrics[-1]["ledger/trained"] == run.metrics[-1]["ledger/drawn"] == 12
-
-
-def wait_for_line(path: Path, count: int, timeout_s: float = 180.0) -> None:
-    give_up = time.monotonic() + timeout_s
-    while not path.exists() or len(path.read_text().splitlines()) < count:
-        assert time.monotonic() < give_up, f"{path} has no {count} lines after {timeout_s} s"
-        time.sleep(0.1)

@@ -42,6 +42,7 @@ def arguments(deterministic: bool) -> dict[str, Any]:
         "grammar_backend": "none",
         "disable_overlap_schedule": True,
         "skip_server_warmup": True,
+        "sleep_on_idle": True,  # an idle scheduler would spin on a core that a trainer rank needs
         "mem_fraction_static": 0.5,  # max_total_tokens decides; SGLang's own guess turns negative without chunks
     }
     if deterministic:

@@ -24,15 +24,14 @@ class PromptSource:
     seed: int
 
     def __post_init__(self) -> None:
-        """Opens and indexes every file, reads its first row. Raises ValueError naming the file and the knob."""
+        """Opens and indexes every file; `first` holds the first row of each. Raises ValueError naming the file and the knob."""
         if not self.cfg.train:
             raise ValueError("data.train is empty: name at least one file, data.train='[{path: prompts.jsonl}]'")
         self._files = [open_rows(f.path, f"data.train.{i}.path") for i, f in enumerate(self.cfg.train)]
         self._quota = _quotas([f.weight for f in self.cfg.train])
         self._epochs: dict[int, tuple[int, np.ndarray]] = {}
         self._order: tuple[int, np.ndarray, np.ndarray] | None = None
-        for rows, file in zip(self._files, self.cfg.train, strict=True):
-            to_prompt(rows, 0, 0, self.cfg, file.source)
+        self.first = [to_prompt(rows, 0, 0, self.cfg, file.source) for rows, file in zip(self._files, self.cfg.train, strict=True)]
 
     def prompt(self, ordinal: int) -> Prompt:
         """The prompt of a draw. Raises ValueError naming the file and row of one that cannot be read."""

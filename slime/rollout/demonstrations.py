@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerBase
 from slime.config import SlimeConfig
 from slime.data.source import PromptSource
 from slime.data.template import load_tokenizer, tokenize
+from slime.observe.trace import Span
 from slime.rollout.draw import Draw
 from slime.rollout.handle import Pending, Ready, RolloutResult
 from slime.rollout.metrics import example
@@ -42,8 +43,8 @@ class Demonstrations:
     def expect(self, version: WeightVersion) -> None:
         """No engines answer here."""
 
-    def evaluate(self, step: int) -> list[EvalResult]:
-        return []
+    def evaluate(self, step: int) -> tuple[list[EvalResult], list[Span]]:
+        return [], []
 
     def stop(self) -> None:
         pass

@@ -63,7 +63,9 @@ class BatchSource(Protocol):
 
     def start(self, step: int, first_ordinal: int) -> Pending: ...
 
-    def evaluate(self, step: int) -> list[EvalResult]: ...
+    def evaluate(self, step: int) -> tuple[list[EvalResult], list[Span]]:
+        """Every evaluation set with the weights that are expected, and where the time went."""
+        ...
 
     def stop(self) -> None: ...
 
@@ -147,7 +149,7 @@ class Rollout:
         ref = self._manager.generate.remote(step, first_ordinal)
         return Generating(step, ref, self._manager, time.monotonic() + timeout_s, timeout_s)
 
-    def evaluate(self, step: int) -> list[EvalResult]:
+    def evaluate(self, step: int) -> tuple[list[EvalResult], list[Span]]:
         return deadline.get(self._manager.evaluate.remote(step), self._cfg.cluster.step_timeout_s, f"evaluation at step {step}", STEP_KNOB)
 
     def stop(self) -> None:

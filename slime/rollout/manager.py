@@ -90,15 +90,16 @@ class RolloutManager:
             write_rollout(self.run_dir, batch, summary, groups)
         return ray.put(batch), summary, busy_spans(maker.client.generations, maker.judging)
 
-    async def evaluate(self, step: int) -> list[EvalResult]:
+    async def evaluate(self, step: int) -> tuple[list[EvalResult], list[Span]]:
         """Evaluate every set with the weights that are expected. Raises what `generate` raises."""
-        results = []
+        results, spans = [], []
         for name, (eval_set, prompts) in self.eval_sets.items():
             longest = eval_set.max_response_tokens or self.cfg.rollout.max_response_tokens
             maker = self._maker(self._client(eval_set.temperature, eval_set.top_p, longest), self.eval_judges[name])
             results.append(await evaluate_set(name, eval_set, prompts, maker, self.cfg))
             self._check_errors(maker)
-        return results
+            spans += busy_spans(maker.client.generations, maker.judging)
+        return results, spans
 
     def _client(self, temperature: float, top_p: float, max_new_tokens: int) -> RolloutClient:
         sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, stop=tuple(self.cfg.rollout.stop))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import ray
 
+from slime.observe.trace import Span
 from slime.rollout.dump import read_rollout
 from slime.rollout.handle import Pending, Ready, RolloutResult
 from slime.types import EvalResult, WeightVersion
@@ -30,8 +31,8 @@ class Replay:
     def expect(self, version: WeightVersion) -> None:
         """No engines answer here."""
 
-    def evaluate(self, step: int) -> list[EvalResult]:
-        return []
+    def evaluate(self, step: int) -> tuple[list[EvalResult], list[Span]]:
+        return [], []
 
     def stop(self) -> None:
         pass

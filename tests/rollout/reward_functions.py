@@ -2,8 +2,10 @@
 
 import asyncio
 import os
+import subprocess
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,10 @@ from slime.types import Sample
 
 def behave(sample: Sample) -> Any:
     """What the sample's text says."""
+    if sample.text.startswith("leave "):
+        left = subprocess.Popen(["sleep", "60"])
+        Path(sample.text.split()[1]).write_text(str(left.pid))
+        os._exit(3)
     match sample.text:
         case "crash":
             os._exit(3)

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from slime.config import RewardConfig
-from slime.rollout.rewards.builtin import builtin
-from slime.types import Sample
+from slime.rollout.rewards.builtin import builtin, check_label
+from slime.types import Prompt, Sample
 
 
 def reward(fn: str, text: str, label: Any = None, **cfg) -> float:
@@ -75,6 +75,17 @@ def test_format():
 def test_a_missing_label_is_an_error_and_no_zero(fn: str):
     with pytest.raises(ValueError, match=rf"reward\.fn={fn} compares with a label.*prompt 7 has none; set data\.label_key"):
         reward(fn, "4")
+
+
+def test_a_missing_label_is_found_before_anything_starts():
+    without, with_label = Prompt(0, "p", source="s"), Prompt(0, "p", label="1", source="s")
+    with pytest.raises(ValueError, match=r"the first row of s has no label, which reward\.fn=exact compares with: set data\.label_key"):
+        check_label(RewardConfig(), None, without)
+    with pytest.raises(ValueError, match=r"reward\.fn=numeric"):
+        check_label(RewardConfig(url="http://x"), "numeric", without)
+    check_label(RewardConfig(), None, with_label)
+    check_label(RewardConfig(url="http://x"), None, without)
+    check_label(RewardConfig(fn="format"), None, without)
 
 
 def test_a_label_that_cannot_be_compared_with():

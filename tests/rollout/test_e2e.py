@@ -143,7 +143,8 @@ def test_the_same_ordinals_give_the_same_bits(rollout: Rollout, batch: Batch):
 def test_evaluation_beside_a_rollout(rollout: Rollout):
     """In sync mode a rollout begins before the evaluation of the same weights."""
     pending = rollout.start(2, 12)
-    greedy, sampled = rollout.evaluate(0)
+    (greedy, sampled), spans = rollout.evaluate(0)
+    assert {s.process for s in spans} == {"engine 0", "rollout"}
     assert greedy.name == "greedy" and 0 <= greedy.metrics["accuracy"] <= 1
     assert "pass_at_k" not in greedy.metrics
     assert 1 <= sampled.metrics["avg_at_k"] <= 5 and sampled.metrics["pass_at_k"] == 1.0 and sampled.metrics["response_len"] <= 5

@@ -145,6 +145,16 @@ def test_workers_die_with_a_parent_that_is_killed(tmp_path: Path):
         time.sleep(0.05)
 
 
+def test_what_a_crashed_reward_function_started_ends_with_it(tmp_path: Path):
+    (got,) = judged([f"leave {tmp_path / 'pid'}"], fn=HERE + "behave", workers=1)
+    assert got.reward_error == ERRORS["crash"]
+    left = int((tmp_path / "pid").read_text())
+    give_up = time.monotonic() + 5
+    while alive(left):
+        assert time.monotonic() < give_up, "a process outlived the reward function that started it"
+        time.sleep(0.05)
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

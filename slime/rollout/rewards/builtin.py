@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from slime.config import RewardConfig
-from slime.types import Sample
+from slime.types import Prompt, Sample
 
+COMPARE = ("exact", "numeric", "math")
 NUMBER = re.compile(r"(?:(?<!\d)[-+])?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 LATEX = ("$", "\\boxed", "\\(", "\\[")  # what marks mathematics in a text
 TOLERANCE = 1e-6  # relative; and absolute, for labels near zero
@@ -22,6 +23,15 @@ def builtin(cfg: RewardConfig) -> Callable[[Sample], float] | None:
         assert cfg.pattern is not None, "reward.fn=format without reward.pattern"
         return format_of(cfg.pattern)
     return {"exact": exact, "numeric": numeric, "math": math_equal}.get(cfg.fn)
+
+
+def check_label(cfg: RewardConfig, fn: str | None, prompt: Prompt) -> None:
+    """Raises ValueError for a prompt without the label that its reward compares with; `fn` is an evaluation set's own reward."""
+    chosen = fn or (None if cfg.url else cfg.fn)
+    if chosen in COMPARE and prompt.label is None:
+        raise ValueError(
+            f"the first row of {prompt.source} has no label, which reward.fn={chosen} compares with: set data.label_key or reward.fn"
+        )
 
 
 def exact(sample: Sample) -> float:

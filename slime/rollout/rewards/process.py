@@ -111,12 +111,20 @@ class Worker:
                 future.set_exception(WorkerLost(ending))
 
     async def _exit_code(self) -> int:
+        """Wait for the process to end, and end what a reward function started in it and left."""
         assert self._process is not None
-        return await asyncio.to_thread(self._process.wait)
+        return await asyncio.to_thread(_wait_for_group, self._process)
 
     async def _ending(self) -> str:
         code = await self._exit_code()
         return f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _wait_for_group(process: subprocess.Popen[bytes]) -> int:
+    with contextlib.suppress(ChildProcessError, ProcessLookupError):  # another thread was first
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it keeps its id, which is the group's, until it is waited for
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
 
 
 def _environment() -> dict[str, str]:

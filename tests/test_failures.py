@@ -1,0 +1,70 @@
+"""What the command says when something is wrong, and that it leaves no process behind."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.launch import finish, launch, make_inputs, start, wait_for_line
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def broken_row(inputs: Path) -> str:
+    (inputs / "broken.jsonl").write_text("{not json\n")
+    return f"data.train=[{{path: {inputs}/broken.jsonl}}]"
+
+
+def no_weights(inputs: Path) -> str:
+    (inputs / "empty").mkdir()
+    (inputs / "empty" / "config.json").write_text((inputs / "model" / "config.json").read_text())
+    return f"model.path={inputs}/empty"
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "says"),
+    [
+        ("cluster.device=cuda", 3, "GPU"),
+        (broken_row, 2, "row 1: not JSON"),
+        (no_weights, 2, "safetensors"),
+        ("rollout.engine_python=/bin/false", 2, "rollout.engine_python=/bin/false: SGLang cannot be used there"),
+        ("rollout.sglang.attention_backend=flashinfer", 1, "engine 0 ended with exit code"),
+        ("reward.fn=tests.rewards_that_fail:always", 5, "rewards failed (100%), above reward.max_error_frac=0.05"),
+    ],
+    ids=["no_gpu", "broken_data", "no_weights", "no_sglang", "engine_dies_at_start", "reward_raises"],
+)
+def test_a_failure_has_its_code_its_text_and_no_survivors(inputs: Path, override: str | Callable[[Path], str], code: int, says: str):
+    run = launch(inputs, "failing", override if isinstance(override, str) else override(inputs), "run.resume=auto")
+    assert run.code == code, run.out + run.err
+    assert says in run.err
+    assert run.offspring.left() == []
+
+
+def test_a_killed_engine_ends_the_run_with_the_end_of_its_log(inputs: Path):
+    process, offspring = start(inputs, "engine_killed", "run.steps=1000")
+    wait_for_line(inputs / "runs" / "engine_killed" / "metrics.jsonl", 2)
+    for pid, command in offspring.alive().items():
+        if "sglang::scheduler" in command:
+            os.kill(pid, signal.SIGKILL)
+    run = finish(process, offspring, inputs / "runs" / "engine_killed")
+    assert run.code == 1 and "engine 0" in run.err, run.out + run.err
+    assert run.summary["status"] == "failed"
+    assert offspring.left() == []
+
+
+def test_a_killed_driver_takes_everything_with_it_and_its_directory_is_one_run_s(inputs: Path):
+    process, offspring = start(inputs, "driver_killed", "run.steps=1000")
+    wait_for_line(inputs / "runs" / "driver_killed" / "metrics.jsonl", 2)
+    second = launch(inputs, "driver_killed")
+    assert second.code == 2 and "belongs to a run that is going on" in second.err
+    assert any("sglang" in command for command in offspring.alive().values())
+    process.kill()
+    process.communicate()
+    assert offspring.left(within_s=30.0) == []
