@@ -32,7 +32,7 @@ def no_weights(inputs: Path) -> str:
     ("override", "code", "says"),
     [
         ("cluster.device=cuda", 3, "GPU"),
-        (broken_row, 2, "row 1: not JSON"),
+        (broken_row, 2, "line 1: not JSON"),
         (no_weights, 2, "safetensors"),
         ("rollout.engine_python=/bin/false", 2, "rollout.engine_python=/bin/false: SGLang cannot be used there"),
         ("rollout.sglang.attention_backend=flashinfer", 1, "engine 0 ended with exit code"),
