@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -29,6 +29,7 @@ from slime.data.ledger import Ledger
 from slime.data.source import PromptSource, eval_prompts
 from slime.data.template import load_tokenizer
 from slime.engine.fleet import EngineFleet
+from slime.models.hub import local_directory
 from slime.models.registry import load_map
 from slime.observe import log as log_files
 from slime.observe.console import Console
@@ -61,6 +62,7 @@ def open_run(cfg: SlimeConfig, resolved_yaml: str) -> Iterator[Run]:
         (directory / "config.yaml").write_text(resolved_yaml)
         signal = stack.enter_context(StopSignal(cfg.run.grace_s))
         console.start(f"slime {cfg.run.name}", facts(cfg, directory, restored))
+        cfg = on_disk(cfg)
         check_inputs(cfg)
         cluster = stack.enter_context(connect(cfg, directory))
         run = build(cfg, directory, yaml.safe_load(resolved_yaml), restored, cluster, console, signal, stack)
@@ -138,6 +140,17 @@ def facts(cfg: SlimeConfig, directory: Path, restored: Restored | None) -> dict[
         for refused in restored.refused:
             log.warning("refused %s", refused)
     return said
+
+
+def on_disk(cfg: SlimeConfig) -> SlimeConfig:
+    """The recipe with absolute paths: ranks and engines of a joined cluster start in other folders. A model on the hub is downloaded.
+
+    Links are followed, so that a run keeps its model and data when a link is pointed elsewhere. Raises ValueError naming model.path.
+    """
+    train = [replace(file, path=str(Path(file.path).resolve())) for file in cfg.data.train]
+    sets = {name: replace(s, path=str(Path(s.path).resolve())) for name, s in cfg.data.eval.items()}
+    model = replace(cfg.model, path=str(local_directory(cfg.model.path).resolve()))
+    return replace(cfg, model=model, data=replace(cfg.data, train=train, eval=sets))
 
 
 def check_inputs(cfg: SlimeConfig) -> None:

@@ -8,9 +8,9 @@ import pytest
 from slime.checkpoint import save
 from slime.checkpoint.restore import Restored
 from slime.checkpoint.state import DriverState, write_state
-from slime.config import RunConfig, SlimeConfig
+from slime.config import DataConfig, DataFile, EvalSet, ModelConfig, RunConfig, SlimeConfig
 from slime.config.exits import ConfigError, NothingToDo
-from slime.start import claim, next_version
+from slime.start import claim, next_version, on_disk
 from slime.types import WeightVersion
 
 
@@ -73,3 +73,19 @@ def test_two_drivers_cannot_share_a_directory(tmp_path: Path):
         with pytest.raises(ConfigError, match="belongs to a run that is going on; stop it or choose another"):
             resume_point(config(), tmp_path)
     assert resume_point(config(), tmp_path) is None
+
+
+def test_paths_become_absolute_and_links_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "warm").symlink_to("model")
+    monkeypatch.chdir(tmp_path)
+    data = DataConfig(train=[DataFile("a.jsonl", 2.0)], eval={"e": EvalSet("e.jsonl", samples=3)})
+    found = on_disk(SlimeConfig(model=ModelConfig("warm"), data=data))
+    assert found.model.path == str(tmp_path / "model")
+    assert found.data.train == [DataFile(str(tmp_path / "a.jsonl"), 2.0)]
+    assert found.data.eval == {"e": EvalSet(str(tmp_path / "e.jsonl"), samples=3)}
+
+
+def test_a_model_that_is_nowhere_is_named():
+    with pytest.raises(ValueError, match=r"model\.path=no/where/at/all: no such directory, and not a hub id"):
+        on_disk(SlimeConfig(model=ModelConfig("no/where/at/all")))
