@@ -103,6 +103,9 @@ class EngineClient:
                 answer = await response.json()
         except aiohttp.ClientConnectorError:
             raise
+        except asyncio.CancelledError:
+            await self._abort(endpoint, body["rid"])
+            raise
         except TimeoutError as error:
             await self._abort(endpoint, body["rid"])
             raise TimeoutError(f"{endpoint.name} gave no answer after {self._timeout_s:g} s (rollout.request_timeout_s)") from error
@@ -127,4 +130,4 @@ class EngineClient:
                 endpoint.url + "/abort_request", json={"rid": rid}, headers=endpoint.headers, timeout=aiohttp.ClientTimeout(ABORT_S)
             )
         except (aiohttp.ClientError, TimeoutError) as error:
-            log.warning("%s did not take the abort of a late request: %s", endpoint.name, error or type(error).__name__)
+            log.warning("%s did not take the abort of a request: %s", endpoint.name, error or type(error).__name__)

@@ -4,10 +4,8 @@ rollouts/step_0000003.npz holds the columns of the batch, bit for bit; step_0000
 """
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-
-import numpy as np
 
 from slime.types import Batch, Group, RolloutSummary
 
@@ -18,8 +16,7 @@ def write_rollout(run_dir: Path, batch: Batch, summary: RolloutSummary, groups: 
     """Write one step's batch and samples."""
     base = run_dir / FOLDER / f"step_{summary.step:07d}"
     base.parent.mkdir(exist_ok=True)
-    with base.with_suffix(".npz").open("wb") as file:
-        np.savez(file, **{f.name: getattr(batch, f.name) for f in fields(Batch)})
+    batch.save(base.with_suffix(".npz"))
     with base.with_suffix(".jsonl").open("w") as text:
         text.write(json.dumps(summary.to_dict()) + "\n")
         text.writelines(json.dumps(asdict(s), default=str) + "\n" for g in groups for s in g.samples)
@@ -32,7 +29,5 @@ def read_rollout(folder: Path, step: int) -> tuple[Batch, RolloutSummary]:
         raise ValueError(
             f"run.replay={folder}: no rollout of step {step} there (step_{step:07d}.npz); dump it with rollout.dump=true or lower run.steps"
         )
-    with np.load(base.with_suffix(".npz"), allow_pickle=False) as columns:
-        batch = Batch(**{name: columns[name] for name in columns.files})
     with base.with_suffix(".jsonl").open() as text:
-        return batch, RolloutSummary.from_dict(json.loads(text.readline()))
+        return Batch.load(base.with_suffix(".npz")), RolloutSummary.from_dict(json.loads(text.readline()))

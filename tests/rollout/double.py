@@ -19,6 +19,7 @@ class Double:
 
     behave: Callable[[dict[str, Any]], str]
     asked: list[dict[str, Any]] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)  # request ids
 
     async def model_info(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": LABEL})
@@ -35,6 +36,10 @@ class Double:
         if what == "refuse":
             return web.json_response({"error": {"message": "no such parameter"}}, status=400)
         return web.json_response(self.answer(body, what))
+
+    async def abort_request(self, request: web.Request) -> web.Response:
+        self.aborted.append((await request.json())["rid"])
+        return web.Response()
 
     def answer(self, body: dict[str, Any], what: str) -> dict[str, Any]:
         ids = [5, 6, 1]
@@ -58,6 +63,7 @@ class Double:
         app = web.Application()
         app.router.add_get("/model_info", self.model_info)
         app.router.add_post("/generate", self.generate)
+        app.router.add_post("/abort_request", self.abort_request)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()

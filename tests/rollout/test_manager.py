@@ -101,8 +101,10 @@ def test_too_many_failed_rewards_stop_the_run(cfg: SlimeConfig):
 
 def test_arrival_takes_the_first_finished_and_drops_the_rest_by_name(cfg: SlimeConfig):
     cfg.rollout.select, cfg.rollout.request_timeout_s = "arrival", 60.0
-    _, summary, _ = rollout(cfg, lambda body: "hang" if prompt_of(body) == 0 else "yes")
+    _, summary, double = rollout(cfg, lambda body: "hang" if prompt_of(body) == 0 else "yes")
     assert (summary.trained, summary.dropped, summary.drawn) == ([1, 2, 3, 4], {0: "surplus"}, 5)
+    late = {body["rid"] for body in double.asked if prompt_of(body) == 0}
+    assert len(late) == 2 and set(double.aborted) == late, "an engine goes on with answers that nobody waits for"
 
 
 def test_several_samples_of_one_trajectory(cfg: SlimeConfig):
