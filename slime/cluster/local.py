@@ -12,6 +12,7 @@ from slime.cluster import reaper
 
 SESSION = "session_latest"  # Ray's link to the running session, in its temporary directory
 REAP_S = 20.0
+KEEP_ENVIRONMENT = "SPT_NOENV"  # Ray's agents write their titles over their environment, and the mark with it, unless this is set
 
 
 class Scratch:
@@ -31,11 +32,17 @@ class Scratch:
     @contextmanager
     def marked(self) -> Iterator[None]:
         """Processes started inside, and all that they start, belong to this Ray."""
-        os.environ[reaper.MARK] = self.path.name
+        marks = {reaper.MARK: self.path.name, KEEP_ENVIRONMENT: "1"}
+        before = {name: os.environ.get(name) for name in marks}
+        os.environ.update(marks)
         try:
             yield
         finally:
-            del os.environ[reaper.MARK]
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
     def link(self) -> None:
         """Show the running session's logs in the run."""

@@ -7,10 +7,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
-from slime.cluster import deadline, preflight
+from slime.cluster import deadline, preflight, reaper
 from slime.cluster.placement import RolePlacement, place
 from slime.cluster.session import Cluster, connect
 from slime.config import RoleConfig, SlimeConfig
@@ -79,6 +80,16 @@ def test_local_ray_has_the_cpus_that_roles_ask_for(cluster: Cluster, run_dir: Pa
     assert ray.cluster_resources()["CPU"] >= 6
     (logs,) = (run_dir / "logs" / "ray").iterdir()
     assert logs.is_symlink() and (logs / "raylet.out").exists()
+
+
+def test_the_reaper_knows_every_process_of_a_local_ray(cluster: Cluster) -> None:
+    """Ray's agents give themselves titles, which must not hide whose they are."""
+    assert cluster.scratch is not None
+    commands = {p.pid: " ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)}
+    of_ray = {pid: command for pid, command in commands.items() if "/ray/" in command or "ray::" in command}
+    marked = set(reaper.living(f"{reaper.MARK}={cluster.scratch.path.name}".encode()))
+    assert any("RuntimeEnvAgent" in command for command in of_ray.values())
+    assert [command for pid, command in of_ray.items() if pid not in marked and pid != cluster.scratch._reaper.pid] == []
 
 
 def test_every_role_has_its_bundles(placed: dict[str, RolePlacement]) -> None:

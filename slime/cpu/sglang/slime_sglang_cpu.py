@@ -2,12 +2,14 @@
 
 What serving on a CPU needs beyond stock SGLang:
 
+    processes              forked from the first one, which has imported everything; spawned ones import it all again, for 10 to 20 s
     host buffers           plain tensors, where SGLang would register them with CUDA
     torch.cuda.synchronize nothing to wait for
     decode attention       one call a batch instead of one a sequence, except in deterministic mode
     deterministic mode     torch_native counts as a deterministic backend, and SGLang's batch-invariant mode is ours
 """
 
+import multiprocessing
 import os
 
 import torch
@@ -17,6 +19,7 @@ BATCH_INVARIANT = "SLIME_CPU_BATCH_INVARIANT"  # set by slime.cpu.serving
 
 def register():
     torch.cuda.synchronize = lambda device=None: None
+    _fork()
     _plain_host_buffers()
     if os.environ.get(BATCH_INVARIANT) == "1":
         _deterministic()
@@ -24,6 +27,12 @@ def register():
         import slime_batched_decode
 
         slime_batched_decode.install()
+
+
+def _fork():
+    """SGLang asks for spawned processes, which CUDA needs. At the time it has neither a second thread nor used torch's."""
+    set_start_method = multiprocessing.set_start_method
+    multiprocessing.set_start_method = lambda method, force=False: set_start_method("fork", force=force)
 
 
 def _plain_host_buffers():
