@@ -12,12 +12,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import ray
+from typing import NoReturn
 
 from slime.checkpoint import batch as batch_file
 from slime.checkpoint import retention, save
 from slime.checkpoint.state import DriverState, write_state
+from slime.cluster import deadline
 from slime.cluster.signals import StopSignal
 from slime.config import SlimeConfig
 from slime.config.exits import GateStopped, SavedRunAgain
@@ -36,7 +36,7 @@ from slime.types import WeightVersion
 
 log = logging.getLogger(__name__)
 
-BUSY = frozenset({"engine", "train", "gather_weights"})  # spans in which something computes
+BUSY = frozenset({"engine", "train"})  # spans in which something computes
 POLL_S = 0.2  # how often a wait looks at its progress bar and for a stop
 
 
@@ -59,17 +59,19 @@ class Run:
     signal: StopSignal
     fleet: EngineFleet | None = None
     restored_batch: Pending | None = None
+    in_flight: Pending | None = None  # the rollout under way, until it is joined
+    published: int = -1  # the version that engines hold
     wall_before_s: float = 0.0  # spent by earlier parts of the run
     tracer: Tracer = field(default_factory=lambda: Tracer("driver"))
     begun_s: float = field(default_factory=time.time)
     _step_begun_s: float = field(default_factory=time.time)
-    _sync: dict[str, float] = field(default_factory=dict)  # of the last publish
+    _sync: dict[str, float] = field(default_factory=dict)  # of what was published since the last record
     _save_s: float = 0.0
     _eval_spans: list[Span] = field(default_factory=list)
     _recent: list[Span] = field(default_factory=list)  # of the last record
     _joins: tuple[float, float] | None = None  # when the last two batches were joined; all work in between has been recorded
     _joined_s: float | None = None
-    _saved: int = -1  # the last committed step
+    saved: int = -1  # the last committed step
 
     @property
     def trainer(self) -> TrainerGroup:
@@ -95,24 +97,20 @@ class Run:
     def publish(self, number: int) -> None:
         """Bring every engine to version `number`, proven. Returns at once where they hold it."""
         with self.tracer.span("publish", version=number):
-            self._sync = self.channel.publish(number)
+            self._sync |= self.channel.publish(number)
             self.rollout.expect(WeightVersion(self.version.epoch, number, self.version.run_id))
+        self.published = number
 
     def start(self, step: int) -> Pending | None:
         """Start the rollout of `step`, unless that is past the end."""
-        return self.rollout.start(step, self.ledger.next) if step < self.cfg.run.steps else None
+        self.in_flight = self.rollout.start(step, self.ledger.next) if step < self.cfg.run.steps else None
+        return self.in_flight
 
     def join(self, pending: Pending | None) -> RolloutResult:
-        """Wait for a rollout; nothing of it is in flight afterwards. A stop signal meanwhile commits at once and ends the run."""
+        """Wait for a rollout; nothing of it is in flight afterwards. A stop signal meanwhile commits and ends the run."""
         assert pending is not None, "a rollout past the last step"
-        with self.console.bar(f"rollout {pending.step + 1}", self.cfg.rollout.prompts_per_step, "prompts") as bar:
-            while not pending.wait(POLL_S):
-                bar.update(pending.progress())
-                if self.fleet is not None:
-                    self.fleet.check()
-                if self.signal.received:
-                    self.commit(self.step, None)
-                    raise SavedRunAgain(f"stopped by {self.signal.received} before update {self.step + 1}; saved at step {self.step}")
+        self._wait(pending)
+        self.in_flight = None
         result = pending.result()
         joined_s = time.time()
         self._joins = (self._joined_s, joined_s) if self._joined_s is not None else None
@@ -131,27 +129,53 @@ class Run:
         if self.signal.received:
             raise SavedRunAgain(f"stopped by {self.signal.received} after update {step}; saved")
 
+    def update(self, batch: RolloutResult) -> dict[str, float]:
+        """Train on a batch; returns the update's metrics."""
+        with self.console.bar(f"update {self.step + 1}", None):
+            return self.trainer.update(batch.ref)
+
     def record(self, step: int, batch: RolloutResult, metrics: dict[str, float]) -> None:
         """Everything that is kept of update `step`: metrics with the evaluation after it, samples, trace, ledger. Raises GateStopped."""
         self.version = WeightVersion(self.version.epoch, step, self.version.run_id)
         self.ledger.train(batch.summary.trained)
-        line = {**batch.summary.metrics, **metrics, **self._sync, **self.ledger.metrics()}
+        line = {**batch.summary.metrics, **metrics, **self.ledger.metrics()}
         every = self.cfg.run.eval_every
         if (every and step % every == 0) or step == self.cfg.run.steps:
             line |= self._evaluate(step)
+        line |= self._sync
         self._write(step, line, batch.summary.examples, batch.spans)
         self._gate(step, line)
 
     def evaluate_first(self) -> None:
-        """Line 0: the evaluation of the weights that the run starts from."""
+        """Line 0: the evaluation, if there is one, of the weights that the run starts from."""
         if self.metrics.next_step == 0:
             self._write(0, self._evaluate(0), [], [])
 
     # --- what the verbs do ------------------------------------------------------------------------------------------
 
+    def _wait(self, pending: Pending) -> None:
+        """Wait for a rollout, with a bar, and for a signal. In sync mode nothing is lost by not waiting: a resumed run draws the same
+        prompts with the same weights. One step off, the batch comes from weights that a resumed run would not have: it is waited for."""
+        with self.console.bar(f"rollout {pending.step + 1}", self.cfg.rollout.prompts_per_step, "prompts") as bar:
+            while not pending.wait(POLL_S):
+                bar.update(pending.progress())
+                if self.fleet is not None:
+                    self.fleet.check()
+                if self.signal.received and self.cfg.rollout.mode == "sync":
+                    self._stop()
+
+    def _stop(self) -> NoReturn:
+        if self.ranks is None:
+            raise RuntimeError(f"stopped by {self.signal.received}: rollouts before step {self.step} are in {self.directory / 'rollouts'}")
+        self.commit(self.step, None)
+        raise SavedRunAgain(f"stopped by {self.signal.received} before update {self.step + 1}; saved at step {self.step}")
+
     def _evaluate(self, step: int) -> dict[str, float]:
+        """Every evaluation set under version `step`. A rollout that is in flight under another version ends first."""
         if not self.cfg.data.eval or self.fleet is None or self.ranks is None:
             return {}
+        if self.in_flight is not None and self.published != step:
+            self._wait(self.in_flight)
         self.publish(step)
         begun = time.time()
         results, self._eval_spans = self.rollout.evaluate(step)
@@ -165,11 +189,11 @@ class Run:
         spans = [*spans, *self._eval_spans, *(self.ranks.spans() if self.ranks else []), *self.channel.spans(), *self.tracer.drain()]
         if step:
             line["time/save_s"] = self._save_s
-        if self._joins is not None:
+        if self._joins is not None and self._joins[1] > self._joins[0]:
             line["time/idle_frac"] = idle_fraction([*self._recent, *spans], self._joins, BUSY)
         self._recent = spans
         line["time/step_s"] = now - self._step_begun_s
-        self._step_begun_s, self._save_s, self._eval_spans = now, 0.0, []
+        self._step_begun_s, self._save_s, self._eval_spans, self._sync = now, 0.0, [], {}
         self.metrics.append(step, line)
         self.trackers.log(step, line)
         self.trace.append(step, spans)
@@ -183,12 +207,17 @@ class Run:
             file.writelines(json.dumps({"step": step, **example}) + "\n" for example in examples)
 
     def _gate(self, step: int, line: dict[str, float]) -> None:
-        """Train and inference must agree on the log-probs of the same tokens under the same weights."""
-        drift, observe = line.get("mismatch/logprob_abs_diff", 0.0), self.cfg.observe
-        if observe.mismatch_stop and drift > observe.mismatch_stop:
+        """Train and inference must agree on the log-probs of the same tokens under the same weights; a difference that is no number is none
+        that may pass."""
+        drift, observe = line.get("mismatch/logprob_abs_diff"), self.cfg.observe
+        if drift is None:  # no token of the batch came from the weights that it was trained with
+            if self.fleet is not None and self.ranks is not None and self.cfg.rollout.mode == "sync":
+                log.warning("update %d: no sample says which weights drew it (weight_versions); mismatch is not measured", step)
+            return
+        if observe.mismatch_stop and not drift <= observe.mismatch_stop:
             limit = f"observe.mismatch_stop={observe.mismatch_stop:g}"
             raise GateStopped(f"update {step}: trainer and engine log-probs differ by {drift:.3g} on average, above {limit}")
-        if drift > observe.mismatch_warn:
+        if not drift <= observe.mismatch_warn:
             limit = f"observe.mismatch_warn={observe.mismatch_warn:g}"
             log.warning("update %d: trainer and engine log-probs differ by %.3g on average, above %s", step, drift, limit)
 
@@ -201,13 +230,14 @@ class Run:
             temporary = save.begin(self.directory, step)
             self.trainer.save(temporary / "trainer")
             if batch is not None:
-                batch_file.write_batch(temporary, ray.get(batch.ref))
+                timeout_s = self.cfg.cluster.step_timeout_s
+                batch_file.write_batch(temporary, deadline.get(batch.ref, timeout_s, "the finished batch", "cluster.step_timeout_s"))
                 (temporary / "rollout.json").write_text(json.dumps(batch.summary.to_dict()))
             version = WeightVersion(self.version.epoch, step, self.version.run_id)
             write_state(temporary, DriverState(step, version, self.ledger.to_dict(), self.trackers.ids(), self.resolved, self.wall_s))
             path = save.commit(self.directory, step)
             retention.keep_newest(self.directory, self.cfg.run.keep_last)
-        self._saved, self._save_s = step, time.time() - begun
+        self.saved, self._save_s, self.signal.committed = step, time.time() - begun, path
         self.console.note(f"saved {path}")
         return path
 
@@ -215,7 +245,7 @@ class Run:
         """The last commit and the Hugging Face directory of the final weights."""
         if self.ranks is None:
             return
-        if self._saved != self.step:
+        if self.saved != self.step:
             self.commit(self.step, None)
         self.trainer.export_hf(self.directory / "hf")
 
@@ -225,7 +255,7 @@ class Run:
         candidates = {
             "report": "report.html",
             "model": "hf",
-            "checkpoint": save.iteration(self.directory, self._saved).name,
+            "checkpoint": save.iteration(self.directory, self.saved).name,
             "rollouts": "rollouts",
             "metrics": "metrics.jsonl",
         }

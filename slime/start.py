@@ -1,30 +1,26 @@
-"""Builds a run from its recipe: claims the directory, finds the resume point, starts Ray, ranks and engines; ends all of it."""
+"""Builds a run from its recipe: opens what it names, starts Ray, ranks and engines; ends all of it."""
 
-import fcntl
 import json
 import logging
-import secrets
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
 
 import ray
 import yaml
 
-from slime.algorithms.registry import build_algorithm
 from slime.checkpoint import batch as batch_file
-from slime.checkpoint import restore
 from slime.checkpoint.restore import Restored
 from slime.cluster.placement import RolePlacement, place
 from slime.cluster.preflight import check_resources, check_run_dir
 from slime.cluster.session import Cluster, connect
 from slime.cluster.signals import StopSignal
 from slime.config import SlimeConfig
-from slime.config.exits import ConfigError, GateStopped, NothingToDo, SavedRunAgain
+from slime.config.checks import check_device
+from slime.config.exits import GateStopped, SavedRunAgain
+from slime.config.roles import generates, needs_rollouts
 from slime.data.ledger import Ledger
 from slime.data.source import PromptSource, eval_prompts
 from slime.data.template import load_tokenizer
@@ -35,9 +31,10 @@ from slime.observe import log as log_files
 from slime.observe.console import Console
 from slime.observe.metrics import MetricsLog
 from slime.observe.report import write_report
-from slime.observe.summary import write_summary
+from slime.observe.summary import Summary, write_summary
 from slime.observe.trace import TraceFile
 from slime.observe.trackers import start_trackers
+from slime.resume import check_recipe, claim, is_own, next_version, prepare_files
 from slime.rollout.demonstrations import Demonstrations
 from slime.rollout.handle import BatchSource, Pending, Ready, Rollout, RolloutResult
 from slime.rollout.replay import Replay
@@ -52,79 +49,61 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def open_run(cfg: SlimeConfig, resolved_yaml: str) -> Iterator[Run]:
-    """The run of a recipe, started; summary and report are written and everything is ended when the block ends, however it ends."""
+    """The run of a recipe, started; summary and report are written and everything is ended when the block ends, however it ends.
+
+    Raises ConfigError, PreflightError or ValueError where it cannot start, NothingToDo, and what the block raises; there, a ValueError
+    becomes a RuntimeError, since the recipe was accepted and work was done.
+    """
+    resolved = yaml.safe_load(resolved_yaml)
     with ExitStack() as stack:
         directory = Path(cfg.run.dir).resolve() / str(cfg.run.name)
         restored = claim(cfg, directory, stack)
         console = Console(steps=cfg.run.steps, progress=cfg.observe.progress)
         stack.callback(console.stop)
         log_files.set_up(directory, console.warning)
-        (directory / "config.yaml").write_text(resolved_yaml)
         signal = stack.enter_context(StopSignal(cfg.run.grace_s))
         console.start(f"slime {cfg.run.name}", facts(cfg, directory, restored))
-        cfg = on_disk(cfg)
-        check_inputs(cfg)
-        cluster = stack.enter_context(connect(cfg, directory))
-        run = build(cfg, directory, yaml.safe_load(resolved_yaml), restored, cluster, console, signal, stack)
+        if restored is not None:
+            check_recipe(restored, directory, resolved)
+        (directory / "config.yaml").write_text(resolved_yaml)
+        prepare_files(directory, restored)
+        try:
+            cfg = on_disk(cfg)
+            check_inputs(cfg)
+            cluster = stack.enter_context(connect(cfg, directory))
+            run = build(cfg, directory, resolved, restored, cluster, console, signal, stack)
+        except BaseException as error:
+            write_summary(directory, Summary("failed", restored.step if restored else 0, 0.0, reason=reason_of(error)))
+            raise
         try:
             yield run
         except BaseException as error:
-            end(run, *ending(error))
+            end(run, status_of(error), reason_of(error))
+            if isinstance(error, ValueError):
+                raise RuntimeError(str(error)) from error
             raise
         end(run, "done")
 
 
 def end(run: Run, status: str, reason: str = "") -> None:
-    """Write how the run ended, and the report of it."""
+    """Write how the run ended, and the report of it, which must not hide the reason."""
     summary = run.summary(status, reason)
     write_summary(run.directory, summary)
-    write_report(run.directory)
+    try:
+        write_report(run.directory)
+    except (OSError, ValueError) as error:
+        log.warning("report.html could not be written: %s", error)
     run.console.close(summary)
 
 
-def ending(error: BaseException) -> tuple[str, str]:
-    """Status and reason of a run that an exception ended."""
-    status = "saved" if isinstance(error, SavedRunAgain) else "stopped" if isinstance(error, GateStopped) else "failed"
-    return status, str(error) or type(error).__name__
+def status_of(error: BaseException) -> str:
+    """The status of a run that an exception ended."""
+    return "saved" if isinstance(error, SavedRunAgain) else "stopped" if isinstance(error, GateStopped) else "failed"
 
 
-# --- the directory ------------------------------------------------------------------------------------------------------
-
-
-def claim(cfg: SlimeConfig, directory: Path, stack: ExitStack) -> Restored | None:
-    """Make the directory this process's own and find what it resumes from, None for a fresh start.
-
-    Raises ConfigError where run.resume forbids what is there, NothingToDo where all steps are complete.
-    """
-    mode = cfg.run.resume
-    if mode == "never" and (directory / "metrics.jsonl").exists():
-        raise ConfigError(f"run.resume=never and {directory} holds a run already; choose another run.name or run.resume=auto")
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = stack.enter_context((directory / ".lock").open("w"))
-    _lock(lock, directory)
-    if mode in ("auto", "must", "never"):
-        restored = restore.newest(directory)
-    else:
-        path = Path(mode)
-        restored = restore.newest(path) if not path.name.startswith("iter_") else _named(path)
-    if restored is None and mode not in ("auto", "never"):
-        where = directory if mode == "must" else mode
-        raise ConfigError(f"run.resume={mode}: there is no checkpoint in {where}; use run.resume=auto to start anew")
-    if restored is not None and restored.step >= cfg.run.steps:
-        raise NothingToDo(f"{directory} has completed {restored.step} updates and run.steps={cfg.run.steps}; raise run.steps to go on")
-    return restored
-
-
-def _lock(file: IO[str], directory: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(f"{directory} belongs to a run that is going on; stop it or choose another run.name") from error
-
-
-def _named(path: Path) -> Restored:
-    state = restore.validate(path)
-    return Restored(state.step, path, state, ())
+def reason_of(error: BaseException) -> str:
+    """What a summary says of it."""
+    return str(error) or type(error).__name__
 
 
 def facts(cfg: SlimeConfig, directory: Path, restored: Restored | None) -> dict[str, str]:
@@ -135,6 +114,10 @@ def facts(cfg: SlimeConfig, directory: Path, restored: Restored | None) -> dict[
         "algorithm": f"{cfg.algorithm.name}, {cfg.run.steps} updates of {cfg.rollout.prompts_per_step} prompts",
         "directory": str(directory),
     }
+    if cfg.run.only != "all":
+        said["only"] = {"rollout": "rollouts are dumped, nothing is trained", "train": f"on the rollouts of {cfg.run.replay}, no engines"}[
+            cfg.run.only
+        ]
     if restored is not None:
         said["resumes"] = str(restored.path)
         for refused in restored.refused:
@@ -157,14 +140,14 @@ def check_inputs(cfg: SlimeConfig) -> None:
     """Open what the recipe names, so that a bad file is an error before anything starts. Raises ValueError naming the knob."""
     load_map(cfg.model.path, cfg.model.family, cfg.trainer.tensor_parallel)
     load_tokenizer(cfg.model)
-    judged = build_algorithm(cfg.algorithm).needs_rollouts
+    judged = needs_rollouts(cfg.algorithm)
     for prompt in PromptSource(cfg.data, cfg.run.seed).first if cfg.run.only != "train" else []:
         if judged:
             check_label(cfg.reward, None, prompt)
     for name, eval_set in cfg.data.eval.items():
         prompts = eval_prompts(name, eval_set, cfg.data)
         if judged:
-            check_label(cfg.reward, eval_set.reward, prompts[0])
+            check_label(cfg.reward, eval_set.reward, prompts[0], f"data.eval.{name}.reward")
 
 
 # --- the parts ----------------------------------------------------------------------------------------------------------
@@ -190,17 +173,13 @@ def build(
     stack: ExitStack,
 ) -> Run:
     """Start everything and put the run together, in the state of the resume point."""
-    version = next_version(restored)
+    version = next_version(restored, directory)
+    check_device(cfg, cluster.device)
     check_resources(cfg, cluster)
     placements = place(cfg, cluster)
     check_run_dir(placements, directory)
     parts = start_parts(cfg, directory, version, placements, stack)
     ledger, restored_batch, wall_s = Ledger(), None, 0.0
-    if restored is None:
-        for stale in ("metrics.jsonl", "examples.jsonl", "trace.json.gz"):
-            (directory / stale).unlink(missing_ok=True)
-    elif restored.path.parent != directory:
-        shutil.copy(restored.path.parent / "metrics.jsonl", directory)
     metrics = MetricsLog(directory / "metrics.jsonl")
     if restored is not None:
         assert parts.trainer is not None
@@ -208,7 +187,9 @@ def build(
         metrics.truncate(restored.step)
         ledger, wall_s = Ledger.from_dict(restored.state.ledger), restored.state.wall_s
         restored_batch = read_batch(restored)
-    ids = restored.state.trackers if restored else {}
+        signal.committed = restored.path
+    own = restored is not None and is_own(restored, directory)
+    ids = restored.state.trackers if restored is not None and own else {}
     trackers = start_trackers(cfg.observe, directory, str(cfg.run.name), resolved, ids=ids, first_step=version.number + bool(restored))
     stack.callback(trackers.close)
     return Run(
@@ -227,16 +208,9 @@ def build(
         signal=signal,
         fleet=parts.fleet,
         restored_batch=restored_batch,
+        saved=version.number if own else -1,
         wall_before_s=wall_s,
     )
-
-
-def next_version(restored: Restored | None) -> WeightVersion:
-    """The version that this process begins with: a resume bumps the epoch, so that no engine takes old weights for new ones."""
-    if restored is None:
-        return WeightVersion(0, 0, secrets.token_hex(4))
-    saved = restored.state.version
-    return WeightVersion(saved.epoch + 1, restored.step, saved.run_id)
 
 
 def read_batch(restored: Restored) -> Pending | None:
@@ -250,7 +224,7 @@ def read_batch(restored: Restored) -> Pending | None:
 
 def start_parts(cfg: SlimeConfig, directory: Path, version: WeightVersion, placements: dict[str, RolePlacement], stack: ExitStack) -> Parts:
     """Start ranks, engines and the rollout manager side by side. Raises what any of them raises; the others are ended."""
-    serves = cfg.run.only != "train" and build_algorithm(cfg.algorithm).needs_rollouts
+    serves = generates(cfg)
 
     def start_trainer() -> TrainerGroup | None:
         return TrainerGroup.start(cfg, placements["actor"]) if "actor" in placements else None

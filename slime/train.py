@@ -34,7 +34,7 @@ def train(run: Run) -> None:
         if overlap:
             run.publish(step)
             pending = run.start(step + 1)
-        metrics = run.trainer.update(batch.ref)
+        metrics = run.update(batch)
         if not overlap:
             run.publish(step + 1)
             pending = run.start(step + 1)

@@ -16,7 +16,7 @@ RANKS = (
     ("sync",),
     ("engine",),
     ("rollout", "trainer", "checkpoint"),
-    ("run",),
+    ("run", "resume"),
     ("start",),
     ("train",),
     ("cli",),

@@ -30,14 +30,17 @@ class Restored:
     refused: tuple[Refused, ...]  # newer ones that were passed over, newest first; tell the user
 
 
-def newest(run_dir: Path) -> Restored | None:
+def newest(run_dir: Path, mend: bool = True) -> Restored | None:
     """The newest iteration whose every byte is as its manifest says; None where the run never committed one.
 
-    Goes by the manifests alone, never by the pointer. First undoes what a crash left half done in `run_dir`, so only the
-    run's own driver may call it. Raises InvalidCheckpoint naming each iteration and its fault where there are some but
-    none is valid: such a run must not silently begin again.
+    Goes by the manifests alone, never by the pointer. First undoes what a crash left half done in `run_dir`; whoever is not the
+    run's own driver passes mend=False, since a save may be going on there.
+
+    Raises InvalidCheckpoint naming each iteration and its fault where there are some but none is valid: such a run must not silently
+    begin again.
     """
-    clean_up(run_dir)
+    if mend:
+        clean_up(run_dir)
     refused = _named_but_absent(run_dir)
     for step, path in reversed(iterations(run_dir).items()):
         try:

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -11,12 +12,14 @@ from slime.config.exits import SavedRunAgain
 class StopSignal:
     """While entered: the first SIGTERM or SIGINT sets `received` and starts the grace period, a second SIGINT interrupts at once.
 
-    When `grace_s` is over and the run has not stopped by itself, SavedRunAgain is raised in the main thread; the last commit stands.
+    When `grace_s` is over and the run has not stopped by itself, the main thread is interrupted: by SavedRunAgain where the run has a
+    commit to go on from (`committed`), else by RuntimeError.
     Outside the main thread (tests, notebooks) it installs nothing.
     """
 
     def __init__(self, grace_s: float) -> None:
         self.received: str | None = None
+        self.committed: Path | None = None  # the last one
         self._grace_s = grace_s
         self._before: dict[int, object] = {}
 
@@ -40,6 +43,7 @@ class StopSignal:
             signal.setitimer(signal.ITIMER_REAL, self._grace_s)
 
     def _grace_over(self, number: int, frame: FrameType | None) -> None:
-        raise SavedRunAgain(
-            f"stopped by {self.received}: the step did not finish within {self._grace_s:g} s (run.grace_s); the last commit stands"
-        )
+        late = f"stopped by {self.received}: the step did not finish within {self._grace_s:g} s (run.grace_s)"
+        if self.committed is None:
+            raise RuntimeError(f"{late} and nothing was committed before; set run.save_every, or give more time")
+        raise SavedRunAgain(f"{late}; the run goes on from {self.committed}")

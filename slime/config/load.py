@@ -19,7 +19,8 @@ from slime.config.compose_errors import explained
 from slime.config.overrides import RECIPES, prepare_override, recipe_folders
 
 VERSION_BASE = "1.3"  # of Hydra's behaviour
-UNNAMED = ("run.name", "run.dir", "run.resume", "run.dry_run")  # overrides that leave the run the same run
+# Overrides that leave the run the same run.
+UNNAMED = ("run.name", "run.dir", "run.resume", "run.dry_run", "run.steps", "run.save_every", "run.keep_last", "run.grace_s")
 
 ConfigStore.instance().store(name="slime_schema", node=SlimeConfig)
 

@@ -72,8 +72,9 @@ class Console:
             self._progress.start()
 
     @contextlib.contextmanager
-    def bar(self, what: str, total: int, unit: str = "") -> Iterator[Bar]:
-        """A bar while the block runs: `with console.bar("rollout 12", 256, "answers") as bar: ... bar.update(17)`."""
+    def bar(self, what: str, total: int | None, unit: str = "") -> Iterator[Bar]:
+        """A bar while the block runs: `with console.bar("rollout 12", 256, "answers") as bar: ... bar.update(17)`. Without a total it
+        pulses beside the time."""
         if not self._progress:
             yield Bar(None, TaskID(0))
             return

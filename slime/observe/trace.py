@@ -55,10 +55,9 @@ class Tracer:
             self.add(name, start_s, start_s + time.perf_counter() - begun, **args)
 
     def add(self, name: str, start_s: float, end_s: float, **args: Any) -> None:
-        """Record a span that was timed elsewhere (seconds since 1970)."""
-        assert end_s >= start_s, f"span {name} of {self.process} ends before it starts"
+        """Record a span that was timed elsewhere (seconds since 1970); one that a clock set back has turned around has no length."""
         with self._lock:
-            self._spans.append(Span(name, self.process, start_s, end_s, args))
+            self._spans.append(Span(name, self.process, start_s, max(start_s, end_s), args))
 
     def drain(self) -> list[Span]:
         """The spans recorded since the last call, in the order in which they ended."""

@@ -26,6 +26,7 @@ def batch_of(seed: int) -> Batch:
         rollout_logprobs=rng.normal(size=7).astype(np.float32),
         rewards=rng.normal(size=2),
         group=np.array([4, 4]),
+        version=np.array([3, 2]),
     )
 
 

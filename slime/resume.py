@@ -1,0 +1,165 @@
+"""A run's directory and the point it resumes from: decided before anything is started.
+
+run.resume=auto     the newest whole checkpoint of the run's own directory, a fresh start where there is none
+run.resume=must     the same, an error where there is none
+run.resume=never    a directory that holds no run yet
+run.resume=PATH     where the run *begins*: a checkpoint, or the newest of a run. From its own first commit on, the run resumes its own.
+"""
+
+import fcntl
+import json
+import logging
+import secrets
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+from slime.checkpoint import restore
+from slime.checkpoint.restore import Restored
+from slime.checkpoint.save import iterations
+from slime.config import SlimeConfig
+from slime.config.exits import ConfigError, NothingToDo
+from slime.config.load import UNNAMED
+from slime.observe import summary
+from slime.observe.files import write_atomic
+from slime.types import WeightVersion
+
+log = logging.getLogger(__name__)
+
+# What gives an ordinal its prompt; a run that changed it would repeat some prompts and skip others.
+PROMPTS = (
+    "run.seed",
+    "data.train",
+    "data.prompt_key",
+    "data.label_key",
+    "data.metadata_key",
+    "data.tools_key",
+    "data.shuffle",
+    "data.max_prompt_tokens",
+)
+METRICS, EXAMPLES, TRACE = "metrics.jsonl", "examples.jsonl", "trace.json.gz"
+
+
+def claim(cfg: SlimeConfig, directory: Path, stack: ExitStack) -> Restored | None:
+    """Make the directory this process's own and find what the run goes on from, None for a fresh start.
+
+    Raises ConfigError where run.resume forbids what is there or another driver has the directory, NothingToDo where the run is done,
+    InvalidCheckpoint where no checkpoint of the run is whole.
+    """
+    mode = cfg.run.resume
+    if mode == "never" and ((directory / METRICS).exists() or iterations(directory)):
+        raise ConfigError(f"run.resume=never and {directory} holds a run already; choose another run.name or run.resume=auto")
+    directory.mkdir(parents=True, exist_ok=True)
+    _lock(stack.enter_context((directory / ".lock").open("w")), directory)
+    restored = restore.newest(directory)
+    if mode not in ("auto", "must", "never"):
+        restored = _beginning(Path(mode).resolve(), mode, restored, directory)
+    if restored is None and mode == "must":
+        raise ConfigError(f"run.resume=must: there is no checkpoint in {directory}; use run.resume=auto to start anew")
+    if restored is not None:
+        _check_step(cfg, restored, directory)
+    return restored
+
+
+def is_own(restored: Restored, directory: Path) -> bool:
+    """Whether a checkpoint is the run's own, not that of a run it begins from."""
+    return restored.path.parent == directory
+
+
+def check_recipe(restored: Restored, directory: Path, resolved: dict[str, Any]) -> None:
+    """Compare the recipe with the checkpoint's. Raises ConfigError for a change that gives ordinals other prompts; warns of the others."""
+    before, now = _flat(restored.state.config), _flat(resolved)
+    changed = [n for n in sorted((before.keys() | now.keys()) - set(UNNAMED)) if before.get(n) != now.get(n)]
+    for name in changed:
+        if name in PROMPTS and _without_folders(before.get(name)) != _without_folders(now.get(name)):
+            raise ConfigError(
+                f"{name}={_said(now.get(name))}, but {restored.path} was made with {name}={_said(before.get(name))}: prompts would be "
+                f"repeated and skipped. Set it back, or start a new run.name from the weights alone: model.path={restored.path.parent}/hf"
+            )
+    if changed and is_own(restored, directory):
+        changes = ", ".join(f"{name} {_said(before.get(name))} -> {_said(now.get(name))}" for name in changed)
+        log.warning("resumes with another recipe: %s", changes)
+
+
+def next_version(restored: Restored | None, directory: Path) -> WeightVersion:
+    """The version that this process begins with. A resume bumps the epoch, so that no engine takes old weights for new ones; a run that
+    begins from another's checkpoint is a run of its own."""
+    if restored is None:
+        return WeightVersion(0, 0, secrets.token_hex(4))
+    if not is_own(restored, directory):
+        return WeightVersion(0, restored.step, secrets.token_hex(4))
+    return WeightVersion(restored.state.version.epoch + 1, restored.step, restored.state.version.run_id)
+
+
+def prepare_files(directory: Path, restored: Restored | None) -> None:
+    """Bring the directory's records to the resume point: nothing of what comes after it stays. Raises ConfigError where there are none."""
+    (directory / summary.NAME).unlink(missing_ok=True)
+    if restored is None:
+        if (directory / METRICS).exists():
+            log.warning("%s holds no checkpoint: the run begins anew, its earlier records are replaced", directory)
+        for stale in (METRICS, EXAMPLES, TRACE):
+            (directory / stale).unlink(missing_ok=True)
+        return
+    metrics = restored.path.parent / METRICS
+    if not metrics.is_file():
+        raise ConfigError(f"{metrics} is missing: {restored.path} needs the record of its run beside it; copy it there")
+    if not is_own(restored, directory):
+        shutil.copy(metrics, directory)
+    elif (examples := directory / EXAMPLES).exists():
+        kept = [line for line in examples.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= restored.step]
+        write_atomic(examples, "".join(kept))
+
+
+def _lock(file: IO[str], directory: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(f"{directory} belongs to a run that is going on; stop it or choose another run.name") from error
+
+
+def _beginning(path: Path, mode: str, own: Restored | None, directory: Path) -> Restored:
+    """The run's own checkpoint once there is one, else that of `path`, which is only read: a run may be going on there."""
+    if path == directory or path.parent == directory:
+        if own is None or path not in (directory, own.path):
+            raise ConfigError(f"run.resume={mode} is not the newest checkpoint of this run; begin from it under another run.name")
+        return own
+    if own is not None:
+        return own
+    if path.name.startswith("iter_"):
+        state = restore.validate(path)
+        return Restored(state.step, path, state, ())
+    found = restore.newest(path, mend=False)
+    if found is None:
+        raise ConfigError(f"run.resume={mode}: there is no checkpoint in {path}; use run.resume=auto to start anew")
+    return found
+
+
+def _check_step(cfg: SlimeConfig, restored: Restored, directory: Path) -> None:
+    """A run that has its last update but was killed before its model was exported is not done."""
+    if cfg.run.only == "rollout":
+        raise ConfigError(
+            f"run.only=rollout generates with the weights of model.path and cannot go on from {restored.path}; "
+            f"choose another run.name and model.path={restored.path.parent}/hf"
+        )
+    ended = summary.read_summary(directory)
+    done = ended is not None and ended.status == "done" and ended.steps >= restored.step
+    if restored.step >= cfg.run.steps and (done or not is_own(restored, directory)):
+        raise NothingToDo(f"{restored.path.parent} has completed {restored.step} updates and run.steps={cfg.run.steps}; raise run.steps")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Knob -> value of a nested recipe."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _without_folders(value: Any) -> Any:
+    """data.train with the files' names alone: data may have moved."""
+    return [{**file, "path": Path(file["path"]).name} for file in value] if isinstance(value, list) else value
+
+
+def _said(value: Any) -> str:
+    return "null" if value is None else str(value)

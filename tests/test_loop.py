@@ -1,0 +1,179 @@
+"""The loop with doubles for what it drives: in which order it publishes, generates, trains and saves, also when it is stopped."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slime import train
+from slime.cluster.signals import StopSignal
+from slime.config import DataConfig, EvalSet, RolloutConfig, RunConfig, SlimeConfig
+from slime.config.exits import GateStopped, SavedRunAgain
+from slime.data.ledger import Ledger
+from slime.observe.console import Console
+from slime.observe.metrics import MetricsLog, read
+from slime.observe.trace import TraceFile
+from slime.observe.trackers import Trackers
+from slime.rollout.handle import RolloutResult
+from slime.run import Run
+from slime.types import RolloutSummary, WeightVersion
+
+
+@dataclass
+class Flight:
+    """A rollout under way that is never ready at once."""
+
+    step: int
+    world: "World"
+    polls: int = 0
+
+    def wait(self, timeout_s: float) -> bool:
+        self.polls += 1
+        if self.polls == 1:
+            self.world.on_wait(self.step)
+            return False
+        self.world.flying.discard(self.step)
+        return True
+
+    def progress(self) -> int:
+        return 0
+
+    def result(self) -> RolloutResult:
+        assert self.step not in self.world.flying
+        first = 4 * self.step
+        summary = RolloutSummary(self.step, 4, first, list(range(first, first + 4)), dropped={}, metrics={}, examples=[])
+        return RolloutResult(None, summary)  # type: ignore[arg-type]
+
+
+@dataclass
+class World:
+    """Trainer, engines and channel at once; notes what is asked of them."""
+
+    events: list[str] = field(default_factory=list)
+    flying: set[int] = field(default_factory=set)
+    metrics: dict[str, float] = field(default_factory=dict)
+    on_wait: Callable[[int], None] = lambda step: None
+    held: int = -1
+
+    def publish(self, number: int) -> dict[str, float]:
+        if number == self.held:
+            return {}
+        assert not self.flying, f"version {number} is published under rollout {self.flying}"
+        self.held = number
+        self.events.append(f"publish {number}")
+        return {"sync/version": float(number)}
+
+    def expect(self, version: WeightVersion) -> None:
+        assert version.number == self.held
+
+    def start(self, step: int, first_ordinal: int) -> Flight:
+        assert first_ordinal == 4 * step
+        self.flying.add(step)
+        self.events.append(f"rollout {step}")
+        return Flight(step, self)
+
+    def evaluate(self, step: int) -> tuple[list, list]:
+        assert self.held == step
+        self.events.append(f"evaluate {step}")
+        return [], []
+
+    def update(self, ref: Any) -> dict[str, float]:
+        self.events.append("update")
+        return dict(self.metrics)
+
+    def save(self, directory: Path) -> None:
+        directory.mkdir()
+        self.events.append("save")
+
+    def spans(self) -> list:
+        return []
+
+    def check(self) -> None:
+        pass
+
+
+def make_run(tmp_path: Path, world: World, mode: str = "sync", eval_every: int = 0, only: str = "all") -> Run:
+    cfg = SlimeConfig(run=RunConfig(name="r", steps=3, eval_every=eval_every, only=only), rollout=RolloutConfig(mode=mode))
+    cfg.data = DataConfig(eval={"e": EvalSet("e.jsonl")} if eval_every else {})
+    anything: Any = world
+    return Run(
+        cfg=cfg,
+        directory=tmp_path,
+        resolved={},
+        version=WeightVersion(0, 0, "abc"),
+        ledger=Ledger(),
+        ranks=None if only == "rollout" else anything,
+        rollout=anything,
+        channel=anything,
+        console=Console(steps=3, progress=False),
+        metrics=MetricsLog(tmp_path / "metrics.jsonl"),
+        trackers=Trackers([]),
+        trace=TraceFile(tmp_path / "trace.json.gz"),
+        signal=StopSignal(60.0),
+        fleet=anything,
+    )
+
+
+def test_one_step_off_generates_beside_the_update_and_evaluates_with_nothing_in_flight(tmp_path: Path):
+    world = World()
+    run = make_run(tmp_path, world, "one_step_off", eval_every=1)
+    train.train(run)
+    assert world.events == [
+        *("publish 0", "evaluate 0", "rollout 0"),
+        *("rollout 1", "update", "publish 1", "evaluate 1"),
+        *("rollout 2", "update", "publish 2", "evaluate 2"),
+        *("update", "publish 3", "evaluate 3"),
+    ]
+    assert [line.get("sync/version") for line in read(tmp_path / "metrics.jsonl")] == [None, 1, 2, 3]
+
+
+def test_sync_publishes_what_it_has_just_trained(tmp_path: Path):
+    world = World()
+    train.train(make_run(tmp_path, world, eval_every=2))
+    assert world.events == [
+        *("publish 0", "evaluate 0", "rollout 0"),
+        *("update", "publish 1", "rollout 1"),
+        *("update", "publish 2", "rollout 2", "evaluate 2"),
+        *("update", "publish 3", "evaluate 3"),
+    ]
+
+
+def test_a_stop_in_sync_mode_saves_at_once(tmp_path: Path):
+    world = World()
+    run = make_run(tmp_path, world)
+    world.on_wait = lambda step: setattr(run.signal, "received", "SIGTERM" if step == 1 else None)
+    with pytest.raises(SavedRunAgain, match="stopped by SIGTERM before update 2; saved at step 1"):
+        train.train(run)
+    assert world.events[-1] == "save" and run.signal.committed == tmp_path / "iter_0000001"
+
+
+def test_a_stop_one_step_off_waits_for_the_batch_of_the_old_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    world, kept = World(), []
+    run = make_run(tmp_path, world, "one_step_off")
+    world.on_wait = lambda step: setattr(run.signal, "received", "SIGTERM" if step == 1 else None)
+    monkeypatch.setattr(Run, "commit", lambda self, step, batch: kept.append((step, batch.summary.step)))
+    with pytest.raises(SavedRunAgain, match="stopped by SIGTERM after update 1; saved"):
+        train.train(run)
+    assert kept == [(1, 1)] and not world.flying
+
+
+def test_a_stop_without_a_trainer_says_what_there_is(tmp_path: Path):
+    world = World()
+    run = make_run(tmp_path, world, only="rollout")
+    world.on_wait = lambda step: setattr(run.signal, "received", "SIGINT" if step == 2 else None)
+    with pytest.raises(RuntimeError, match=r"stopped by SIGINT: rollouts before step 2 are in .*rollouts"):
+        train.generate(run)
+
+
+@pytest.mark.parametrize(("drift", "stops"), [(float("nan"), True), (0.6, True), (0.1, False), (None, False)])
+def test_a_mismatch_that_is_too_large_or_no_number_stops_the_run(tmp_path: Path, drift: float | None, stops: bool):
+    world = World(metrics={} if drift is None else {"mismatch/logprob_abs_diff": drift})
+    run = make_run(tmp_path, world)
+    if stops:
+        with pytest.raises(GateStopped, match=r"update 1: trainer and engine log-probs differ by .* above observe\.mismatch_stop=0\.5"):
+            train.train(run)
+    else:
+        train.train(run)
+    assert len(read(tmp_path / "metrics.jsonl")) == 1 + (1 if stops else 3)

@@ -1,0 +1,167 @@
+"""Which directory a run takes and what it goes on from, before anything is started."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slime.checkpoint import save
+from slime.checkpoint.restore import Restored
+from slime.checkpoint.state import DriverState, write_state
+from slime.config import RunConfig, SlimeConfig
+from slime.config.exits import ConfigError, NothingToDo
+from slime.observe.summary import Summary, read_summary, write_summary
+from slime.resume import check_recipe, claim, next_version, prepare_files
+from slime.types import WeightVersion
+
+RECIPE = {"run": {"seed": 0, "steps": 10}, "data": {"train": [{"path": "old/a.jsonl", "weight": 1.0}]}, "trainer": {"lr": 0.1}}
+
+
+def config(steps: int = 10, resume: str = "auto", only: str = "all") -> SlimeConfig:
+    return SlimeConfig(run=RunConfig(name="r", steps=steps, resume=resume, only=only))
+
+
+def commit(run_dir: Path, step: int, epoch: int = 0) -> Path:
+    folder = save.begin(run_dir, step)
+    write_state(folder, DriverState(step, WeightVersion(epoch, step, "abc"), {}, {}, RECIPE, 1.0))
+    return save.commit(run_dir, step)
+
+
+def resume_point(cfg: SlimeConfig, run_dir: Path) -> Restored | None:
+    with ExitStack() as stack:
+        return claim(cfg, run_dir, stack)
+
+
+def test_a_fresh_directory_starts_anew(tmp_path: Path):
+    assert resume_point(config(), tmp_path / "r") is None
+    first, second = next_version(None, tmp_path), next_version(None, tmp_path)
+    assert first.number == 0 and first.run_id != second.run_id
+
+
+def test_auto_resumes_the_newest_whole_iteration_under_a_higher_epoch(tmp_path: Path):
+    commit(tmp_path, 3)
+    (commit(tmp_path, 6, epoch=2) / "state.json").write_text("torn")
+    restored = resume_point(config(), tmp_path)
+    assert restored is not None and restored.step == 3
+    assert [refused.path.name for refused in restored.refused] == ["iter_0000006"]
+    assert next_version(restored, tmp_path) == WeightVersion(1, 3, "abc")
+
+
+@pytest.mark.parametrize("named", ["old", "old/iter_0000003"])
+def test_a_path_is_where_a_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str):
+    """Relative, of another run that may be going on: it is only read, and left alone once there is a commit of the run's own."""
+    path = commit(tmp_path / "old", 3)
+    saving = save.begin(tmp_path / "old", 4)
+    monkeypatch.chdir(tmp_path)
+    restored = resume_point(config(resume=named), tmp_path / "new")
+    assert restored is not None and restored.path == path and saving.is_dir()
+    begun = next_version(restored, tmp_path / "new")
+    assert (begun.epoch, begun.number) == (0, 3) and begun.run_id != "abc"
+    own = commit(tmp_path / "new", 5)
+    restored = resume_point(config(resume=named), tmp_path / "new")
+    assert restored is not None and restored.path == own
+
+
+def test_an_older_checkpoint_of_the_run_itself_is_refused(tmp_path: Path):
+    older, newest = commit(tmp_path, 3), commit(tmp_path, 6)
+    with pytest.raises(ConfigError, match=r"is not the newest checkpoint of this run; begin from it under another run\.name"):
+        resume_point(config(resume=str(older)), tmp_path)
+    restored = resume_point(config(resume=str(newest)), tmp_path)
+    assert restored is not None and restored.step == 6
+
+
+def test_generating_cannot_go_on_from_a_checkpoint(tmp_path: Path):
+    commit(tmp_path, 3)
+    with pytest.raises(ConfigError, match=r"run\.only=rollout generates with the weights of model\.path and cannot go on from .*/hf"):
+        resume_point(config(only="rollout"), tmp_path)
+
+
+@pytest.mark.parametrize("held", ["metrics.jsonl", "iter_0000003"])
+def test_never_refuses_a_directory_that_holds_a_run(tmp_path: Path, held: str):
+    (tmp_path / held).mkdir()
+    with pytest.raises(ConfigError, match=r"run\.resume=never and .* holds a run already; choose another run\.name"):
+        resume_point(config(resume="never"), tmp_path)
+
+
+def test_must_refuses_a_directory_without_a_checkpoint(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"run\.resume=must: there is no checkpoint in .*; use run\.resume=auto"):
+        resume_point(config(resume="must"), tmp_path)
+
+
+def test_a_finished_run_has_nothing_to_do(tmp_path: Path):
+    commit(tmp_path, 10)
+    write_summary(tmp_path, Summary("done", 10, 1.0))
+    with pytest.raises(NothingToDo, match=r"has completed 10 updates and run\.steps=10; raise run\.steps"):
+        resume_point(config(), tmp_path)
+    restored = resume_point(config(steps=11), tmp_path)
+    assert restored is not None and restored.step == 10
+
+
+@pytest.mark.parametrize("ended", [None, "failed", "saved"])
+def test_a_run_that_was_killed_before_its_export_goes_on_to_it(tmp_path: Path, ended: str | None):
+    commit(tmp_path, 10)
+    if ended is not None:
+        write_summary(tmp_path, Summary(ended, 10, 1.0))
+    restored = resume_point(config(), tmp_path)
+    assert restored is not None and restored.step == 10
+
+
+def recipe(**changes: Any) -> dict[str, Any]:
+    return {**RECIPE, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"run": {"seed": 1}}, r"run\.seed=1, but .*iter_0000003 was made with run\.seed=0: prompts would be repeated and skipped"),
+        ({"data": {"train": [{"path": "old/b.jsonl", "weight": 1.0}]}}, r"data\.train=\[.*b\.jsonl.* was made with data\.train=.*a\.jsonl"),
+        ({"data": {**RECIPE["data"], "shuffle": False}}, r"data\.shuffle=False, but .* was made with data\.shuffle=null"),
+    ],
+)
+def test_a_recipe_that_gives_other_prompts_is_refused(tmp_path: Path, changes: dict[str, Any], says: str):
+    commit(tmp_path, 3)
+    restored = resume_point(config(), tmp_path)
+    assert restored is not None
+    with pytest.raises(ConfigError, match=says):
+        check_recipe(restored, tmp_path, recipe(**changes))
+
+
+def test_other_changes_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    commit(tmp_path, 3)
+    restored = resume_point(config(), tmp_path)
+    assert restored is not None
+    moved = {"train": [{"path": "new/a.jsonl", "weight": 1.0}]}
+    check_recipe(restored, tmp_path, recipe(trainer={"lr": 0.2}, run={"seed": 0, "steps": 20}, data=moved))
+    assert "trainer.lr 0.1 -> 0.2" in caplog.text and "run.steps" not in caplog.text
+
+
+def test_records_are_cut_at_the_resume_point(tmp_path: Path):
+    commit(tmp_path, 3)
+    write_summary(tmp_path, Summary("saved", 5, 1.0))
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "examples.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in (0, 3, 4, 5)))
+    prepare_files(tmp_path, resume_point(config(), tmp_path))
+    assert (tmp_path / "examples.jsonl").read_text() == '{"step": 0}\n{"step": 3}\n'
+    assert read_summary(tmp_path) is None
+
+
+def test_a_run_that_begins_anew_says_what_it_replaces(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    prepare_files(tmp_path, resume_point(config(), tmp_path))
+    assert "holds no checkpoint: the run begins anew" in caplog.text and not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_checkpoint_without_the_record_of_its_run_is_refused(tmp_path: Path):
+    path = commit(tmp_path / "old", 3)
+    restored = resume_point(config(resume=str(path)), tmp_path / "new")
+    with pytest.raises(ConfigError, match=r"old/metrics\.jsonl is missing: .* needs the record of its run beside it"):
+        prepare_files(tmp_path / "new", restored)
+
+
+def test_two_drivers_cannot_share_a_directory(tmp_path: Path):
+    with ExitStack() as stack:
+        claim(config(), tmp_path, stack)
+        with pytest.raises(ConfigError, match="belongs to a run that is going on; stop it or choose another"):
+            resume_point(config(), tmp_path)
+    assert resume_point(config(), tmp_path) is None
