@@ -21,7 +21,7 @@ from slime.config.load import VERSION_BASE, Recipe, compose, finish
 from slime.config.overrides import RECIPES, prepare
 from slime.config.plan import plan
 from slime.config.plan_view import show
-from slime.engine import arguments
+from slime.engine import arguments, settings
 
 
 def main(argv: list[str]) -> None:
@@ -72,6 +72,7 @@ def check_options(cfg: SlimeConfig) -> None:
             sort_options(cfg.trainer.megatron)
         if cfg.rollout.sglang:
             arguments.check(cfg.rollout.sglang, arguments.known_arguments(cfg.rollout.engine_python))
+            settings.check_deterministic(cfg)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -1,20 +1,23 @@
 """Options that contradict each other, or that would do nothing beside others. Nothing is ignored silently."""
 
-import dataclasses
+import os
 import re
-from typing import Any
 
 from slime.config import EvalSet, SlimeConfig
+from slime.config.check_inert import changed, check_inert
 from slime.config.exits import ConfigError
-from slime.config.roles import needed_roles
+from slime.config.roles import needed_roles, needs_rollouts
+from slime.config.trainer import decay_length
 from slime.config.tree import nearest
 
 ROLES = ("actor", "rollout")
+CPU_ONLY = "equal bits are promised on the CPU only; set cluster.device=cpu"
 
 
 def check_combinations(cfg: SlimeConfig) -> None:
     """Raise ConfigError for the first contradiction or option without effect."""
     _run(cfg)
+    check_inert(cfg)
     _deterministic(cfg)
     _algorithm(cfg)
     _rollout(cfg)
@@ -29,13 +32,6 @@ def check_combinations(cfg: SlimeConfig) -> None:
         )
 
 
-def changed(group: Any, knob: str) -> bool:
-    """Whether a knob differs from its default."""
-    field = next(field for field in dataclasses.fields(group) if field.name == knob)
-    default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-    return getattr(group, knob) != default
-
-
 def _inert(setting: str, because: str, mend: str) -> ConfigError:
     return ConfigError(f"{setting} has no effect with {because}: {mend}")
 
@@ -46,6 +42,13 @@ def _run(cfg: SlimeConfig) -> None:
         raise ConfigError("run.only=train reads rollouts from a directory: set run.replay to one that rollout.dump=true wrote")
     if run.replay is not None and run.only != "train":
         raise _inert(f"run.replay={run.replay}", f"run.only={run.only}", "set run.only=train, or unset run.replay")
+    if run.only == "rollout" and not needs_rollouts(cfg.algorithm):
+        raise ConfigError(
+            f"run.only=rollout with algorithm.name={cfg.algorithm.name}: it learns from demonstrations and generates nothing; "
+            "choose another algorithm.name"
+        )
+    if run.only == "rollout" and not cfg.rollout.dump:
+        raise ConfigError("run.only=rollout without rollout.dump=true would throw all rollouts away: set rollout.dump=true")
     if run.name is not None and not re.fullmatch(r"[\w.+=,@-]+", run.name):
         raise ConfigError(f"run.name={run.name}: names one directory below run.dir; use letters, digits and . _ - + = , @")
 
@@ -56,9 +59,7 @@ def _deterministic(cfg: SlimeConfig) -> None:
     if cfg.rollout.select == "arrival":
         raise ConfigError("run.deterministic=true with rollout.select=arrival: arrival order depends on timing; set rollout.select=ordinal")
     if cfg.cluster.device == "cuda":
-        raise ConfigError(
-            "run.deterministic=true with cluster.device=cuda: equal bits are promised on the CPU only; set cluster.device=cpu"
-        )
+        raise ConfigError(f"run.deterministic=true with cluster.device=cuda: {CPU_ONLY}")
     if cfg.rollout.external_urls:
         raise ConfigError(
             "run.deterministic=true with rollout.external_urls: slime did not start those servers and cannot fix their threads and "
@@ -75,27 +76,15 @@ def _algorithm(cfg: SlimeConfig) -> None:
             f"rollout.samples_per_prompt={rollout.samples_per_prompt} with algorithm.name=grpo: a group of one has no advantage; "
             "set at least 2"
         )
-    if algorithm.name != "sft":
-        return
     for knob in ("normalize_std", "clip_low", "clip_high", "entropy_coef"):
-        if changed(algorithm, knob):
+        if algorithm.name == "sft" and changed(algorithm, knob):
             raise _inert(f"algorithm.{knob}={getattr(algorithm, knob)}", "algorithm.name=sft", f"remove algorithm.{knob}")
-    if cfg.run.only == "rollout":
-        raise ConfigError("run.only=rollout with algorithm.name=sft: supervised learning generates nothing; choose another algorithm.name")
-    if rollout.mode != "sync":
-        raise _inert(f"rollout.mode={rollout.mode}", "algorithm.name=sft, which starts no engines", "remove rollout.mode")
-    if cfg.data.eval:
-        raise _inert(
-            f"data.eval ({', '.join(cfg.data.eval)})",
-            "algorithm.name=sft, which starts no engines",
-            "evaluate in the run that follows; remove data.eval",
-        )
 
 
 def _rollout(cfg: SlimeConfig) -> None:
     rollout = cfg.rollout
-    if rollout.external_key is not None and not rollout.external_urls:
-        raise _inert("rollout.external_key", "no rollout.external_urls", "set rollout.external_urls, or remove the key")
+    if rollout.external_key_env is not None:
+        _external_key(rollout.external_key_env, rollout.external_urls)
     for url in rollout.external_urls:
         if not re.fullmatch(r"https?://[^/\s:]+(:\d+)?/?", url):
             raise ConfigError(f"rollout.external_urls: {url!r} is not http://host:port")
@@ -109,10 +98,14 @@ def _rollout(cfg: SlimeConfig) -> None:
         )
     if "" in rollout.stop:
         raise ConfigError("rollout.stop has an empty string, which would end every answer at once: remove it")
-    if cfg.run.only == "train":
-        for knob in ("dump", "external_urls"):
-            if changed(rollout, knob):
-                raise _inert(f"rollout.{knob}", "run.only=train, which generates nothing", f"remove rollout.{knob}")
+
+
+def _external_key(name: str, urls: list[str]) -> None:
+    knob = f"rollout.external_key_env={name}"
+    if not urls:
+        raise _inert(knob, "no rollout.external_urls", "set rollout.external_urls, or remove it")
+    if name not in os.environ:
+        raise ConfigError(f"{knob}: no environment variable has this name; export it with the servers' key (the knob is its name alone)")
 
 
 def _reward(cfg: SlimeConfig) -> None:
@@ -123,18 +116,21 @@ def _reward(cfg: SlimeConfig) -> None:
         for knob in ("fn", "signature"):
             if changed(reward, knob):
                 raise _inert(f"reward.{knob}={getattr(reward, knob)}", "reward.url", "set one of the two")
-    functions = [reward.fn, *(each.reward for each in cfg.data.eval.values() if each.reward)]
-    if reward.pattern is not None and "format" not in functions:
-        raise _inert(f"reward.pattern={reward.pattern}", f"reward.fn={reward.fn}", "set reward.fn=format, or remove reward.pattern")
-    if "format" in functions and reward.pattern is None:
-        raise ConfigError("reward.fn=format judges by a regular expression: set reward.pattern")
+    functions = {} if reward.url else {"reward.fn": reward.fn}
+    functions |= {f"data.eval.{name}.reward": chosen.reward for name, chosen in cfg.data.eval.items() if chosen.reward}
+    format_by = next((knob for knob, fn in functions.items() if fn == "format"), None)
+    named = ", ".join(f"{knob}={fn}" for knob, fn in functions.items()) or "reward.url"
+    if reward.pattern is not None and format_by is None:
+        raise _inert(f"reward.pattern={reward.pattern}", named, "set reward.fn=format, or remove reward.pattern")
+    if format_by is not None and reward.pattern is None:
+        raise ConfigError(f"{format_by}=format judges by a regular expression: set reward.pattern")
     if reward.pattern is not None:
         try:
             re.compile(reward.pattern)
         except re.error as error:
             raise ConfigError(f"reward.pattern={reward.pattern}: not a regular expression: {error}") from error
-    if changed(reward, "signature") and ":" not in reward.fn:
-        raise _inert(f"reward.signature={reward.signature}", f"reward.fn={reward.fn}, which is built in", "remove reward.signature")
+    if changed(reward, "signature") and not any(":" in fn for fn in functions.values()):
+        raise _inert(f"reward.signature={reward.signature}", f"{named}, which is built in", "remove reward.signature")
 
 
 def _schedule(cfg: SlimeConfig) -> None:
@@ -155,10 +151,10 @@ def _schedule(cfg: SlimeConfig) -> None:
         raise ConfigError(f"trainer.min_lr={trainer.min_lr:g} is above trainer.lr={trainer.lr:g}, the peak: lower it")
     if trainer.warmup_steps >= updates:
         raise ConfigError(f"trainer.warmup_steps={trainer.warmup_steps} leaves nothing of {total}: lower it")
-    if trainer.schedule == "wsd" and trainer.warmup_steps + (trainer.decay_steps or 0) > updates:
-        raise ConfigError(
-            f"trainer.warmup_steps={trainer.warmup_steps} + trainer.decay_steps={trainer.decay_steps} exceed {total}: lower one"
-        )
+    decay = decay_length(trainer, updates)
+    if trainer.schedule == "wsd" and trainer.warmup_steps + decay > updates:
+        given = f"trainer.decay_steps={decay}" + (" (its default, a tenth)" if trainer.decay_steps is None else "")
+        raise ConfigError(f"trainer.warmup_steps={trainer.warmup_steps} + {given} exceed {total}: lower one")
 
 
 def _evaluation(cfg: SlimeConfig) -> None:

@@ -59,13 +59,16 @@ def _model(cfg: SlimeConfig) -> None:
         raise ConfigError(f"model.path={path}: no such folder, and not a hub id (org/name)")
     config = model_config(cfg) or {}
     longest, rope = config.get("max_position_embeddings"), config.get("rope_scaling")
-    asked = cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens
-    if "rollout" in needed_roles(cfg) and longest is not None and not rope and asked > longest:
-        raise ConfigError(
-            f"data.max_prompt_tokens={cfg.data.max_prompt_tokens} + "
-            f"rollout.max_response_tokens={cfg.rollout.max_response_tokens} exceed the {longest} positions of the model "
-            f"(max_position_embeddings in its config.json): lower one of them"
-        )
+    if "rollout" not in needed_roles(cfg) or not isinstance(longest, int) or rope:
+        return
+    answers = {"rollout.max_response_tokens": cfg.rollout.max_response_tokens}
+    answers |= {f"data.eval.{name}.max_response_tokens": s.max_response_tokens or 0 for name, s in cfg.data.eval.items()}
+    for knob, tokens in answers.items():
+        if cfg.data.max_prompt_tokens + tokens > longest:
+            raise ConfigError(
+                f"data.max_prompt_tokens={cfg.data.max_prompt_tokens} + {knob}={tokens} exceed the {longest} positions of the model "
+                f"(max_position_embeddings in its config.json): lower one of them"
+            )
 
 
 def _data_file(knob: str, path: str) -> None:

@@ -7,15 +7,15 @@ from typing import Any
 from slime.config import RolloutConfig, SlimeConfig
 from slime.config.exits import ConfigError
 from slime.config.imports import load_function
+from slime.config.roles import needs_rollouts
 from slime.config.tree import nearest
 
-REWARDS = ("exact", "numeric", "math", "format")
-ALGORITHMS = ("grpo", "sft")
+REWARDS = ("exact", "numeric", "math", "format")  # built in, in slime.rollout.rewards
 
 
 def check_functions(cfg: SlimeConfig) -> None:
     """Raise ConfigError for a name that is neither built in nor an import path that loads."""
-    _named("algorithm.name", cfg.algorithm.name, ALGORITHMS)
+    needs_rollouts(cfg.algorithm)
     if cfg.reward.url is None:
         _named("reward.fn", cfg.reward.fn, REWARDS)
     for name, chosen in cfg.data.eval.items():

@@ -2,7 +2,7 @@
 
 from slime.config import SlimeConfig
 from slime.config.exits import ConfigError
-from slime.config.roles import needed_roles
+from slime.config.roles import needed_roles, samples_per_prompt
 
 
 def check_sizes(cfg: SlimeConfig) -> None:
@@ -26,8 +26,7 @@ def _trainer(cfg: SlimeConfig) -> None:
         raise ConfigError(
             f"rollout.prompts_per_step={prompts} does not divide by trainer.updates_per_batch={updates}: make the prompts a multiple of it"
         )
-    each = 1 if cfg.algorithm.name == "sft" else cfg.rollout.samples_per_prompt
-    replicas, samples = devices // trainer.tensor_parallel, prompts // updates * each
+    replicas, samples = devices // trainer.tensor_parallel, prompts // updates * samples_per_prompt(cfg)
     if samples < replicas:
         raise ConfigError(
             f"one update has {samples} samples and there are {replicas} data-parallel ranks (cluster.roles.actor.devices / "

@@ -6,30 +6,38 @@ the rooms that hold them.
 """
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, Literal
 
 from slime.config import SlimeConfig
-from slime.config.check_combinations import check_combinations
+from slime.config.check_combinations import CPU_ONLY, check_combinations
 from slime.config.check_files import check_files
 from slime.config.check_functions import check_functions
 from slime.config.check_sizes import check_sizes
-from slime.config.exits import ConfigError
+from slime.config.exits import ConfigError, PreflightError
 from slime.config.tree import nearest
 
 SIGNS = {
     "low": ("at least", lambda value, bound: value >= bound),
     "above": ("above", lambda value, bound: value > bound),
     "high": ("at most", lambda value, bound: value <= bound),
+    "below": ("below", lambda value, bound: value < bound),
 }
 
 
 def check(cfg: SlimeConfig) -> None:
     """Raise ConfigError for the first thing that is wrong with a recipe."""
     check_values(cfg)
+    check_functions(cfg)
     check_combinations(cfg)
     check_sizes(cfg)
     check_files(cfg)
-    check_functions(cfg)
+
+
+def check_device(cfg: SlimeConfig, device: Literal["cpu", "cuda"]) -> None:
+    """What only the cluster tells: cluster.device=auto became `device`. Raises PreflightError where the recipe needs the other."""
+    if cfg.run.deterministic and device == "cuda":
+        raise PreflightError(f"run.deterministic=true with cluster.device={cfg.cluster.device}, which is cuda here: {CPU_ONLY}")
 
 
 def check_values(group: Any, prefix: str = "") -> None:
@@ -59,6 +67,8 @@ def _check_choice(path: str, value: Any, metadata: Any) -> None:
 
 
 def _check_bounds(path: str, value: Any, metadata: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path}={value:g}: takes a finite number")
     for name, (words, holds) in SIGNS.items():
         bound = metadata.get(name)
         if bound is not None and not holds(value, bound):

@@ -9,6 +9,8 @@ def choice(*values: str) -> Any:
     return field(default=values[0], metadata={"choices": values})
 
 
-def number(default: Any, *, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
-    """A numeric knob with bounds: low <= x <= high, x > above."""
-    return field(default=default, metadata={"low": low, "high": high, "above": above})
+def number(
+    default: Any, *, low: float | None = None, high: float | None = None, above: float | None = None, below: float | None = None
+) -> Any:
+    """A numeric knob with bounds: low <= x <= high, above < x < below."""
+    return field(default=default, metadata={"low": low, "high": high, "above": above, "below": below})

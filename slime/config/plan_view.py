@@ -40,8 +40,9 @@ def _table(*columns: str) -> Table:
 
 
 def _roles(cfg: SlimeConfig, plan: Plan) -> Table:
+    update = plan.batch.update
     made_of = {
-        "actor": f"{plan.batch.data_parallel} data-parallel x {cfg.trainer.tensor_parallel} tensor-parallel ranks",
+        "actor": f"{update.data_parallel} data-parallel x {cfg.trainer.tensor_parallel} tensor-parallel ranks" if update else "",
         "rollout": f"{cfg.rollout.engines} engines x {cfg.rollout.tensor_parallel} tensor-parallel",
     }
     table = _table("role", "devices", "CPUs a device", "made of")
@@ -50,34 +51,33 @@ def _roles(cfg: SlimeConfig, plan: Plan) -> Table:
     if "rollout" not in plan.roles:
         where = f"{len(cfg.rollout.external_urls)} servers that run already" if cfg.rollout.external_urls else "none needed"
         table.add_row("rollout", "0", "", where)
+    if "actor" not in plan.roles:
+        table.add_row("actor", "0", "", "none needed")
     return table
 
 
 def _batch(batch: BatchPlan) -> Table:
     table = _table()
-    for name, value in (
-        ("batch", f"{batch.prompts} prompts, {batch.samples} samples"),
-        ("optimizer steps", f"{batch.updates} of {batch.samples_per_update} samples"),
-        (
-            "a rank in one of them",
-            f"at most {batch.samples_per_rank} samples, {batch.tokens_per_rank} tokens, {batch.micro_batches} micro-batches",
-        ),
-    ):
-        table.add_row(name, value)
+    table.add_row("batch", f"{batch.prompts} prompts, {batch.samples} samples")
+    if (update := batch.update) is not None:
+        table.add_row("optimizer steps", f"{update.optimizer_steps} of {update.samples} samples")
+        share = f"{update.samples_per_rank} samples, {update.tokens_per_rank} tokens at full length, {update.micro_batches} micro-batches"
+        table.add_row("a rank in one of them", f"about {share}")
     return table
 
 
 def _memory(memory: MemoryPlan) -> Table:
     table = _table()
-    for name, value in (
-        ("rank: weights", size(memory.rank_weights)),
-        ("rank: gradients", size(memory.rank_gradients)),
-        ("rank: optimizer state", size(memory.rank_optimizer)),
-        ("rank: activations of a micro-batch", size(memory.rank_activations)),
-        ("rank: together", size(memory.rank_total)),
-        ("engine: weights", size(memory.engine_weights)),
-        ("engine: KV cache of a token", size(memory.engine_kv_per_token)),
-        ("engine: KV cache of all requests in flight", size(memory.engine_kv_wanted)),
-    ):
-        table.add_row(name, value)
+    if (rank := memory.rank) is not None:
+        table.add_row("rank: weights", size(rank.weights))
+        table.add_row("rank: gradients", size(rank.gradients))
+        table.add_row("rank: optimizer state", size(rank.optimizer))
+        table.add_row("rank: activations of a micro-batch", size(rank.activations))
+        table.add_row("rank: its logits and their gradient", size(rank.logits))
+        table.add_row("rank: log-probs of a chunk, in fp32", size(rank.logprobs))
+        table.add_row("rank: together", size(rank.total))
+    if (engine := memory.engine) is not None:
+        table.add_row("engine: weights", size(engine.weights))
+        table.add_row("engine: KV cache of a token", size(engine.kv_per_token))
+        table.add_row("engine: KV cache of all requests in flight", size(engine.kv_wanted))
     return table

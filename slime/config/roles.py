@@ -2,7 +2,12 @@
 
 from dataclasses import dataclass
 
-from slime.config import SlimeConfig
+from slime.config import AlgorithmConfig, SlimeConfig
+from slime.config.exits import ConfigError
+from slime.config.imports import load_function
+from slime.config.tree import nearest
+
+ALGORITHMS = {"grpo": True, "sft": False}  # built-in name -> whether it needs rollouts, as slime.algorithms says of each
 
 
 @dataclass(frozen=True)
@@ -14,10 +19,46 @@ class RoleNeed:
     cpus: float  # of one bundle
 
 
+def needs_rollouts(algorithm: AlgorithmConfig) -> bool:
+    """Whether it learns from engines' answers, and not from demonstrations. A user's own algorithm is built and says so itself.
+
+    Raises ConfigError for an algorithm.name that is not built in and does not load, or builds something else.
+    """
+    name = algorithm.name
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    if ":" not in name:
+        raise ConfigError(
+            f"algorithm.name={name}: takes {', '.join(ALGORITHMS)} or an import path pkg.mod:fn{nearest(name, list(ALGORITHMS))}"
+        )
+    try:
+        build = load_function(name, "algorithm.name")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    try:
+        built = build(algorithm)
+    except Exception as error:
+        raise ConfigError(f"algorithm.name={name}: it failed with {type(error).__name__}: {error}") from error
+    needs = getattr(built, "needs_rollouts", None)
+    if not isinstance(needs, bool):
+        raise ConfigError(f"algorithm.name={name} returned {type(built).__name__}; it must return slime.algorithms.base.Algorithm")
+    return needs
+
+
+def generates(cfg: SlimeConfig) -> bool:
+    """Whether engines answer prompts in this run, slime's own or those of rollout.external_urls."""
+    return cfg.run.only != "train" and needs_rollouts(cfg.algorithm)
+
+
+def samples_per_prompt(cfg: SlimeConfig) -> int:
+    """Samples that a prompt brings to the batch: a group of answers, or one demonstration."""
+    return cfg.rollout.samples_per_prompt if needs_rollouts(cfg.algorithm) else 1
+
+
 def needed_roles(cfg: SlimeConfig) -> tuple[str, ...]:
-    """Roles that a run of this recipe starts. Supervised learning, replay and external engines start no engine."""
+    """Roles that a run of this recipe starts. Demonstrations, replay and external engines start no engine."""
     trains = cfg.run.only != "rollout"
-    serves = cfg.run.only != "train" and cfg.algorithm.name != "sft" and not cfg.rollout.external_urls
+    serves = generates(cfg) and not cfg.rollout.external_urls
     return tuple(role for role, needed in (("actor", trains), ("rollout", serves)) if needed)
 
 

@@ -40,8 +40,8 @@ class RolloutConfig:
     """Write every batch and its samples to rollouts/ in the run's directory."""
     external_urls: list[str] = field(default_factory=list)
     """SGLang servers that run already; slime starts none then."""
-    external_key: str | None = None
-    """API and admin key of rollout.external_urls."""
+    external_key_env: str | None = None
+    """Name of the environment variable that holds the API and admin key of rollout.external_urls."""
     engine_python: str | None = None
     """Interpreter that serves; by default the one that runs slime."""
     start_timeout_s: float = number(300.0, above=0)

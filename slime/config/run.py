@@ -22,9 +22,9 @@ class RunConfig:
     keep_last: int = number(2, low=1)
     """Newest checkpoints that stay; older ones go once a newer one is durable."""
     resume: str = "auto"
-    """auto resumes this run if it has a checkpoint; never refuses a directory that has one; must demands one; else a path."""
+    """auto resumes this run if it has a checkpoint; must demands one; never refuses a directory with a run; a path is where it begins."""
     deterministic: bool = False
-    """Same recipe, same bits (CPU; rollout.mode=sync): seeded sampling, batch-invariant engines, fixed threads."""
+    """Same recipe, same bits (CPU; rollout.mode sync or one_step_off): seeded sampling, batch-invariant engines."""
     grace_s: float = number(60.0, above=0)
     """Seconds that a stopping run may take to finish its step and save."""
     dry_run: bool = False

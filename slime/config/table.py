@@ -7,7 +7,8 @@ from slime.config.tree import Knob, knobs
 HEADER = """# Knobs
 
 Every knob with its default, in the order of `slime/config/`. Override one with `slime train --config-name RECIPE key=value`.
-`rollout.sglang.<field>` and `trainer.megatron.<field>` take every option of SGLang's server and megatron-core's dataclasses.
+`rollout.sglang.<field>` takes the arguments of SGLang's server and `trainer.megatron.<field>` the performance options of
+megatron-core's config dataclasses, each by its own name; what slime decides or what would do nothing is refused with the reason.
 This file is written by `python -m slime.config.table`.
 """
 

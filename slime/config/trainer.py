@@ -20,9 +20,9 @@ class TrainerConfig:
     """Where cosine and wsd end."""
     weight_decay: float = number(0.0, low=0)
     """Decoupled weight decay; not applied to norms and biases."""
-    beta1: float = number(0.9, low=0, high=1)
+    beta1: float = number(0.9, low=0, below=1)
     """Adam's decay of the gradient mean."""
-    beta2: float = number(0.98, low=0, high=1)
+    beta2: float = number(0.98, low=0, below=1)
     """Adam's decay of the squared-gradient mean."""
     eps: float = number(1e-8, above=0)
     """Adam's epsilon."""
@@ -37,4 +37,14 @@ class TrainerConfig:
     epochs_per_batch: int = number(1, low=1)
     """Passes over one batch."""
     megatron: dict[str, Any] = field(default_factory=dict)
-    """Any field of megatron-core's TransformerConfig, DistributedDataParallelConfig or OptimizerConfig by its own name."""
+    """Performance options of megatron-core's config dataclasses by their own names, e.g. recompute_granularity."""
+
+
+def decay_length(trainer: TrainerConfig, steps: int) -> int:
+    """Optimizer steps of the final decay of a run of `steps` in all: trainer.decay_steps, or what it is by default.
+
+    wsd: a tenth of all steps, at least one. cosine: all that follow the warm-up.
+    """
+    if trainer.decay_steps is not None:
+        return trainer.decay_steps
+    return max(1, steps // 10 if trainer.schedule == "wsd" else steps - trainer.warmup_steps)

@@ -26,7 +26,7 @@ class Knob:
     type: Any
     default: Any
     doc: str
-    metadata: Any  # of the dataclass field: choices, or low, high, above
+    metadata: Any  # of the dataclass field: choices, or low, high, above, below
 
     @property
     def values(self) -> str:
@@ -35,7 +35,7 @@ class Knob:
             return " | ".join(self.metadata["choices"])
         bounds = [
             f"{sign} {self.metadata[key]:g}"
-            for key, sign in (("low", ">="), ("above", ">"), ("high", "<="))
+            for key, sign in (("low", ">="), ("above", ">"), ("high", "<="), ("below", "<"))
             if self.metadata.get(key) is not None
         ]
         return ", ".join([type_words(self.type), *bounds])

@@ -8,6 +8,8 @@ longest, so that none is ever retracted:
     max_total_tokens      max_running_requests x (data.max_prompt_tokens + rollout.max_response_tokens + 1), rounded up to 1024
 
 On CUDA, SGLang sizes its pool itself.
+
+Deterministic mode fixes some arguments; a recipe may not change those.
 """
 
 import json
@@ -23,11 +25,29 @@ MOST_RUNNING = 256
 POOL_BYTES = 2 << 30
 ROUND_TO = 1024
 
+# Arguments that run.deterministic fixes, and why; see slime/cpu/serving.py.
+FIXED: dict[str, tuple[Any, str]] = {
+    "enable_deterministic_inference": (True, "seeded sampling is ignored without it"),
+    "chunked_prefill_size": (-1, "chunks would begin where other requests of the batch leave room"),
+    "enable_mixed_chunk": (False, "chunks would begin where other requests of the batch leave room"),
+    "attention_backend": ("torch_native", "equal bits are proven for it alone"),
+    "prefill_attention_backend": (None, "equal bits are proven for torch_native alone"),
+    "decode_attention_backend": (None, "equal bits are proven for torch_native alone"),
+    "sampling_backend": ("pytorch", "it alone draws from a request's seed"),
+    "disable_radix_cache": (True, "cached keys may come from another kernel than a prefill would use"),
+    "disable_overlap_schedule": (True, "equal bits are proven without it"),
+    "speculative_algorithm": (None, "drafts change how tokens are drawn"),
+}
+
 Device = Literal["cpu", "cuda"]
 
 
 def server_arguments(cfg: SlimeConfig, device: Device) -> dict[str, Any]:
-    """SGLang's server arguments; what rollout.sglang says comes last. Raises ValueError for a pool that cannot hold one answer."""
+    """SGLang's server arguments; what rollout.sglang says comes last.
+
+    Raises ValueError for a pool that cannot hold one answer, and for what run.deterministic does not allow.
+    """
+    check_deterministic(cfg)
     chosen: dict[str, Any] = {
         "model_path": cfg.model.path,
         "dtype": DTYPES[cfg.model.dtype],
@@ -42,6 +62,28 @@ def server_arguments(cfg: SlimeConfig, device: Device) -> dict[str, Any]:
     if device == "cpu":
         _check_pool(cfg, chosen)
     return chosen
+
+
+def check_deterministic(cfg: SlimeConfig) -> None:
+    """Raises ValueError for a value in rollout.sglang that run.deterministic fixes otherwise."""
+    if not cfg.run.deterministic:
+        return
+    for name, (fixed, why) in FIXED.items():
+        value = cfg.rollout.sglang.get(name, fixed)
+        if value != fixed:
+            raise ValueError(
+                f"rollout.sglang.{name}={_word(value)} with run.deterministic=true, which fixes it at {_word(fixed)}: {why}; remove it"
+            )
+    for name in ("max_running_requests", "max_total_tokens"):
+        if name in cfg.rollout.sglang and cfg.rollout.sglang[name] is None:
+            raise ValueError(
+                f"rollout.sglang.{name}=null with run.deterministic=true: SGLang would choose it, and the pool must hold every running "
+                "request; give a number, or remove it"
+            )
+
+
+def _word(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def server_environment(cfg: SlimeConfig, device: Device, cpus: float) -> dict[str, str]:
@@ -65,8 +107,14 @@ def cpu_pool(cfg: SlimeConfig) -> dict[str, int]:
 
 def longest_request(cfg: SlimeConfig) -> int:
     """Tokens of the longest prompt with the longest answer, and one that SGLang reserves."""
-    longest = max([cfg.rollout.max_response_tokens, *(s.max_response_tokens or 0 for s in cfg.data.eval.values())])
-    return cfg.data.max_prompt_tokens + longest + 1
+    return cfg.data.max_prompt_tokens + longest_answer(cfg)[1] + 1
+
+
+def longest_answer(cfg: SlimeConfig) -> tuple[str, int]:
+    """The knob that allows the longest answer, and its tokens."""
+    allowed = {"rollout.max_response_tokens": cfg.rollout.max_response_tokens}
+    allowed |= {f"data.eval.{name}.max_response_tokens": s.max_response_tokens or 0 for name, s in cfg.data.eval.items()}
+    return max(allowed.items(), key=lambda item: item[1])
 
 
 def kv_bytes_per_token(cfg: SlimeConfig) -> int:
@@ -82,12 +130,12 @@ def kv_bytes_per_token(cfg: SlimeConfig) -> int:
 
 
 def _check_pool(cfg: SlimeConfig, chosen: dict[str, Any]) -> None:
-    """In deterministic mode nothing may be retracted; in any mode one request must fit."""
+    """In deterministic mode nothing may be retracted; in any mode one request must fit. A pool of null is SGLang's to size."""
     running = chosen["max_running_requests"] if cfg.run.deterministic else 1
     needed, tokens = running * longest_request(cfg), chosen["max_total_tokens"]
     if tokens is not None and tokens < needed:
         what = f"{running} requests at once, as run.deterministic needs" if cfg.run.deterministic else "one request"
         raise ValueError(
             f"rollout.sglang.max_total_tokens={tokens}: too few for {what}, of {longest_request(cfg)} tokens (data.max_prompt_tokens + "
-            f"rollout.max_response_tokens + 1); {needed} are needed"
+            f"{longest_answer(cfg)[0]} + 1); {needed} are needed"
         )

@@ -48,8 +48,9 @@ class DenseFamily:
         config.only("attention_dropout", (0, 0.0), "log-probs of trainer and engines must agree; set it to 0")
         for name, (allowed, why) in self.only.items():
             config.only(name, allowed, why)
-        if any(kind != "full_attention" for kind in config.raw("layer_types") or ()):
-            raise config.error("layer_types", "only full attention is mapped")
+        layer_types = config.raw("layer_types")
+        if layer_types is not None and (not isinstance(layer_types, list) or set(map(str, layer_types)) - {"full_attention"}):
+            raise config.error("layer_types", "only full attention is mapped, a list of full_attention")
         config.ignore("architectures", *self.without_effect)
         sizes = self._sizes(config)
         tied = config.flag("tie_word_embeddings", False)

@@ -1,12 +1,12 @@
 """A model that the user names by its Hugging Face id is downloaded once, by the driver, before anything starts."""
 
-import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+from slime.config.check_files import is_hub_id
+
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
@@ -15,7 +15,7 @@ def local_directory(path: str, cache: Path | None = None) -> Path:
     every rank and engine host has to see. Raises ValueError where it is neither or the download fails."""
     if Path(path).is_dir():
         return Path(path)
-    if not HUB_ID.fullmatch(path):
+    if not is_hub_id(path):
         raise ValueError(f"model.path={path}: no such directory, and not a hub id (organisation/name)")
     try:
         return Path(snapshot_download(path, cache_dir=cache, allow_patterns=FILES))

@@ -51,7 +51,7 @@ def check_shapes(path: Path, expected: Mapping[str, Shape], found: Mapping[str, 
 
 def _family(config: ConfigJson, name: str) -> DenseFamily:
     model_type = config.raw("model_type")
-    chosen = FAMILIES.get(model_type if name == "auto" else name)
+    chosen = FAMILIES.get(str(model_type) if name == "auto" else name)
     known = ", ".join(sorted(FAMILIES))
     if chosen is None and name != "auto":
         raise ValueError(f"model.family={name}: no such family; known are auto, {known}")

@@ -48,6 +48,7 @@ def _llama3_factor(config: ConfigJson, field: str, rope: dict[str, Any]) -> floa
         value = rope.pop(name, None)
         if value != fixed:
             raise config.error(field, f"megatron-core's llama3 scaling has {name}={fixed} built in, config.json says {value}")
-    if "factor" not in rope:
-        raise config.error(field, "llama3 scaling needs a factor")
-    return float(rope.pop("factor"))
+    factor = rope.pop("factor", None)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or factor <= 0:
+        raise config.error(field, f"llama3 scaling needs a factor, a positive number; found {factor!r}")
+    return float(factor)

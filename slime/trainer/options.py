@@ -1,8 +1,13 @@
-"""`trainer.megatron.<field>`: megatron-core's own options, by their own names, beside those that slime decides."""
+"""`trainer.megatron.<field>`: megatron-core's performance options, by their own names.
+
+Every field of megatron-core's three dataclasses is in one of the tables below: taken, decided by slime, or without effect here. They are
+those of megatron-core 0.16; a field that another version adds is refused until somebody has looked at it.
+"""
 
 import difflib
 import types
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
+from fnmatch import fnmatchcase
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -12,10 +17,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 KINDS = {"model": TransformerConfig, "ddp": DistributedDataParallelConfig, "optimizer": OptimizerConfig}
 NAMES = {kind: {f.name for f in fields(cls)} for kind, cls in KINDS.items()}
 HINTS = {kind: get_type_hints(cls) for kind, cls in KINDS.items()}
-ARCHITECTURE = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "normalization",
-    "layernorm_epsilon", "qk_layernorm", "gated_linear_unit", "activation_func", "add_bias_linear", "add_qkv_bias",
-)  # fmt: skip
 WORDS = {
     int: "a whole number",
     float: "a number",
@@ -25,37 +26,90 @@ WORDS = {
     list: "a list",
     tuple: "a list",
 }
-# What slime sets itself, and the knob (or the reason) to name instead.
-OWNED = {
-    **dict.fromkeys(ARCHITECTURE, "config.json in model.path says it"),
-    **dict.fromkeys(("attention_dropout", "hidden_dropout"), "it is 0, since log-probs of trainer and engines must agree"),
-    "tensor_model_parallel_size": "use trainer.tensor_parallel",
-    "sequence_parallel": "it is on whenever trainer.tensor_parallel > 1",
-    "pipeline_model_parallel_size": "slime arranges tensor and data parallel ranks",
-    "context_parallel_size": "slime arranges tensor and data parallel ranks",
-    "expert_model_parallel_size": "slime arranges tensor and data parallel ranks",
-    "params_dtype": "use model.dtype",
-    "pipeline_dtype": "use model.dtype",
-    "bf16": "use model.dtype=bf16",
-    "fp16": "use model.dtype=bf16",
-    "variable_seq_lengths": "rows are packed, their lengths vary",
-    "calculate_per_token_loss": "losses are summed with the weights of algorithm.aggregation",
-    "use_distributed_optimizer": "it is always on",
-    "overlap_param_gather": "weights are read after every update",
-    "overlap_param_gather_with_optimizer_step": "weights are read after every update",
-    "use_megatron_fsdp": "slime trains with the distributed optimizer",
-    "num_distributed_optimizer_instances": "slime trains with one distributed optimizer",
-    "grad_reduce_in_fp32": "gradients always accumulate and are reduced in fp32",
-    "average_in_collective": "gradients are sums, algorithm.aggregation weights them",
-    "optimizer": "slime trains with Adam",
-    "lr": "use trainer.lr",
-    "min_lr": "use trainer.min_lr",
-    "weight_decay": "use trainer.weight_decay",
-    "adam_beta1": "use trainer.beta1",
-    "adam_beta2": "use trainer.beta2",
-    "adam_eps": "use trainer.eps",
-    "clip_grad": "use trainer.clip_grad",
+
+TAKEN = (
+    "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules",
+    "bias_activation_fusion", "bias_dropout_fusion", "gradient_accumulation_fusion", "clone_scatter_output_in_embedding",
+    "disable_bf16_reduced_precision_matmul", "deterministic_mode",
+    "overlap_grad_reduce", "bucket_size", "pad_buckets_for_high_nccl_busbw", "nccl_ub", "disable_symmetric_registration",
+    "check_for_nan_in_grad", "check_for_large_grads", "apply_wd_to_qk_layernorm",
+)  # fmt: skip
+
+# What slime sets itself: the reason, or the knob to name instead -> fields (* stands for the rest of a name).
+DECIDED = {
+    "config.json in model.path says it": """
+        num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization layernorm_epsilon
+        layernorm_zero_centered_gamma apply_residual_connection_post_layernorm qk_layernorm qk_l2_norm gated_linear_unit activation_func
+        activation_func_clamp_value glu_linear_offset use_fused_weighted_squared_relu add_bias_linear add_qkv_bias softmax_scale
+        softmax_type attention_output_gate window_size window_attn_skip_freq rotary_interleaved mrope_section no_rope_freq
+        multi_latent_attention experimental_attention_variant dsa_* linear_* is_hybrid_model mamba_* use_mamba_mem_eff_path mtp_*
+        heterogeneous_block_specs hetereogenous_dist_checkpoint""",
+    "the families that slime maps have no experts": "num_moe_experts moe_*",
+    "it is 0, since log-probs of trainer and engines must agree": "attention_dropout hidden_dropout",
+    "engines add residuals in model.dtype, and log-probs must agree": "fp32_residual_connection",
+    "use trainer.tensor_parallel": "tensor_model_parallel_size",
+    "it is on whenever trainer.tensor_parallel > 1": "sequence_parallel",
+    "slime arranges tensor and data parallel ranks": """
+        pipeline_model_parallel_* virtual_pipeline_model_parallel_size microbatch_group_size_per_vp_stage num_layers_in_* account_for_*
+        context_parallel_size hierarchical_context_parallel_sizes hybrid_context_parallel max_seqlen_per_dp_cp_rank cp_comm_type
+        expert_model_parallel_size expert_tensor_parallel_size""",
+    "use model.dtype": "params_dtype pipeline_dtype bf16 fp16 enable_autocast autocast_dtype",
+    "rows are packed, their lengths vary": "variable_seq_lengths *cuda_graph*",
+    "weights come from model.path": "perform_initialization use_cpu_initialization *init_method* init_model_with_meta_device",
+    "layers are megatron-core's local ones": "transformer_impl use_kitchen* kitchen_attention_backend",
+    "attention is slime's own, over packed rows": "attention_backend",
+    "losses are summed with the weights of algorithm.aggregation": "calculate_per_token_loss average_in_collective",
+    "gradients accumulate and are reduced in fp32": "grad_reduce_in_fp32 reduce_scatter_with_fp32_accumulation main_grads_dtype",
+    "slime trains with one distributed optimizer, and no FSDP": """
+        use_distributed_optimizer num_distributed_optimizer_instances use_megatron_fsdp use_custom_fsdp fsdp_* *_sharding_strategy
+        gradient_reduce_div_fusion suggested_communication_unit_size preserve_fp32_weights keep_fp8_transpose_cache""",
+    "weights are read after every update": "overlap_param_gather* align_param_gather",
+    "slime trains with Adam, its weight decay decoupled": "optimizer sgd_momentum muon_* decoupled_weight_decay",
+    "Adam's state is kept and saved on the device": """
+        optimizer_cpu_offload optimizer_offload_fraction use_torch_optimizer_for_cpu_offload overlap_cpu_optimizer_d2h_h2d pin_cpu_*""",
+    "use trainer.lr, which all parameters share": "lr decoupled_lr",
+    "use trainer.min_lr": "min_lr decoupled_min_lr",
+    "use trainer.weight_decay": "weight_decay",
+    "use trainer.beta1": "adam_beta1",
+    "use trainer.beta2": "adam_beta2",
+    "use trainer.eps": "adam_eps",
+    "use trainer.clip_grad": "clip_grad",
+    "the recipe is in the run's config.yaml": "config_logger_dir",
 }
+
+# What would do nothing in this trainer: why -> fields.
+INERT = {
+    "it is Transformer Engine's, whose layers slime does not use": """
+        tp_comm_* fp8* fp4* activation_func_fp8_input_store first_last_layers_bf16 num_layers_at_*_in_bf16 tp_only_amax_red quant_recipe
+        reuse_grad_buf_for_mxfp8_param_ag use_te_* disable_parameter_transpose_cache delay_wgrad_compute symmetric_ar_type cpu_offloading*
+        _cpu_offloading_context fine_grained_activation_offloading offload_modules min_offloaded_tensor_size
+        use_precision_aware_optimizer store_param_remainders main_params_dtype exp_avg*_dtype""",
+    "attention is slime's own, over packed rows": """
+        masked_softmax_fusion attention_softmax_in_fp32 apply_query_key_layer_scaling batch_invariant_mode qk_clip* log_max_attention_logit
+        apply_rope_fusion fused_single_qkv_rope""",
+    "the norm is torch's": "persist_layer_norm memory_efficient_layer_norm",
+    "log-probs are slime's own": "cross_entropy_*",
+    "activations are split along the sequence where trainer.tensor_parallel > 1": "distribute_saved_activations",
+    "there are no pipeline stages": """
+        overlap_p2p_comm* batch_p2p_* use_ring_exchange_p2p deallocate_pipeline_outputs defer_embedding_wgrad_compute
+        wgrad_deferral_limit num_microbatches_with_partial_activation_checkpoints""",
+    "there are no experts": "overlap_moe_expert_parallel_comm ep_overlap_early_attn_memory_release",
+    "engines generate, not the trainer": "inference_* use_inference_optimized_layers flash_decode mlp_chunks_for_prefill",
+    "bf16 needs no loss scaling": "loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis",
+    "slime measures and reports by itself": "log_num_zeros_in_grad barrier_with_L1_time test_mode",
+    "megatron-core does not read it any more": "async_tensor_model_parallel_allreduce",
+    "it takes a Python object, which a recipe cannot hold": "timers *_grads_func *_scale_func *_sync_func",
+}
+
+# Taken, but without effect unless another option has this value.
+NEEDS = {
+    "recompute_method": ("recompute_granularity", "full"),
+    "recompute_num_layers": ("recompute_granularity", "full"),
+    "recompute_modules": ("recompute_granularity", "selective"),
+    "bucket_size": ("overlap_grad_reduce", True),
+    "disable_symmetric_registration": ("nccl_ub", True),
+}
+MODULES = ("core_attn", "mlp")  # of recompute_modules, in a dense model; recomputing layernorm is Transformer Engine's
 
 
 @dataclass(frozen=True)
@@ -70,28 +124,55 @@ class Options:
 def sort_options(megatron: dict[str, Any]) -> Options:
     """Hand `trainer.megatron` to megatron-core's dataclasses.
 
-    Raises ValueError for a name that none of them has, with the nearest one that does; for one that slime decides, naming the knob; and
-    for a value that is not of the field's type.
+    Raises ValueError for a name that none of them has, with the nearest one that does; for one that slime decides or that would do
+    nothing, with the reason; and for a value that is not of the field's type.
     """
-    known = set().union(*NAMES.values())
     for name, value in megatron.items():
-        if name in OWNED:
-            raise ValueError(f"trainer.megatron.{name} is decided by slime: {OWNED[name]}")
-        if name not in known:
-            near = difflib.get_close_matches(name, known - OWNED.keys(), n=1)
+        if (refusal := refusal_of(name)) is not None:
+            raise ValueError(f"trainer.megatron.{name} {refusal}")
+        if name not in TAKEN or name not in set().union(*NAMES.values()):
+            near = difflib.get_close_matches(name, TAKEN, n=1)
             hint = f"; did you mean trainer.megatron.{near[0]}?" if near else ""
             raise ValueError(f"trainer.megatron.{name}: megatron-core has no such option{hint}")
         _check_type(name, value)
+    _check_together(megatron)
     return Options(**{kind: {k: v for k, v in megatron.items() if k in names} for kind, names in NAMES.items()})
+
+
+def refusal_of(name: str) -> str | None:
+    """Why a field is not the user's to set; None for one that is, or that is in no table."""
+    for table, words in ((DECIDED, "is decided by slime"), (INERT, "has no effect in slime")):
+        for reason, names in table.items():
+            if any(fnmatchcase(name, pattern) for pattern in names.split()):
+                return f"{words}: {reason}"
+    return None
+
+
+def _check_together(megatron: dict[str, Any]) -> None:
+    """Options that only another one gives an effect, and those that one needs."""
+    for name, (other, value) in NEEDS.items():
+        if name in megatron and megatron[name] != _default(name) and megatron.get(other) != value:
+            needed = f"trainer.megatron.{other}={str(value).lower()}"
+            raise ValueError(f"trainer.megatron.{name}={megatron[name]} has no effect without {needed}: set it, or remove {name}")
+    if megatron.get("recompute_granularity") == "full" and None in map(megatron.get, ("recompute_method", "recompute_num_layers")):
+        raise ValueError(
+            "trainer.megatron.recompute_granularity=full needs trainer.megatron.recompute_method (uniform or block) and "
+            "trainer.megatron.recompute_num_layers: set both, or recompute_granularity=selective"
+        )
+    for module in megatron.get("recompute_modules") or ():
+        if module not in MODULES:
+            raise ValueError(f"trainer.megatron.recompute_modules: {module} cannot be recomputed here; choose of {', '.join(MODULES)}")
+
+
+def _default(name: str) -> Any:
+    field = next(field for cls in KINDS.values() for field in fields(cls) if field.name == name)
+    return None if field.default is MISSING else field.default
 
 
 def _check_type(name: str, value: Any) -> None:
     hint = next(hints[name] for hints in HINTS.values() if name in hints)
-    takes = _takes(hint)
-    if not takes:
-        raise ValueError(f"trainer.megatron.{name} takes a Python object, which a recipe cannot hold")
     if not _fits(value, hint):
-        raise ValueError(f"trainer.megatron.{name}={value}: takes {' or '.join(takes)}")
+        raise ValueError(f"trainer.megatron.{name}={value}: takes {' or '.join(_takes(hint))}")
 
 
 def _branches(hint: Any) -> tuple[Any, ...]:
@@ -116,11 +197,11 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _takes(hint: Any) -> list[str]:
-    """What a recipe may write for a field, in words; empty where only Python objects fit."""
+    """What a recipe may write for a field, in words."""
     words = []
     for branch in _branches(hint):
         if get_origin(branch) is Literal:
             words += [str(choice) for choice in get_args(branch)]
         elif (kind := get_origin(branch) or branch) in WORDS:
             words.append(WORDS[kind])
-    return words if words != [WORDS[type(None)]] else []
+    return words

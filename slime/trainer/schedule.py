@@ -3,6 +3,7 @@
 import math
 
 from slime.config import TrainerConfig
+from slime.config.trainer import decay_length
 
 
 def learning_rate(cfg: TrainerConfig, step: int, steps: int) -> float:
@@ -23,11 +24,10 @@ def learning_rate(cfg: TrainerConfig, step: int, steps: int) -> float:
     if cfg.schedule == "constant":
         return cfg.lr
     if cfg.schedule == "cosine":
-        decay = cfg.decay_steps if cfg.decay_steps is not None else steps - cfg.warmup_steps
-        done = min(1.0, (step - cfg.warmup_steps) / max(1, decay))
+        done = min(1.0, (step - cfg.warmup_steps) / decay_length(cfg, steps))
         return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
     if cfg.schedule == "wsd":
-        decay = cfg.decay_steps if cfg.decay_steps is not None else max(1, steps // 10)
-        done = min(1.0, max(0.0, (step - (steps - decay)) / max(1, decay)))
+        decay = decay_length(cfg, steps)
+        done = min(1.0, max(0.0, (step - (steps - decay)) / decay))
         return cfg.lr + (cfg.min_lr - cfg.lr) * done
     raise ValueError(f"trainer.schedule={cfg.schedule!r}: choose constant, cosine or wsd")

@@ -15,7 +15,14 @@ from slime.config import SlimeConfig
 from slime.config.exits import ConfigError, GateStopped, NothingToDo, PreflightError, SavedRunAgain
 
 GOOD = ["model.path=model", "data.train=[{path: p.jsonl}]", "data.max_prompt_tokens=24", "rollout.max_response_tokens=8"]
-MODEL = {"model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+MODEL = {
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "vocab_size": 32,
+}
 Slime = Callable[..., tuple[int, str, str]]
 
 

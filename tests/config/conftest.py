@@ -15,12 +15,20 @@ MODEL = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 4096,
+    "vocab_size": 100,
 }
 FUNCTIONS = """
 THREE = 3
 def keep(group): return True
 def answer(sample, client, cfg): return sample
 async def turns(sample, client, cfg): return sample
+def imitate(cfg):
+    from slime.algorithms.base import Algorithm
+    return Algorithm(advantages=keep, loss=keep, needs_rollouts=False)
+def explore(cfg):
+    from slime.algorithms.base import Algorithm
+    return Algorithm(advantages=keep, loss=keep)
+def broken(cfg): return cfg.no_such_knob
 """
 
 

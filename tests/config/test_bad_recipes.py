@@ -2,11 +2,17 @@
 
 # ruff: noqa: E501
 
+import re
+
 import pytest
 
-from slime.config.checks import check
-from slime.config.exits import ConfigError
+from slime.config.check_combinations import check_combinations
+from slime.config.check_functions import check_functions
+from slime.config.check_sizes import check_sizes
+from slime.config.checks import check, check_device, check_values
+from slime.config.exits import ConfigError, PreflightError
 from slime.config.load import compose
+from slime.config.overrides import RECIPES as SHIPPED
 
 GOOD = ["model.path=model", "data.train=[{path: p.jsonl}]"]
 RUN = " (run.steps x trainer.updates_per_batch x trainer.epochs_per_batch)"
@@ -49,13 +55,24 @@ BAD_TYPES = {
 
 BAD_VALUES = {
     "run.steps=0": "run.steps=0: must be at least 1",
-    "trainer.beta1=1.5": "trainer.beta1=1.5: must be at most 1",
+    "trainer.beta1=1": "trainer.beta1=1: must be below 1",
+    "trainer.beta2=1.0": "trainer.beta2=1: must be below 1",
+    "trainer.lr=inf": "trainer.lr=inf: takes a finite number",
+    "trainer.lr=nan": "trainer.lr=nan: takes a finite number",
+    "data.eval={h: {path: p.jsonl, temperature: inf}}": "data.eval.h.temperature=inf: takes a finite number",
+    "data.eval={h: {path: p.jsonl, samples: 0}}": "data.eval.h.samples=0: must be at least 1",
     "rollout.temperature=0": "rollout.temperature=0: must be above 0",
     "data.train=[{path: p.jsonl, weight: 0}]": "data.train.0.weight=0: must be above 0",
     "observe.wandb=onlin": "observe.wandb=onlin: takes offline, online, off; did you mean online?",
     "rollout.mode=async": "rollout.mode=async: takes sync, one_step_off; did you mean sync?",
     "run.name=a/b": "run.name=a/b: names one directory below run.dir; use letters, digits and . _ - + = , @",
     "algorithm.name=gpro": "algorithm.name=gpro: takes grpo, sft or an import path pkg.mod:fn; did you mean grpo?",
+    "algorithm.name=nowhere:f": "algorithm.name=nowhere:f: no module nowhere; is its folder in PYTHONPATH or the working directory?",
+    "algorithm.name=functions:keep": "algorithm.name=functions:keep returned bool; it must return slime.algorithms.base.Algorithm",
+    "algorithm.name=functions:broken": "algorithm.name=functions:broken: it failed with AttributeError: 'AlgorithmConfig' object has no "
+    "attribute 'no_such_knob'",
+    "data.eval={h: {path: p.jsonl, reward: mth}}": "data.eval.h.reward=mth: takes exact, numeric, math, format or an import path pkg.mod:fn; "
+    "did you mean math?",
     "reward.fn=mth": "reward.fn=mth: takes exact, numeric, math, format or an import path pkg.mod:fn; did you mean math?",
     "reward.fn=functions:keeps": "reward.fn=functions:keeps: module functions has no keeps; did you mean keep?",
     "reward.fn=functions:THREE": "reward.fn=functions:THREE: module functions's THREE is int, not a function",
@@ -83,19 +100,46 @@ BAD_FILES = {
     "(max_position_embeddings in its config.json): lower one of them",
 }
 
+TRAIN = "run.only=train run.replay=rollouts"
+REPLAYS = "no effect with run.only=train, which replays rollouts: remove"
+DEMONSTRATIONS = "no effect with algorithm.name=sft, which learns from demonstrations: remove"
+
+INERT = {
+    f"{TRAIN} rollout.dump=true": f"rollout.dump=true has {REPLAYS} it",
+    "algorithm.name=sft rollout.temperature=0.7": f"rollout.temperature=0.7 has {DEMONSTRATIONS} it",
+    "algorithm.name=sft rollout.top_p=0.9": f"rollout.top_p=0.9 has {DEMONSTRATIONS} it",
+    "algorithm.name=sft rollout.filter=functions:keep": f"rollout.filter=functions:keep has {DEMONSTRATIONS} it",
+    "algorithm.name=sft rollout.samples_per_prompt=1": f"rollout.samples_per_prompt=1 has {DEMONSTRATIONS} it",
+    "algorithm.name=sft rollout.dump=true": f"rollout.dump=true has {DEMONSTRATIONS} it",
+    "algorithm.name=sft rollout.external_urls=['http://h:1']": f"rollout.external_urls (http://h:1) has {DEMONSTRATIONS} it",
+    "algorithm.name=sft reward.workers=4": f"reward.workers=4 has {DEMONSTRATIONS} it",
+    "algorithm.name=sft data.eval.h.path=p.jsonl": f"data.eval (h) has {DEMONSTRATIONS} it",
+    "algorithm.name=sft run.only=train run.replay=rollouts rollout.temperature=0.7": f"rollout.temperature=0.7 has {DEMONSTRATIONS} it",
+    "algorithm.name=functions:imitate rollout.dump=true": "rollout.dump=true has no effect with algorithm.name=functions:imitate, which learns "
+    "from demonstrations: remove it",
+}
+
 BAD_COMBINATIONS = {
     "run.only=train": "run.only=train reads rollouts from a directory: set run.replay to one that rollout.dump=true wrote",
     "run.replay=rollouts": "run.replay=rollouts has no effect with run.only=all: set run.only=train, or unset run.replay",
     "run.only=train run.replay=nowhere": "run.replay=nowhere: no such folder; it is the rollouts/ that a run with rollout.dump=true wrote",
-    "run.only=train run.replay=rollouts rollout.dump=true": "rollout.dump has no effect with run.only=train, which generates nothing: "
-    "remove rollout.dump",
+    "run.only=rollout": "run.only=rollout without rollout.dump=true would throw all rollouts away: set rollout.dump=true",
     "reward.pattern=x": "reward.pattern=x has no effect with reward.fn=exact: set reward.fn=format, or remove reward.pattern",
     "reward.fn=format": "reward.fn=format judges by a regular expression: set reward.pattern",
+    "data.eval={h: {path: p.jsonl, reward: format}}": "data.eval.h.reward=format judges by a regular expression: set reward.pattern",
+    "reward.pattern=x data.eval={h: {path: p.jsonl, reward: math}}": "reward.pattern=x has no effect with reward.fn=exact, "
+    "data.eval.h.reward=math: set reward.fn=format, or remove reward.pattern",
+    "data.eval={h: {path: p.jsonl, max_response_tokens: 4000}}": "data.max_prompt_tokens=1024 + data.eval.h.max_response_tokens=4000 exceed "
+    "the 4096 positions of the model (max_position_embeddings in its config.json): lower one of them",
+    "data.eval={h: {path: p.jsonl, limit: 0}}": "data.eval.h.limit=0: must be at least 1",
     "reward.fn=format reward.pattern='['": "reward.pattern=[: not a regular expression: unterminated character set at position 0",
     "reward.fn=math reward.signature=verl": "reward.signature=verl has no effect with reward.fn=math, which is built in: remove reward.signature",
     "reward.fn=math reward.url=http://h:1/r": "reward.fn=math has no effect with reward.url: set one of the two",
     "rollout.oversample=0.5": "rollout.oversample=0.5 has no effect with rollout.select=ordinal: set rollout.select=arrival, or remove it",
-    "rollout.external_key=k": "rollout.external_key has no effect with no rollout.external_urls: set rollout.external_urls, or remove the key",
+    "rollout.external_key_env=KEY": "rollout.external_key_env=KEY has no effect with no rollout.external_urls: set rollout.external_urls, "
+    "or remove it",
+    "rollout.external_urls=['http://h:1'] rollout.external_key_env=NO_KEY": "rollout.external_key_env=NO_KEY: no environment variable has this "
+    "name; export it with the servers' key (the knob is its name alone)",
     "rollout.external_urls=['http://h:1'] rollout.sglang.mem_fraction_static=0.5": "rollout.sglang has no effect with rollout.external_urls, "
     "whose servers run already: remove rollout.sglang, or the urls",
     "trainer.decay_steps=5": "trainer.decay_steps=5 has no effect with trainer.schedule=constant: "
@@ -104,13 +148,13 @@ BAD_COMBINATIONS = {
     "trainer.warmup_steps=100": f"trainer.warmup_steps=100 leaves nothing of the run's 100 optimizer steps{RUN}: lower it",
     "trainer.schedule=wsd trainer.warmup_steps=60 trainer.decay_steps=50": "trainer.warmup_steps=60 + trainer.decay_steps=50 exceed "
     f"the run's 100 optimizer steps{RUN}: lower one",
+    "trainer.schedule=wsd trainer.warmup_steps=95": "trainer.warmup_steps=95 + trainer.decay_steps=10 (its default, a tenth) exceed "
+    f"the run's 100 optimizer steps{RUN}: lower one",
     "run.eval_every=5": "run.eval_every=5 has no effect with no data.eval: add a set (data.eval.<name>.path=...), or remove run.eval_every",
     "data.eval.h.path=p.jsonl data.eval.h.samples=4": "data.eval.h.samples=4 has no effect with data.eval.h.temperature=0, "
     "where all answers are the same: set data.eval.h.temperature above 0",
     "algorithm.name=sft algorithm.clip_high=0.3": "algorithm.clip_high=0.3 has no effect with algorithm.name=sft: remove algorithm.clip_high",
-    "algorithm.name=sft data.eval.h.path=p.jsonl": "data.eval (h) has no effect with algorithm.name=sft, which starts no engines: "
-    "evaluate in the run that follows; remove data.eval",
-    "algorithm.name=sft run.only=rollout": "run.only=rollout with algorithm.name=sft: supervised learning generates nothing; "
+    "algorithm.name=sft run.only=rollout": "run.only=rollout with algorithm.name=sft: it learns from demonstrations and generates nothing; "
     "choose another algorithm.name",
     "rollout.samples_per_prompt=1": "rollout.samples_per_prompt=1 with algorithm.name=grpo: a group of one has no advantage; set at least 2",
     "run.deterministic=true rollout.select=arrival": "run.deterministic=true with rollout.select=arrival: arrival order depends on timing; "
@@ -143,9 +187,9 @@ def test_one_bad_override(override: str, text: str, workdir) -> None:
     assert error_of([override]) == text.replace("{cwd}", str(workdir))
 
 
-@pytest.mark.parametrize(("overrides", "text"), BAD_COMBINATIONS.items())
+@pytest.mark.parametrize(("overrides", "text"), (INERT | BAD_COMBINATIONS).items())
 def test_overrides_that_do_not_go_together(overrides: str, text: str, workdir) -> None:
-    assert error_of(overrides.split(" ")) == text
+    assert error_of(re.split(r" (?=[\w.]+=)", overrides)) == text
 
 
 @pytest.mark.parametrize(
@@ -153,13 +197,19 @@ def test_overrides_that_do_not_go_together(overrides: str, text: str, workdir) -
     [
         "run.seed=1",
         "algorithm.name=sft",
-        "algorithm.name=sft rollout.samples_per_prompt=1",
+        "algorithm.name=sft rollout.samples_per_prompt=8 rollout.temperature=1.0 reward.fn=exact rollout.dump=false",
+        "algorithm.name=functions:imitate algorithm.clip_low=0.1",
+        "algorithm.name=functions:explore rollout.temperature=0.7",
         "run.only=train run.replay=rollouts data.train=[]",
+        "run.only=train run.replay=rollouts rollout.temperature=0.7 rollout.select=ordinal trainer.lr=1e-3",
+        "run.only=train run.replay=rollouts reward.fn=math sync.bucket_mb=8 data.eval.h.path=p.jsonl run.eval_every=2",
+        "run.only=rollout rollout.dump=true rollout.temperature=0.7 reward.fn=math trainer.lr=1e-3 run.save_every=2",
         "run.deterministic=true rollout.mode=one_step_off",
         "reward.fn=format reward.pattern=x",
-        "rollout.external_urls=['http://h:1'] rollout.external_key=k",
+        "rollout.external_urls=['http://h:1'] rollout.external_key_env=HOME",
         "rollout.generate=functions:turns rollout.filter=functions:keep reward.fn=functions:keep",
         "trainer.schedule=wsd trainer.warmup_steps=50 trainer.decay_steps=50",
+        "trainer.schedule=wsd trainer.warmup_steps=90",
         "cluster.roles.actor.devices=4 trainer.tensor_parallel=2 cluster.roles.rollout.devices=4 rollout.engines=2 rollout.tensor_parallel=2",
         "data.eval.h.path=p.jsonl data.eval.h.samples=4 data.eval.h.temperature=1",
         "model.path=Qwen/Qwen3-0.6B",
@@ -167,6 +217,25 @@ def test_overrides_that_do_not_go_together(overrides: str, text: str, workdir) -
 )
 def test_good_recipes_pass(overrides: str, workdir) -> None:
     check(compose(overrides=[*GOOD, *overrides.split(" ")]).cfg)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml") if path.stem != "base"))
+def test_shipped_recipes_pass(name: str) -> None:
+    """But for their files, which `make quickstart` makes."""
+    cfg = compose(name).cfg
+    for checked in (check_values, check_functions, check_combinations, check_sizes):
+        checked(cfg)
+
+
+def test_a_device_found_by_auto_is_checked_too() -> None:
+    cfg = compose(overrides=[*GOOD, "run.deterministic=true"]).cfg
+    check_device(cfg, "cpu")
+    with pytest.raises(PreflightError) as raised:
+        check_device(cfg, "cuda")
+    assert str(raised.value) == (
+        "run.deterministic=true with cluster.device=auto, which is cuda here: equal bits are promised on the CPU only; set cluster.device=cpu"
+    )
+    check_device(compose(overrides=GOOD).cfg, "cuda")
 
 
 def test_model_path_is_required(workdir) -> None:
@@ -219,6 +288,4 @@ def test_unknown_recipe(workdir) -> None:
 
 
 def names_with(*own: str) -> str:
-    from slime.config.overrides import RECIPES
-
-    return ", ".join(sorted([*own, *(path.stem for path in RECIPES.glob("*.yaml"))]))
+    return ", ".join(sorted([*own, *(path.stem for path in SHIPPED.glob("*.yaml"))]))

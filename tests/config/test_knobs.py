@@ -18,6 +18,7 @@ def test_defaults_keep_their_own_bounds() -> None:
         assert low is None or knob.default >= low, knob.path
         assert high is None or knob.default <= high, knob.path
         assert above is None or knob.default > above, knob.path
+        assert knob.metadata.get("below") is None or knob.default < knob.metadata["below"], knob.path
 
 
 def test_table_in_docs_is_current() -> None:

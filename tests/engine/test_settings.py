@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 from slime.config import EvalSet, SlimeConfig
-from slime.engine.settings import POOL_BYTES, cpu_pool, kv_bytes_per_token, longest_request, server_arguments, server_environment
+from slime.cpu import serving
+from slime.engine.settings import (
+    FIXED,
+    POOL_BYTES,
+    check_deterministic,
+    cpu_pool,
+    kv_bytes_per_token,
+    longest_request,
+    server_arguments,
+    server_environment,
+)
 
 
 @pytest.fixture
@@ -51,6 +61,39 @@ def test_a_pool_too_small_is_refused(cfg: SlimeConfig) -> None:
         server_arguments(cfg, "cpu")
     cfg.rollout.sglang["max_running_requests"] = 100
     server_arguments(cfg, "cpu")
+
+
+def test_a_pool_that_sglang_sizes_is_refused_in_deterministic_mode_alone(cfg: SlimeConfig) -> None:
+    for name in ("max_running_requests", "max_total_tokens"):
+        cfg.run.deterministic, cfg.rollout.sglang = False, {name: None}
+        assert server_arguments(cfg, "cpu")[name] is None
+        cfg.run.deterministic = True
+        with pytest.raises(ValueError, match=rf"rollout.sglang.{name}=null with run.deterministic=true: SGLang would choose it"):
+            server_arguments(cfg, "cpu")
+
+
+def test_an_answer_of_an_evaluation_that_does_not_fit_is_named(cfg: SlimeConfig) -> None:
+    cfg.data.eval = {"heldout": EvalSet("x", max_response_tokens=500)}
+    cfg.rollout.sglang = {"max_total_tokens": 400}
+    with pytest.raises(ValueError, match=r"data.max_prompt_tokens \+ data.eval.heldout.max_response_tokens \+ 1"):
+        server_arguments(cfg, "cpu")
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_what_deterministic_mode_fixes_is_not_the_users(cfg: SlimeConfig, name: str) -> None:
+    cfg.run.deterministic, cfg.rollout.sglang = True, {name: FIXED[name][0]}
+    check_deterministic(cfg)
+    cfg.rollout.sglang = {name: "other"}
+    with pytest.raises(ValueError, match=rf"^rollout.sglang.{name}=other with run.deterministic=true, which fixes it at .*; remove it$"):
+        server_arguments(cfg, "cpu")
+    cfg.run.deterministic = False
+    check_deterministic(cfg)
+
+
+def test_the_fixed_arguments_are_those_that_the_cpu_is_given() -> None:
+    given, plain = serving.arguments(True), serving.arguments(False)
+    assert {name for name in given if given[name] != plain.get(name)} <= FIXED.keys()
+    assert all(FIXED[name][0] == value for name, value in given.items() if name in FIXED)
 
 
 def test_what_the_user_says_comes_last(cfg: SlimeConfig) -> None:

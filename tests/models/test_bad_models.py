@@ -43,6 +43,10 @@ CONFIGS = [
     ("llama", {"mlp_bias": True}, "mlp_bias=true: biases of the MLP are not mapped"),
     ("qwen3", {"use_sliding_window": True}, "use_sliding_window=true: sliding-window attention is not mapped"),
     ("qwen3", {"layer_types": ["sliding_attention"]}, r'layer_types=\["sliding_attention"\]: only full attention is mapped'),
+    ("qwen3", {"layer_types": 5}, "layer_types=5: only full attention is mapped, a list of full_attention"),
+    ("qwen3", {"layer_types": [["full_attention"]]}, "layer_types=.*: only full attention is mapped"),
+    ("qwen3", {"model_type": ["qwen3"]}, r'model_type=\["qwen3"\]: no family has this type'),
+    ("llama", {"rope_parameters": LLAMA3 | {"factor": "big"}}, "llama3 scaling needs a factor, a positive number; found 'big'"),
     ("qwen3", {"quantization_config": {"bits": 4}}, "quantization_config=.*quantized weights cannot be trained"),
     ("qwen3", {"hidden_act": "gelu"}, 'hidden_act="gelu": only the silu-gated MLP is mapped'),
     ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1: .*set it to 0"),
@@ -113,6 +117,10 @@ def test_a_path_that_is_neither_directory_nor_hub_id(tmp_path: Path, monkeypatch
     assert local_directory(str(tmp_path)) == tmp_path
     with pytest.raises(ValueError, match=r"model.path=a/b/c: no such directory, and not a hub id \(organisation/name\)"):
         local_directory("a/b/c")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(ValueError, match=r"model.path=models/tiny: no such directory, and not a hub id"):  # the folder is here
+        local_directory("models/tiny")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"model.path=nobody/nothing: no such directory, and not to be had from the hub"):
         local_directory("nobody/nothing", cache=tmp_path)

@@ -3,6 +3,7 @@ from itertools import pairwise
 import pytest
 
 from slime.config import TrainerConfig
+from slime.config.trainer import decay_length
 from slime.trainer.schedule import learning_rate
 
 
@@ -26,6 +27,14 @@ def test_wsd_is_flat_and_then_falls():
     assert rates(8, schedule="wsd", decay_steps=4, warmup_steps=1) == [1, 1, 1, 1, 1.0, 0.75, 0.5, 0.25]
     tenth = rates(30, schedule="wsd")
     assert tenth[:28] == [1.0] * 28 and tenth[28:] == pytest.approx([2 / 3, 1 / 3])
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 90])
+def test_the_default_decay_of_wsd_follows_the_warm_up_without_a_jump(warmup_steps):
+    lr = [0.0, *rates(100, schedule="wsd", warmup_steps=warmup_steps)]
+    assert max(abs(a - b) for a, b in pairwise(lr[1 if warmup_steps == 0 else 0 :])) < 0.11
+    assert decay_length(TrainerConfig(schedule="wsd"), 100) == 10 and decay_length(TrainerConfig(schedule="wsd"), 5) == 1
+    assert decay_length(TrainerConfig(schedule="cosine", warmup_steps=5), 100) == 95
 
 
 def test_unknown_schedule_names_the_knob():

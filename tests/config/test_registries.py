@@ -1,0 +1,46 @@
+"""Names that config/ repeats, since it may not import the rooms that own them, are theirs."""
+
+import pytest
+
+from slime.algorithms.registry import BUILDERS, build_algorithm
+from slime.config import AlgorithmConfig, RewardConfig
+from slime.config.check_functions import REWARDS
+from slime.config.load import compose
+from slime.config.roles import ALGORITHMS, generates, needed_roles, needs_rollouts
+from slime.config.tree import knobs
+from slime.models.registry import FAMILIES
+from slime.rollout.rewards.builtin import builtin
+
+
+def test_algorithms() -> None:
+    assert ALGORITHMS.keys() == BUILDERS.keys()
+    for name, needs in ALGORITHMS.items():
+        assert build_algorithm(AlgorithmConfig(name)).needs_rollouts == needs == needs_rollouts(AlgorithmConfig(name))
+
+
+def test_rewards() -> None:
+    for name in REWARDS:
+        assert builtin(RewardConfig(fn=name, pattern="x"), "reward.fn") is not None
+    assert builtin(RewardConfig(fn="no such reward"), "reward.fn") is None
+
+
+def test_families() -> None:
+    (family,) = (knob for knob in knobs() if knob.path == "model.family")
+    assert set(family.metadata["choices"]) == {"auto", *FAMILIES}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "roles", "answers"),
+    [
+        ([], ("actor", "rollout"), True),
+        (["algorithm.name=functions:explore"], ("actor", "rollout"), True),
+        (["algorithm.name=functions:imitate"], ("actor",), False),
+        (["algorithm.name=sft"], ("actor",), False),
+        (["run.only=train"], ("actor",), False),
+        (["run.only=rollout"], ("rollout",), True),
+        (["rollout.external_urls=['http://h:1']"], ("actor",), True),
+    ],
+)
+def test_roles_of_a_recipe(overrides: list[str], roles: tuple[str, ...], answers: bool, workdir) -> None:
+    cfg = compose(overrides=["model.path=model", *overrides]).cfg
+    assert (needed_roles(cfg), generates(cfg)) == (roles, answers)
