@@ -9,16 +9,19 @@ position t speaks about token t, so `logprobs[t]` is the log-probability of `tok
 
 A worked example, two samples of one prompt "2+3=" with label "5":
 
-    Sample(prompt_ids=[7, 1, 8, 2], response_ids=[10, 0], loss_mask=[1, 1], rollout_logprobs=[-.2, -.01], reward=1.0, group=41)
-    Sample(prompt_ids=[7, 1, 8, 2], response_ids=[6, 0],  loss_mask=[1, 1], rollout_logprobs=[-2., -.03], reward=0.0, group=41)
+    Sample(prompt_ids=[7, 1, 8, 2], response_ids=[10, 0], loss_mask=[1, 1], rollout_logprobs=[-.2, -.01], reward=1.0, group=41,
+           weight_versions=[VersionSpan("ab12/0/3", 0, 2)])
+    Sample(prompt_ids=[7, 1, 8, 2], response_ids=[6, 0],  loss_mask=[1, 1], rollout_logprobs=[-2., -.03], reward=0.0, group=41,
+           weight_versions=[VersionSpan("ab12/0/3", 0, 1), VersionSpan("ab12/0/4", 1, 2)])
 
     Batch.tokens            [ 7  1  8  2 10  0 |  7  1  8  2  6  0 ]        N = 2 samples, T = 12 tokens
     Batch.cu_seqlens        [ 0, 6, 12 ]
     Batch.loss_mask         [ 0  0  0  0  1  1 |  0  0  0  0  1  1 ]
     Batch.rollout_logprobs  [ 0  0  0  0 -.2 -.01 | 0 0 0 0 -2. -.03 ]
-    Batch.rewards           [ 1.0, 0.0 ]         Batch.group  [ 41, 41 ]
+    Batch.rewards           [ 1.0, 0.0 ]         Batch.group  [ 41, 41 ]         Batch.version  [ 3, 3 ]
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ from typing import Any
 import numpy as np
 
 Messages = list[dict[str, Any]]
+LOGPROB_SLACK = 1e-3  # by which rounding may lift a log-prob above 0
+NO_VERSION = -1  # of a sample that no policy drew
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -40,6 +45,15 @@ class WeightVersion:
     def label(self) -> str:
         """What an engine records and reports for it: `run_id/epoch/number`."""
         return f"{self.run_id}/{self.epoch}/{self.number}"
+
+    @classmethod
+    def parse(cls, label: str) -> "WeightVersion":
+        """The version of a label. Raises ValueError for a text of another form."""
+        try:
+            run_id, epoch, number = label.rsplit("/", 2)
+            return cls(int(epoch), int(number), run_id)
+        except ValueError:
+            raise ValueError(f"{label!r} is not a weight version run_id/epoch/number") from None
 
 
 @dataclass(slots=True)
@@ -89,15 +103,43 @@ class Sample:
     def truncated(self) -> bool:
         return self.finish_reason == "length"
 
+    @property
+    def oldest_version(self) -> int:
+        """Number of the oldest weights that drew a token of it, NO_VERSION where none did."""
+        drew = [WeightVersion.parse(span.version) for span in self.weight_versions if span.end > span.start]
+        return min(drew).number if drew else NO_VERSION
+
     def check(self) -> None:
         """Raises ValueError where a generate function returned an inconsistent sample."""
-        n = len(self.response_ids)
+        where, n = f"rollout.generate: sample {self.index} of group {self.group}", len(self.response_ids)
         for name in ("loss_mask", "rollout_logprobs"):
             if len(getattr(self, name)) != n:
                 raise ValueError(
-                    f"rollout.generate: sample {self.index} of group {self.group} has {n} response ids "
-                    f"but {len(getattr(self, name))} entries in {name}; give one per response token"
+                    f"{where} has {n} response ids but {len(getattr(self, name))} entries in {name}; give one per response token"
                 )
+        wrong = [m for m in self.loss_mask if m not in (0, 1)]
+        if wrong:
+            raise ValueError(f"{where} has {wrong[0]!r} in loss_mask; give 1 where a token is trained on and 0 elsewhere")
+        at = bad_logprob(self.rollout_logprobs)
+        if at is not None:
+            raise ValueError(
+                f"{where} has {self.rollout_logprobs[at]!r} in rollout_logprobs at token {at} of {n}; give the natural logarithm of "
+                f"the probability with which it was drawn (finite, at most 0), and 0.0 on tokens that were not"
+            )
+        try:
+            _ = self.oldest_version
+        except ValueError as error:
+            raise ValueError(f"{where}: {error} in weight_versions; keep the spans of the engine's answer (append_answer)") from error
+
+
+def bad_logprob(logprobs: Sequence[float | None]) -> int | None:
+    """Where the first value lies that no log-prob can have: None, not finite, or above 0 by more than LOGPROB_SLACK. None where none does.
+
+    JSON has no NaN: SGLang writes it as null.
+    """
+    values = np.array(logprobs, np.float64)  # None becomes nan
+    bad = np.flatnonzero(~(np.isfinite(values) & (values <= LOGPROB_SLACK)))
+    return int(bad[0]) if bad.size else None
 
 
 @dataclass(slots=True)
@@ -124,6 +166,7 @@ class Batch:
     rollout_logprobs: np.ndarray  # float32 [T], 0 outside loss_mask
     rewards: np.ndarray  # float64 [N]
     group: np.ndarray  # int64 [N], ordinal of each sample's prompt
+    version: np.ndarray  # int64 [N], number of the oldest weights that drew a token of it; -1 where no policy drew any
 
     def __len__(self) -> int:
         return len(self.cu_seqlens) - 1
@@ -157,7 +200,10 @@ class Batch:
 
     @classmethod
     def from_groups(cls, groups: list[Group]) -> "Batch":
-        """Pack groups in the order given. Raises ValueError for an empty prompt (its first token would have no context)."""
+        """Pack groups in the order given.
+
+        Raises ValueError for a sample that `Sample.check` refuses, and for an empty prompt (its first token would have no context).
+        """
         samples = [s for g in groups for s in g.samples]
         for s in samples:
             s.check()
@@ -177,6 +223,7 @@ class Batch:
             rollout_logprobs=np.where(mask, per_token(0.0, "rollout_logprobs", np.float32), 0).astype(np.float32),
             rewards=np.array([r for g in groups for r in g.rewards], np.float64),
             group=np.array([s.group for s in samples], np.int64),
+            version=np.array([s.oldest_version for s in samples], np.int64),
         )
 
     def select(self, samples: np.ndarray) -> "Batch":
@@ -190,6 +237,7 @@ class Batch:
             rollout_logprobs=self.rollout_logprobs[at],
             rewards=self.rewards[samples],
             group=self.group[samples],
+            version=self.version[samples],
         )
 
 
@@ -219,5 +267,5 @@ class EvalResult:
     """One evaluation set, evaluated once."""
 
     name: str
-    metrics: dict[str, float]  # accuracy, avg_at_k, pass_at_k, response_len_mean, reward_error_frac
+    metrics: dict[str, float]  # accuracy, avg_at_k, pass_at_k, response_len/*, reward_error_frac, too_long_frac
     examples: list[dict[str, Any]]

@@ -1,7 +1,6 @@
 """The host agent: a Ray actor, one a host, that runs the SGLang servers of its host and alone gives them weights."""
 
 import asyncio
-import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from slime.sync import buckets
 from slime.sync.protocol import Bucket
 
 WATCH_S = 0.5
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 T = TypeVar("T")
 
 
@@ -100,7 +98,7 @@ class EngineActor:
 
     # --- weights --------------------------------------------------------------------------------------------------
 
-    async def begin(self, label: str) -> None:
+    async def begin(self) -> None:
         """Pause every engine and open its update session."""
         self._pending = []
         await self._every(LiveEngine.begin)
@@ -185,10 +183,10 @@ class EngineActor:
 
     def _check_model(self) -> None:
         path = self._cfg.model.path
-        if not Path(path).is_dir() and not HUB_ID.fullmatch(path):
+        if not Path(path).is_dir():
             host = ray.util.get_node_ip_address()
             raise ValueError(f"model.path={path}: no such directory on {host}, where engines run; every engine host must see it")
-        if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        if not (Path(path) / "config.json").exists():
             raise ValueError(f"model.path={path}: no config.json there; give the directory of a Hugging Face model")
 
 

@@ -1,5 +1,6 @@
 """All engines as the driver sees them: host agents started where the placement has devices, and calls to all of them."""
 
+import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +42,8 @@ class EngineFleet:
         try:
             if cfg.rollout.external_urls:
                 here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-                agents.append(_agent(cfg, run_dir, run_id, cfg.rollout.external_key or "", here))
+                name = cfg.rollout.external_key_env
+                agents.append(_agent(cfg, run_dir, run_id, os.environ[name] if name else "", here))
                 starting = [agents[0].attach.remote(cfg.rollout.external_urls)]
             else:
                 assert placement is not None, "engines need a placement"
@@ -67,7 +69,7 @@ class EngineFleet:
 
     def begin(self, label: str, timeout_s: float) -> None:
         """Pause every engine and open its update session."""
-        self._all(lambda agent: agent.begin.remote(label), timeout_s, f"every engine to pause for weights {label}")
+        self._all(lambda agent: agent.begin.remote(), timeout_s, f"every engine to pause for weights {label}")
 
     def load(self, bucket: "ray.ObjectRef", label: str | None, timeout_s: float) -> int:
         """Load a bucket into every engine; `label` comes with the last one. Returns the bytes sent."""

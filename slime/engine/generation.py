@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slime.engine.errors import EngineError
-from slime.types import VersionSpan
+from slime.types import VersionSpan, bad_logprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,6 @@ class Sampling:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()  # strings that end the answer, beside the tokenizer's end tokens
     seed: int | None = None  # of deterministic mode; other engines ignore it
-    ignore_eos: bool = False
 
     def to_sglang(self) -> dict[str, Any]:
         chosen: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "top_p": self.top_p}
@@ -25,8 +24,6 @@ class Sampling:
             chosen["stop"] = list(self.stop)
         if self.seed is not None:
             chosen["sampling_seed"] = self.seed
-        if self.ignore_eos:
-            chosen["ignore_eos"] = True
         return chosen
 
 
@@ -44,7 +41,7 @@ class Generation:
     engine: str  # who answered
     started_s: float  # the request was sent
     finished_s: float  # the answer had arrived
-    engine_s: float  # what the engine says it took
+    engine_s: float  # what the engine says it took, see `parse`
     response_sent_s: float  # when the engine says it sent the answer
 
     @property
@@ -63,15 +60,29 @@ def check_ids(prompt_ids: Sequence[int], vocab_size: int) -> None:
 
 
 def parse(answer: dict[str, Any], has_spans: bool, engine: str, started_s: float, finished_s: float) -> Generation:
-    """SGLang's answer of /generate with return_logprob. Raises EngineError where ids and log-probs do not belong together."""
+    """SGLang's answer of /generate with return_logprob.
+
+    `engine_s` is the time from the request's arrival to the answer, less what it waited in SGLang's queue, which SGLang tells only with
+    rollout.sglang.enable_metrics=true (`queue_time`); without it the wait counts as work.
+
+    Raises EngineError where ids and log-probs do not belong together, and for a value that no log-prob can have.
+    """
     meta, ids = answer["meta_info"], answer["output_ids"]
     triples = meta["output_token_logprobs"]
     if [t[1] for t in triples] != ids:
         raise EngineError(f"{engine} returned {len(ids)} token ids and log-probs of {len(triples)} others")
+    logprobs = [t[0] for t in triples]
+    at = bad_logprob(logprobs)
+    if at is not None:
+        value = "NaN" if logprobs[at] is None else logprobs[at]
+        raise EngineError(
+            f"{engine} returned the log-prob {value} for token {at} of {len(ids)}, which no probability has: its logits overflowed or its "
+            f"weights are broken; try model.dtype=fp32, or another attention_backend under rollout.sglang"
+        )
     spans = meta["weight_versions"] if has_spans else [{"version": meta["weight_version"], "start": 0, "end": len(ids)}]
     return Generation(
         output_ids=ids,
-        logprobs=[t[0] for t in triples],
+        logprobs=logprobs,
         text=answer["text"],
         finish_reason=meta["finish_reason"]["type"],
         versions=[VersionSpan(s["version"], s["start"], s["end"]) for s in spans],
@@ -80,6 +91,6 @@ def parse(answer: dict[str, Any], has_spans: bool, engine: str, started_s: float
         engine=engine,
         started_s=started_s,
         finished_s=finished_s,
-        engine_s=meta["e2e_latency"],
+        engine_s=max(0.0, meta["e2e_latency"] - meta.get("queue_time", 0.0)),
         response_sent_s=meta["response_sent_to_client_ts"],
     )

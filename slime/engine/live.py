@@ -7,7 +7,7 @@ import aiohttp
 
 from slime.engine.control import Control
 from slime.engine.endpoint import Endpoint
-from slime.engine.errors import EngineError, StaleWeights
+from slime.engine.errors import EngineError, EngineLost, StaleWeights
 from slime.engine.server import Server
 from slime.engine.versions import facts
 
@@ -28,12 +28,33 @@ class LiveEngine:
         self._session_open = False
 
     async def begin(self) -> None:
-        """Pause, and open an update session where this version has them."""
+        """Pause, and open an update session where this version has them.
+
+        A session that a driver left open when it died is closed first: what it loaded is loaded over, and the label proves it.
+        """
         async with self._fenced_on_failure():
             await self._control.pause(self.facts.pause_mode)
             if self.facts.update_session and not self._session_open:
-                await self._control.begin()
+                await self._open_session()
                 self._session_open = True
+
+    async def _open_session(self) -> None:
+        try:
+            await self._control.begin()
+        except EngineError as refused:
+            if isinstance(refused, EngineLost) or not await self._close_left_open():
+                raise
+            await self._control.begin()
+
+    async def _close_left_open(self) -> bool:
+        """Close the session that is open; False where none is."""
+        try:
+            await self._control.end()
+        except EngineLost:
+            raise
+        except EngineError:
+            return False
+        return True
 
     async def load(self, payload: str, label: str | None, timeout_s: float) -> int:
         """Load a serialised bucket, recording `label` with it. Returns the bytes sent."""

@@ -9,7 +9,7 @@ from slime.data.template import load_tokenizer, tokenize
 from slime.observe.trace import Span
 from slime.rollout.draw import Draw
 from slime.rollout.handle import Pending, Ready, RolloutResult
-from slime.rollout.metrics import example
+from slime.rollout.metrics import example, response_lengths
 from slime.types import Batch, EvalResult, Group, Prompt, RolloutSummary, Sample, WeightVersion
 
 
@@ -34,8 +34,7 @@ class Demonstrations:
             else:
                 draw.keep(ordinal)
                 groups.append(Group(ordinal, [sample]))
-        lengths = [len(g.samples[0].response_ids) for g in groups]
-        metrics = {"response_len/mean": sum(lengths) / len(lengths), "response_len/max": float(max(lengths))}
+        metrics = response_lengths([g.samples[0] for g in groups])
         shown = [example(g.samples[0]) | {"reward": None} for g in groups[: self._cfg.observe.examples]]
         summary = RolloutSummary(step, draw.drawn, first_ordinal, sorted(draw.kept), draw.dropped, metrics, shown)
         return Ready(step, RolloutResult(ray.put(Batch.from_groups(groups)), summary))

@@ -10,9 +10,17 @@ the batch is the first surviving groups in ordinal order, whichever finished fir
 that many more are drawn at once, the first finished are kept and the rest are dropped as surplus.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 
+from slime.config.exits import GateStopped
+
 MOST_DRAWS = 32  # a rollout that drops all but one in this many prompts is given up
+MENDS = {  # reason of a drop -> the knob to turn
+    "filter": "loosen rollout.filter",
+    "too_long": "raise data.max_prompt_tokens (with algorithm.name=sft also rollout.max_response_tokens)",
+    "reward_error": "mend the reward (reward.fn or reward.url)",
+}
 
 
 @dataclass
@@ -42,16 +50,12 @@ class Draw:
     def take(self) -> int | None:
         """The next ordinal to draw, None where enough are kept or under way.
 
-        Raises ValueError where nearly everything is dropped.
+        Raises GateStopped where nearly everything is dropped.
         """
         if self.drawn - len(self.dropped) >= self.wanted + self.surplus:
             return None
         if self.drawn >= MOST_DRAWS * self.wanted:
-            reasons = sorted(set(self.dropped.values()))
-            raise ValueError(
-                f"rollout: {len(self.dropped)} of {self.drawn} prompts were dropped ({', '.join(reasons)}) "
-                f"and {len(self.kept)} of {self.wanted} kept; loosen rollout.filter, raise data.max_prompt_tokens, or mend the reward"
-            )
+            raise GateStopped(self._given_up())
         self.next += 1
         return self.next - 1
 
@@ -67,3 +71,12 @@ class Draw:
         """Everything still under way is not needed."""
         for ordinal in self.under_way:
             self.dropped[ordinal] = "surplus"
+
+    def _given_up(self) -> str:
+        counts = Counter(self.dropped.values()).most_common()
+        reasons = ", ".join(f"{reason} {count}" for reason, count in counts)
+        mends = ", ".join(MENDS[reason] for reason, _ in counts)
+        return (
+            f"rollout: {len(self.dropped)} of {self.drawn} prompts were dropped ({reasons}) and {len(self.kept)} of {self.wanted} kept, "
+            f"fewer than one in {MOST_DRAWS}; {mends}"
+        )

@@ -4,6 +4,7 @@ rollouts/step_0000003.npz holds the columns of the batch, bit for bit; step_0000
 """
 
 import json
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,11 +24,16 @@ def write_rollout(run_dir: Path, batch: Batch, summary: RolloutSummary, groups: 
 
 
 def read_rollout(folder: Path, step: int) -> tuple[Batch, RolloutSummary]:
-    """One step's batch and account. Raises ValueError naming run.replay where the folder has no such step."""
+    """One step's batch and account. Raises ValueError naming run.replay where the folder has no such step, or one of another form."""
     base = next((f / f"step_{step:07d}" for f in (folder, folder / FOLDER) if (f / f"step_{step:07d}.npz").is_file()), None)
     if base is None:
         raise ValueError(
             f"run.replay={folder}: no rollout of step {step} there (step_{step:07d}.npz); dump it with rollout.dump=true or lower run.steps"
         )
-    with base.with_suffix(".jsonl").open() as text:
-        return Batch.load(base.with_suffix(".npz")), RolloutSummary.from_dict(json.loads(text.readline()))
+    try:
+        with base.with_suffix(".jsonl").open() as text:
+            return Batch.load(base.with_suffix(".npz")), RolloutSummary.from_dict(json.loads(text.readline()))
+    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"run.replay={folder}: the rollout of step {step} is broken or another slime's ({error}); dump it again"
+        ) from error

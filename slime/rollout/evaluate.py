@@ -8,7 +8,7 @@ import numpy as np
 from slime.config import EvalSet, SlimeConfig
 from slime.data.template import tokenize
 from slime.rollout.groups import GroupMaker, together
-from slime.rollout.metrics import error_frac, example
+from slime.rollout.metrics import error_frac, example, response_lengths
 from slime.types import EvalResult, Group, Prompt
 
 SUCCESS = 1.0  # a reward of at least this counts as solved in pass_at_k
@@ -25,8 +25,7 @@ async def evaluate_set(name: str, eval_set: EvalSet, prompts: list[Prompt], make
     rewards: list[list[float | None]] = [[s.reward for s in g.samples] for g in groups]
     rewards += [[0.0] * eval_set.samples] * (len(prompts) - len(asked))
     metrics = scores(rewards, eval_set.samples)
-    lengths = [len(s.response_ids) for g in groups for s in g.samples]
-    metrics["response_len"] = mean(lengths)
+    metrics |= response_lengths([s for g in groups for s in g.samples])
     metrics["reward_error_frac"] = error_frac(maker.judged)
     metrics["too_long_frac"] = 1 - len(asked) / len(prompts)
     return EvalResult(name, metrics, [example(g.samples[0]) for g in spread(groups, cfg.observe.examples)])

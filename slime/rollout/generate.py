@@ -1,6 +1,8 @@
 """Generate functions, async fn(sample, client, cfg) -> Sample | list[Sample]: the default one. examples/tool_calls.py has one with tools.
 
-`cfg` is the recipe's `rollout`; `client` knows the sampling of this rollout or evaluation set and its token budget.
+`cfg` is the recipe's `rollout`; `client` knows the sampling of this rollout or evaluation set and its token budget. Fill the sample that
+comes, or copies of it (dataclasses.replace): its `group` stays. `weight_versions` of what an engine drew are its answer's, as
+`append_answer` keeps them; a sample without any counts as one that no policy drew. Nothing here may block: await, or asyncio.to_thread.
 """
 
 from slime.config import RolloutConfig

@@ -1,6 +1,7 @@
 """One prompt to one group: n samples, generated side by side, judged together."""
 
 import asyncio
+import copy
 import hashlib
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -18,17 +19,18 @@ T = TypeVar("T")
 
 @dataclass
 class GroupMaker:
-    """Makes the groups of one rollout or evaluation set; `judged` collects every sample that was given to the reward function."""
+    """Makes the groups of one rollout, or of the evaluation set `eval_set`; `judged` collects every sample that was judged."""
 
     cfg: SlimeConfig
     client: RolloutClient
     judge: Judge
     generate: Callable[..., Awaitable[Any]]  # rollout.generate
+    eval_set: str | None = None
     judged: list[Sample] = field(default_factory=list)
     judging: list[tuple[float, float]] = field(default_factory=list)  # when, seconds since 1970
 
     async def make(self, prompt: Prompt, prompt_ids: list[int], count: int) -> Group:
-        """The rewarded group of a prompt. Raises what `rollout.generate` raises, and ValueError where it returns no samples."""
+        """The rewarded group of a prompt. Raises what `rollout.generate` raises, and ValueError where it returns no proper samples."""
         made = await together(self._sample(prompt, prompt_ids, index) for index in range(count))
         group = Group(prompt.ordinal, [s for several in made for s in several])
         begun_s = time.time()
@@ -38,18 +40,8 @@ class GroupMaker:
         return group
 
     async def _sample(self, prompt: Prompt, prompt_ids: list[int], index: int) -> list[Sample]:
-        sample = Sample(
-            prompt=prompt.prompt,
-            prompt_ids=list(prompt_ids),
-            group=prompt.ordinal,
-            index=index,
-            label=prompt.label,
-            source=prompt.source,
-            metadata=prompt.metadata,
-            seed=sampling_seed(self.cfg.run.seed, prompt.ordinal, index) if self.cfg.run.deterministic else None,
-        )
         try:
-            made = await self.generate(sample, self.client, self.cfg.rollout)
+            made = await self.generate(self._blank(prompt, prompt_ids, index), self.client, self.cfg.rollout)
         except (EngineError, TimeoutError):
             raise
         except Exception as error:
@@ -59,12 +51,40 @@ class GroupMaker:
         if not samples:
             raise ValueError(f"rollout.generate={self.cfg.rollout.generate} returned no sample for prompt {prompt.ordinal}")
         for s in samples:
-            if not isinstance(s, Sample):
-                raise ValueError(
-                    f"rollout.generate={self.cfg.rollout.generate} returned {type(s).__name__}; return a Sample or a list of them"
-                )
-            s.check()
+            self._check(s, prompt)
         return samples
+
+    def _blank(self, prompt: Prompt, prompt_ids: list[int], index: int) -> Sample:
+        """A sample to be filled. What it holds is its own: a generate function may write to it."""
+        deterministic, seed = self.cfg.run.deterministic, self.cfg.run.seed
+        return Sample(
+            prompt=copy.deepcopy(prompt.prompt),
+            prompt_ids=list(prompt_ids),
+            group=prompt.ordinal,
+            index=index,
+            label=copy.deepcopy(prompt.label),
+            source=prompt.source,
+            metadata=copy.deepcopy(prompt.metadata),
+            seed=sampling_seed(seed, prompt.ordinal, index, self.eval_set) if deterministic else None,
+        )
+
+    def _check(self, s: Any, prompt: Prompt) -> None:
+        """Raises ValueError for what a generate function must not return."""
+        returned, limit = f"rollout.generate={self.cfg.rollout.generate} returned", self.client.sampling.max_new_tokens
+        if not isinstance(s, Sample):
+            raise ValueError(f"{returned} {type(s).__name__}; return a Sample or a list of them")
+        if s.group != prompt.ordinal:
+            raise ValueError(
+                f"{returned} a sample of group {s.group} for prompt {prompt.ordinal}; fill the sample that it is given, or copy it with "
+                f"dataclasses.replace"
+            )
+        s.check()
+        if len(s.response_ids) > limit:
+            knob = "rollout.max_response_tokens" if self.eval_set is None else f"data.eval.{self.eval_set}.max_response_tokens"
+            raise ValueError(
+                f"{returned} {len(s.response_ids)} response tokens for prompt {prompt.ordinal}, above {knob}={limit}; stop at "
+                f"client.sampling.max_new_tokens, tool results included, or raise {knob}"
+            )
 
 
 async def together(coroutines: Iterable[Awaitable[T]]) -> list[T]:
@@ -77,7 +97,8 @@ async def together(coroutines: Iterable[Awaitable[T]]) -> list[T]:
             task.cancel()
 
 
-def sampling_seed(run_seed: int, ordinal: int, index: int) -> int:
-    """31-bit seed of one sample, from what it is and not from when it is drawn."""
-    digest = hashlib.blake2b(f"{run_seed}/{ordinal}/{index}".encode(), digest_size=4).digest()
+def sampling_seed(run_seed: int, ordinal: int, index: int, eval_set: str | None = None) -> int:
+    """31-bit seed of one sample, from what it is and not from when it is drawn. Each evaluation set has seeds of its own."""
+    what = f"{run_seed}/{ordinal}/{index}" if eval_set is None else f"{run_seed}/{ordinal}/{index}/{eval_set}"
+    digest = hashlib.blake2b(what.encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") >> 1

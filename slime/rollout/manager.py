@@ -48,7 +48,8 @@ class RolloutManager:
         self.filter_fn = load_function(cfg.rollout.filter, "rollout.filter") if cfg.rollout.filter else None
         self.judge = await Judge.open(cfg.reward)
         self.eval_judges = {
-            name: await Judge.open(cfg.reward, s.reward) if s.reward else self.judge for name, (s, _) in self.eval_sets.items()
+            name: await Judge.open(cfg.reward, s.reward, f"data.eval.{name}.reward") if s.reward else self.judge
+            for name, (s, _) in self.eval_sets.items()
         }
 
     async def connect(self, endpoints: list[Endpoint], vocab_size: int) -> None:
@@ -67,8 +68,8 @@ class RolloutManager:
     async def generate(self, step: int, first_ordinal: int) -> "tuple[ray.ObjectRef, RolloutSummary, list[Span]]":
         """Generate and judge the batch of `step` from prompts beginning with `first_ordinal`.
 
-        Raises GateStopped above reward.max_error_frac, ValueError where nearly every prompt is dropped, RuntimeError for an
-        engine that is dead or answers with other weights than expected.
+        Raises GateStopped above reward.max_error_frac and where nearly every prompt is dropped, ValueError for a row that cannot be read
+        or an unfit answer of rollout.generate, RuntimeError for an engine that is dead or answers with other weights than expected.
         """
         begun, begun_cpu, cfg = time.time(), time.process_time(), self.cfg.rollout
         maker = self._maker(self._client(cfg.temperature, cfg.top_p, cfg.max_response_tokens), self.judge)
@@ -95,7 +96,7 @@ class RolloutManager:
         results, spans = [], []
         for name, (eval_set, prompts) in self.eval_sets.items():
             longest = eval_set.max_response_tokens or self.cfg.rollout.max_response_tokens
-            maker = self._maker(self._client(eval_set.temperature, eval_set.top_p, longest), self.eval_judges[name])
+            maker = self._maker(self._client(eval_set.temperature, eval_set.top_p, longest), self.eval_judges[name], name)
             results.append(await evaluate_set(name, eval_set, prompts, maker, self.cfg))
             self._check_errors(maker)
             spans += busy_spans(maker.client.generations, maker.judging)
@@ -105,8 +106,8 @@ class RolloutManager:
         sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, stop=tuple(self.cfg.rollout.stop))
         return RolloutClient(self.engines, self.tokenizer, sampling)
 
-    def _maker(self, client: RolloutClient, judge: Judge) -> GroupMaker:
-        return GroupMaker(self.cfg, client, judge, self.generate_fn)
+    def _maker(self, client: RolloutClient, judge: Judge, eval_set: str | None = None) -> GroupMaker:
+        return GroupMaker(self.cfg, client, judge, self.generate_fn, eval_set)
 
     async def _fill(self, draw: Draw, maker: GroupMaker) -> list[Group]:
         """Draw until enough groups have survived; the survivors in ordinal order."""

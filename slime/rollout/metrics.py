@@ -16,10 +16,11 @@ def rollout_metrics(
     """reward/*, group/*, response_len/*, engine/*, rollout/*, time/rollout_s. `cpu_s` is what this process spent.
 
     `groups` make the batch; `judged` are all samples that were given to the reward function, `generations` all answers of the engines.
+    engine/running is the mean number of requests that the engines had at work, with those in their queues where they do not tell them apart
+    (see `busy_spans`).
     """
     samples = [s for g in groups for s in g.samples]
     rewards = np.array([r for g in groups for r in g.rewards])
-    lengths = np.array([len(s.response_ids) for s in samples])
     by_source: dict[str, list[float]] = defaultdict(list)
     extras: dict[str, list[float]] = defaultdict(list)
     for s in samples:
@@ -35,9 +36,7 @@ def rollout_metrics(
         "reward/std": float(rewards.std()),
         "reward/error_frac": error_frac(judged),
         "group/zero_std_frac": float(np.mean([np.std(g.rewards) == 0 for g in groups])),
-        "response_len/mean": float(lengths.mean()),
-        "response_len/max": float(lengths.max()),
-        "response_len/truncated_frac": float(np.mean([s.truncated for s in samples])),
+        **response_lengths(samples),
         "engine/cache_hit": sum(g.cached_tokens for g in generations) / max(1, prompt_tokens),
         "engine/running": sum(g.engine_s for g in generations) / elapsed_s,
         "engine/tokens_per_s": tokens / elapsed_s,
@@ -47,13 +46,31 @@ def rollout_metrics(
     }
 
 
+def response_lengths(samples: Sequence[Sample]) -> dict[str, float]:
+    """response_len/{mean,max,truncated_frac}, of whole responses; {} where there are none."""
+    if not samples:
+        return {}
+    lengths = np.array([len(s.response_ids) for s in samples])
+    return {
+        "response_len/mean": float(lengths.mean()),
+        "response_len/max": float(lengths.max()),
+        "response_len/truncated_frac": float(np.mean([s.truncated for s in samples])),
+    }
+
+
 def error_frac(samples: Sequence[Sample]) -> float:
     """Share of judged samples that got no reward."""
     return sum(s.reward_error is not None for s in samples) / max(1, len(samples))
 
 
 def busy_spans(generations: Iterable[Generation], judging: Iterable[tuple[float, float]]) -> list[Span]:
-    """When each engine worked on at least one of these requests, by its own account, and when anything was judged."""
+    """When each engine had at least one of these requests at work, and when anything was judged.
+
+    By the engine's own account: a request counts from when the engine took it up until it sent the answer. An engine that does not tell
+    when that was (see engine.generation.parse) is taken to have begun when the request arrived. So a span is decoding, prefill, SGLang's
+    own overhead and, there, waiting: for room, which others take up by decoding, or for a paused engine, which no rollout in
+    rollout.mode=sync or one_step_off meets. Of a retracted request the length is right, and the wait is taken from its beginning.
+    """
     by_engine: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for g in generations:
         by_engine[g.engine].append((g.response_sent_s - g.engine_s, g.response_sent_s))

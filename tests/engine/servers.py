@@ -23,6 +23,13 @@ LOADED = "run/loaded"
 VOCAB = 80
 
 
+class Endless(Sampling):
+    """An answer of max_new_tokens tokens, whatever is drawn."""
+
+    def to_sglang(self) -> dict[str, Any]:
+        return super().to_sglang() | {"ignore_eos": True}
+
+
 def recipe(model: Path, **rollout: Any) -> SlimeConfig:
     """A recipe that serves `model` on the CPU."""
     cfg = SlimeConfig()

@@ -14,7 +14,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from slime.cluster.placement import RolePlacement
 from slime.config import SyncConfig
-from slime.engine.client import EngineClient, Generation, Sampling
+from slime.engine.client import EngineClient, Generation
 from slime.engine.errors import EngineError, EngineLost, StaleWeights
 from slime.engine.fleet import EngineFleet
 from slime.engine.server import Server
@@ -25,7 +25,7 @@ from tests.engine.test_server import distance, tensors
 
 pytestmark = pytest.mark.e2e
 PROMPT = list(range(5, 25))
-SAMPLING = Sampling(max_new_tokens=10, ignore_eos=True)
+SAMPLING = servers.Endless(max_new_tokens=10)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def ask(fleet: EngineFleet, label: str) -> Generation:
     return asyncio.run(together())[0]
 
 
-def test_two_ranks_take_published_weights_and_their_end_is_noticed(
+def test_two_ranks_take_published_weights_and_their_end_is_noticed_and_mended(
     placement: RolePlacement, models: tuple[Path, Path], tmp_path: Path
 ) -> None:
     cfg = servers.recipe(models[0], tensor_parallel=2)
@@ -85,6 +85,9 @@ def test_two_ranks_take_published_weights_and_their_end_is_noticed(
         kill_server(fleet)
         with pytest.raises(EngineLost, match=r"engine 0 ended; the end of .*engine_0.log"):
             wait_for_the_loss(fleet)
+        assert fleet.restart_dead() == ["engine 0"] and fleet.restart_dead() == []
+        assert distance(models[1], ask(fleet, "run/0/1"), PROMPT) < 1e-5, "it loaded model.path and did not catch up"
+        fleet.check()
     finally:
         fleet.stop()
     assert not servers.processes_of(f"--model-path={models[0]}\0--dtype")
@@ -104,9 +107,10 @@ def wait_for_the_loss(fleet: EngineFleet) -> None:
 
 
 def test_servers_of_the_user_are_used_and_left_alone(
-    placement: RolePlacement, server: Server, models: tuple[Path, Path], tmp_path: Path
+    placement: RolePlacement, server: Server, models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = servers.recipe(models[0], external_urls=[server.spec.endpoint.url + "/"], external_key=server.spec.endpoint.key)
+    monkeypatch.setenv("ENGINE_KEY", server.spec.endpoint.key)
+    cfg = servers.recipe(models[0], external_urls=[server.spec.endpoint.url + "/"], external_key_env="ENGINE_KEY")
     fleet = EngineFleet.start(cfg, None, tmp_path, "run")
     assert fleet.endpoints()[0].sglang == "0.5.23"
     Channel(SyncConfig(), Weights(models[1]), fleet, WeightVersion(3, 0, "run")).publish(9)
@@ -115,7 +119,7 @@ def test_servers_of_the_user_are_used_and_left_alone(
     assert distance(models[1], ask(fleet, "run/4/0"), PROMPT) < 1e-5
     fleet.stop()
     assert server.alive
-    cfg.rollout.external_key = "wrong"
+    monkeypatch.setenv("ENGINE_KEY", "wrong")
     with pytest.raises(EngineError, match=r"engine 0 \(rollout.external_urls\) refused /server_info: 401"):
         EngineFleet.start(cfg, None, tmp_path, "run")
     cfg.rollout.external_urls = ["http://127.0.0.1:9"]

@@ -16,6 +16,7 @@ import torch
 
 from slime.engine.agent import EngineActor
 from slime.engine.client import EngineClient, Generation, Sampling
+from slime.engine.control import Control
 from slime.engine.endpoint import Endpoint
 from slime.engine.errors import EngineError, EngineLost, StaleWeights
 from slime.engine.live import LiveEngine
@@ -50,27 +51,27 @@ def distance(model: Path, generation: Generation, prompt: list[int], temperature
 def test_log_probs_are_those_of_transformers(server: Server, models: tuple[Path, Path]) -> None:
     servers.update(server, tensors(models[0]), "run/0/0")
     for temperature in (1.0, 0.7):
-        sampling = Sampling(max_new_tokens=20, temperature=temperature, seed=3, ignore_eos=True)
+        sampling = servers.Endless(max_new_tokens=20, temperature=temperature, seed=3)
         answers = servers.ask(server, [(p, sampling) for p in PROMPTS], "run/0/0")
         for prompt, answer in zip(PROMPTS, answers, strict=True):
             assert len(answer.output_ids) == len(answer.logprobs) == 20 and answer.finish_reason == "length"
             assert distance(models[0], answer, prompt, temperature) < 1e-5
             assert answer.prompt_tokens == len(prompt) and answer.started_s < answer.finished_s and answer.e2e_s > 0
-    greedy = servers.ask(server, [(PROMPTS[0], Sampling(max_new_tokens=5, temperature=0.0, ignore_eos=True))], "run/0/0")[0]
+    greedy = servers.ask(server, [(PROMPTS[0], servers.Endless(max_new_tokens=5, temperature=0.0))], "run/0/0")[0]
     assert distance(models[0], greedy, PROMPTS[0]) < 1e-5
 
 
 def test_stop_strings_end_an_answer(server: Server, models: tuple[Path, Path]) -> None:
     servers.update(server, tensors(models[0]), "run/0/0")
-    free = servers.ask(server, [(PROMPTS[1], Sampling(max_new_tokens=20, seed=5, ignore_eos=True))], "run/0/0")[0]
+    free = servers.ask(server, [(PROMPTS[1], servers.Endless(max_new_tokens=20, seed=5))], "run/0/0")[0]
     word = free.text[3]
-    stopped = servers.ask(server, [(PROMPTS[1], Sampling(max_new_tokens=20, seed=5, ignore_eos=True, stop=(word,)))], "run/0/0")[0]
+    stopped = servers.ask(server, [(PROMPTS[1], servers.Endless(max_new_tokens=20, seed=5, stop=(word,)))], "run/0/0")[0]
     assert stopped.finish_reason == "stop" and free.text.startswith(stopped.text) and word not in stopped.text
     assert stopped.output_ids == free.output_ids[: len(stopped.output_ids)]
 
 
 def test_an_update_brings_the_new_weights_and_their_label(server: Server, models: tuple[Path, Path]) -> None:
-    requests = [(p, Sampling(max_new_tokens=20, seed=3, ignore_eos=True)) for p in PROMPTS]
+    requests = [(p, servers.Endless(max_new_tokens=20, seed=3)) for p in PROMPTS]
     servers.update(server, tensors(models[0]), "run/0/0")
     before = servers.ask(server, requests, "run/0/0")
     servers.update(server, tensors(models[1]), "run/0/1")
@@ -104,6 +105,53 @@ def test_wrong_labels_are_refused_and_fenced(server: Server, models: tuple[Path,
     assert distance(models[0], servers.ask(server, [(PROMPTS[0], Sampling(max_new_tokens=8))], "run/0/2")[0], PROMPTS[0]) < 1e-5
 
 
+def test_a_session_that_a_dead_driver_left_open_is_closed_first(server: Server, models: tuple[Path, Path]) -> None:
+    """An engine of the user's outlives its driver, which died amid an update; another driver's first publication mends it."""
+    servers.update(server, tensors(models[0]), "run/0/0")
+
+    async def dies_amid_an_update(engine: LiveEngine, session: aiohttp.ClientSession) -> None:
+        await engine.begin()
+        await engine.load(buckets.serialise(tensors(models[1])[:4]), None, 60)
+
+    async def stock_sglang_refuses(engine: LiveEngine, session: aiohttp.ClientSession) -> None:
+        with pytest.raises(EngineError, match=r"refused /begin_weight_update: 400 .*a weight-update session is already open"):
+            await engine._control.begin()
+
+    servers.with_engine(server, dies_amid_an_update)
+    servers.with_engine(server, stock_sglang_refuses)
+    servers.update(server, tensors(models[0]), "run/1/0")
+    [answer] = servers.ask(server, [(PROMPTS[1], servers.Endless(max_new_tokens=8))], "run/1/0")
+    assert distance(models[0], answer, PROMPTS[1]) < 1e-5
+
+
+def test_a_session_that_cannot_be_opened_is_refused_as_it_was(server: Server) -> None:
+    """Nothing is hidden where no session was open."""
+
+    class Refusing(Control):
+        async def begin(self) -> None:
+            raise EngineError("engine 0 refused /begin_weight_update: not today")
+
+    async def begin(engine: LiveEngine, session: aiohttp.ClientSession) -> None:
+        control, engine._control = engine._control, Refusing(server.spec.endpoint, session)
+        with pytest.raises(EngineError, match="not today"):
+            await engine.begin()
+        assert engine.fenced
+        await control.resume()
+
+    servers.with_engine(server, begin)
+
+
+def test_weights_that_give_no_number_are_an_error(server: Server, models: tuple[Path, Path]) -> None:
+    """SGLang writes the NaN of a log-prob as null, which would pass for a number in a batch."""
+    good = tensors(models[0])
+    servers.update(server, [(name, t * torch.nan if "norm" in name else t) for name, t in good], "run/0/0")
+    with pytest.raises(EngineError, match="engine 0 returned the log-prob NaN for token 0 of 4, which no probability has"):
+        servers.ask(server, [(PROMPTS[0], servers.Endless(max_new_tokens=4, temperature=0.0))], "run/0/0")
+    servers.update(server, good, "run/0/1")
+    [answer] = servers.ask(server, [(PROMPTS[1], servers.Endless(max_new_tokens=8))], "run/0/1")
+    assert distance(models[0], answer, PROMPTS[1]) < 1e-5
+
+
 def test_what_a_server_refuses_to_load_is_an_error(server: Server, models: tuple[Path, Path]) -> None:
     async def wrong_order(engine: LiveEngine, session: aiohttp.ClientSession) -> None:
         with pytest.raises(EngineError, match=r"engine 0 refused /update_weights_from_tensor: 400.*begin_weight_update"):
@@ -122,7 +170,7 @@ def test_a_new_server_catches_up_with_the_committed_weights(server: Server, mode
         agent = EngineActor(cfg, "", "run", server.spec.endpoint.key)
         agent._engines = [engine]
         found = tensors(models[1])
-        await agent.begin("run/0/4")
+        await agent.begin()
         for bucket, label in ((found[:3], None), (found[3:9], None), (found[9:], "run/0/4")):
             assert await agent.load(bucket, label, 60) > 0
         await agent.commit("run/0/4")
@@ -180,7 +228,7 @@ def mixed_requests(count: int) -> list[tuple[list[int], Sampling]]:
         prompt = [draw.randrange(5, 80) for _ in range(draw.choice([1, 3, 16, 17, 40, 150]))] if i % 3 else PROMPTS[1]
         top_p = 0.8 if i % 4 == 1 else 1.0
         temperature = 0.0 if i % 7 == 3 else 1.0
-        found.append((prompt, Sampling(max_new_tokens=12 + i % 5, temperature=temperature, top_p=top_p, seed=1000 + i, ignore_eos=True)))
+        found.append((prompt, servers.Endless(max_new_tokens=12 + i % 5, temperature=temperature, top_p=top_p, seed=1000 + i)))
     return found
 
 

@@ -15,7 +15,7 @@ LABEL = "run/0/0"
 
 @dataclass
 class Double:
-    """`behave(request body)` names what happens: a text to answer with, or one of stale, die, hang, abort, refuse."""
+    """`behave(request body)` names what happens: a text to answer with, or one of stale, die, hang, abort, refuse, nan."""
 
     behave: Callable[[dict[str, Any]], str]
     asked: list[dict[str, Any]] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Double:
             "output_ids": ids,
             "meta_info": {
                 "finish_reason": {"type": "abort" if what == "abort" else "stop"},
-                "output_token_logprobs": [[-0.1, i, None] for i in ids],
+                "output_token_logprobs": [[None if what == "nan" and i == 6 else -0.1, i, None] for i in ids],
                 "weight_version": LABEL,
                 "weight_versions": [{"version": "run/0/9" if what == "stale" else LABEL, "start": 0, "end": len(ids)}],
                 "prompt_tokens": len(body["input_ids"]),

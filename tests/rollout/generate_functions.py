@@ -1,10 +1,11 @@
 """Generate functions and filters, good and bad, to be named by import path."""
 
+from dataclasses import replace
 from typing import Any
 
 from slime.config import RolloutConfig
 from slime.rollout.client import RolloutClient
-from slime.rollout.generate import single_turn
+from slime.rollout.generate import append_observation, single_turn
 from slime.types import Group, Sample
 
 
@@ -23,6 +24,31 @@ async def returns_nothing(sample: Sample, client: RolloutClient, cfg: RolloutCon
 async def forgets_the_mask(sample: Sample, client: RolloutClient, cfg: RolloutConfig) -> Sample:
     sample = await single_turn(sample, client, cfg)
     sample.loss_mask = sample.loss_mask[1:]
+    return sample
+
+
+async def means_another_group(sample: Sample, client: RolloutClient, cfg: RolloutConfig) -> Sample:
+    return replace(await single_turn(sample, client, cfg), group=0)
+
+
+async def knows_no_probability(sample: Sample, client: RolloutClient, cfg: RolloutConfig) -> Sample:
+    sample = await single_turn(sample, client, cfg)
+    sample.rollout_logprobs[1] = float("nan")
+    return sample
+
+
+async def goes_on_and_on(sample: Sample, client: RolloutClient, cfg: RolloutConfig) -> Sample:
+    sample = await single_turn(sample, client, cfg)
+    append_observation(sample, [5] * client.sampling.max_new_tokens, "")
+    return sample
+
+
+async def keeps_notes(sample: Sample, client: RolloutClient, cfg: RolloutConfig) -> Sample:
+    """Writes to its sample's metadata and messages, and answers for each sample apart."""
+    assert "mine" not in sample.metadata and isinstance(sample.prompt, list) and len(sample.prompt) == 1
+    sample.metadata["mine"] = sample.index
+    sample = await single_turn(sample, client, cfg)
+    sample.prompt.append({"role": "assistant", "content": sample.text})
     return sample
 
 

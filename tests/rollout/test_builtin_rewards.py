@@ -11,7 +11,7 @@ from slime.types import Prompt, Sample
 
 
 def reward(fn: str, text: str, label: Any = None, **cfg) -> float:
-    function = builtin(RewardConfig(fn=fn, **cfg))
+    function = builtin(RewardConfig(fn=fn, **cfg), "reward.fn")
     assert function is not None
     return function(Sample("p", [1], 7, label=label, text=text))
 
@@ -30,6 +30,12 @@ def test_exact(text: str, label: Any, expected: float):
         ("x = -7", "-7", 1.0),
         ("10-7", "7", 1.0),
         ("3, 4", "4", 1.0),
+        ("(1,5)", "5", 1.0),
+        ("(1,5)", "15", 0.0),
+        ("1,23,456", "23456", 1.0),
+        ("1234,567", "567", 1.0),
+        ("1,2345", "2345", 1.0),
+        ("-1,234,567.5 in all", "-1234567.5", 1.0),
         ("1e3", "1000", 1.0),
         ("about .5", "0.5", 1.0),
         ("41", "42", 0.0),
@@ -83,9 +89,25 @@ def test_a_missing_label_is_found_before_anything_starts():
         check_label(RewardConfig(), None, without)
     with pytest.raises(ValueError, match=r"reward\.fn=numeric"):
         check_label(RewardConfig(url="http://x"), "numeric", without)
+    knob = "data.eval.aime.reward"
+    with pytest.raises(
+        ValueError, match=r"which data\.eval\.aime\.reward=math compares with: set data\.label_key or data\.eval\.aime\.reward"
+    ):
+        check_label(RewardConfig(fn="format"), "math", without, knob)
+    with pytest.raises(ValueError, match=r"which reward\.fn=exact compares with: set data\.label_key or data\.eval\.aime\.reward"):
+        check_label(RewardConfig(), None, without, knob)
     check_label(RewardConfig(), None, with_label)
     check_label(RewardConfig(url="http://x"), None, without)
     check_label(RewardConfig(fn="format"), None, without)
+
+
+def test_errors_name_the_knob_of_an_evaluation_set():
+    function = builtin(RewardConfig(fn="numeric"), "data.eval.aime.reward")
+    assert function is not None
+    with pytest.raises(ValueError, match=r"^data\.eval\.aime\.reward=numeric compares with a label"):
+        function(Sample("p", [1], 7, text="4"))
+    with pytest.raises(ValueError, match=r"^data\.eval\.aime\.reward=numeric: the label 'none' has no number"):
+        function(Sample("p", [1], 7, label="none", text="4"))
 
 
 def test_a_label_that_cannot_be_compared_with():

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from slime.config import DataFile, SlimeConfig
+from slime.config.exits import GateStopped
 from slime.rollout.demonstrations import Demonstrations
 from slime.rollout.handle import RolloutResult
 from tests.tiny import EOS, SPECIAL, make_tokenizer
@@ -35,6 +36,12 @@ def test_the_label_and_the_end_token_are_trained_on_and_the_prompt_is_not(cfg: S
         [{"prompt": "1+1=", "label": "2"}, {"prompt": [{"role": "user", "content": "2+2"}], "label": "4"}, {"prompt": "3", "label": "33"}],
     )
     batch = result.ref
+    assert batch.version.tolist() == [-1] * 3, "no policy drew them"
+    assert result.summary.metrics == {
+        "response_len/mean": pytest.approx(7 / 3),
+        "response_len/max": 3.0,
+        "response_len/truncated_frac": 0.0,
+    }
     tokenizer = Demonstrations(cfg)._tokenizer
     spans = [slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1]) for i in range(3)]
     assert [tokenizer.decode(batch.tokens[s]) for s in spans] == [f"1+1=2{EOS}", f"<user>2+2<assistant>4{EOS}", f"333{EOS}"]
@@ -52,5 +59,6 @@ def test_a_batch_is_a_function_of_its_first_ordinal_and_too_long_ones_are_named(
 def test_examples_that_cannot_be_learnt_from(cfg: SlimeConfig):
     with pytest.raises(ValueError, match=r"its label is the answer .* and is not text; set data\.label_key"):
         start(cfg, [{"prompt": "1", "label": 3}])
-    with pytest.raises(ValueError, match=r"prompts were dropped \(too_long\) and 0 of 3 kept; .*raise data\.max_prompt_tokens"):
+    says = r"prompts were dropped \(too_long 96\) and 0 of 3 kept, .*raise data\.max_prompt_tokens .*also rollout\.max_response_tokens"
+    with pytest.raises(GateStopped, match=says):
         start(cfg, [{"prompt": "1", "label": "too long"}])

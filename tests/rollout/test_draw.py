@@ -2,7 +2,8 @@ import random
 
 import pytest
 
-from slime.rollout.draw import Draw
+from slime.config.exits import GateStopped
+from slime.rollout.draw import MENDS, Draw
 
 
 def test_draws_only_what_is_wanted_and_refills_what_is_dropped():
@@ -41,6 +42,19 @@ def test_surplus_is_dropped_by_name():
 
 def test_gives_up_where_nearly_everything_is_dropped():
     draw = Draw(0, 2)
-    with pytest.raises(ValueError, match=r"64 of 64 prompts were dropped \(filter\) and 0 of 2 kept; loosen rollout\.filter"):
+    says = (
+        r"63 of 64 prompts were dropped \(filter 60, too_long 3\) and 1 of 2 kept, .*; "
+        r"loosen rollout\.filter, raise data\.max_prompt_tokens"
+    )
+    with pytest.raises(GateStopped, match=says):  # a gate, whatever the step: it is no wrong recipe
         while (ordinal := draw.take()) is not None:
-            draw.drop(ordinal, "filter")
+            draw.keep(ordinal) if ordinal == 7 else draw.drop(ordinal, "too_long" if ordinal < 3 else "filter")
+
+
+@pytest.mark.parametrize("reason", ["filter", "too_long", "reward_error"])
+def test_what_to_turn_is_what_dropped(reason: str):
+    draw = Draw(0, 1)
+    with pytest.raises(GateStopped) as stopped:
+        while (ordinal := draw.take()) is not None:
+            draw.drop(ordinal, reason)
+    assert [r for r, mend in MENDS.items() if mend in str(stopped.value)] == [reason]

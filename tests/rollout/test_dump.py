@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from slime.rollout.dump import read_rollout, write_rollout
-from slime.types import Batch, Group, RolloutSummary, Sample
+from slime.types import Batch, Group, RolloutSummary, Sample, VersionSpan
 
 
 def groups() -> list[Group]:
@@ -23,6 +23,7 @@ def groups() -> list[Group]:
                 rollout_logprobs=[-0.1 - i] * (i + 1),
                 reward=i / 3,
                 text="ü",
+                weight_versions=[VersionSpan(f"r/0/{ordinal}", 0, i + 1)],
             )
             for i in range(2)
         ]
@@ -47,6 +48,18 @@ def test_samples_can_be_read_by_people(tmp_path: Path):
     write_rollout(tmp_path, Batch.from_groups(groups()), RolloutSummary(0, 2, 3, [3, 5], {}, {}, []), groups())
     lines = (tmp_path / "rollouts" / "step_0000000.jsonl").read_text().splitlines()
     assert [json.loads(line)["group"] for line in lines[1:]] == [3, 3, 5, 5]
+
+
+def test_a_dump_of_another_form(tmp_path: Path):
+    """Such as one of before a batch had the column `version`."""
+    batch = Batch.from_groups(groups())
+    write_rollout(tmp_path, batch, RolloutSummary(0, 2, 3, [3, 5], {}, {}, []), groups())
+    columns = {f.name: getattr(batch, f.name) for f in fields(Batch) if f.name != "version"}
+    np.savez(tmp_path / "rollouts" / "step_0000000.npz", **columns)
+    with pytest.raises(
+        ValueError, match=r"run\.replay=.*the rollout of step 0 is broken or another slime's \(.*version.*\); dump it again"
+    ):
+        read_rollout(tmp_path, 0)
 
 
 def test_a_step_that_was_not_dumped(tmp_path: Path):

@@ -100,6 +100,7 @@ def test_a_batch_accounts_for_its_prompts(result: RolloutResult, batch: Batch):
     assert (summary.drawn, summary.trained, summary.dropped) == (6, list(range(6)), {})
     assert batch.group.tolist() == [o for o in range(6) for _ in range(4)]
     assert set(batch.rewards) <= {0.0, 1.0}
+    assert batch.version.tolist() == [LOADED.number] * 24
     assert batch.lengths.sum() == len(batch.tokens) == len(batch.loss_mask)
 
 
@@ -147,7 +148,7 @@ def test_evaluation_beside_a_rollout(rollout: Rollout):
     assert {s.process for s in spans} == {"engine 0", "rollout"}
     assert greedy.name == "greedy" and 0 <= greedy.metrics["accuracy"] <= 1
     assert "pass_at_k" not in greedy.metrics
-    assert 1 <= sampled.metrics["avg_at_k"] <= 5 and sampled.metrics["pass_at_k"] == 1.0 and sampled.metrics["response_len"] <= 5
+    assert 1 <= sampled.metrics["avg_at_k"] <= 5 and sampled.metrics["pass_at_k"] == 1.0 and sampled.metrics["response_len/max"] <= 5
     assert len(greedy.examples) == 6 and {"prompt", "response", "reward", "label", "source"} <= set(greedy.examples[0])
     assert pending.result().summary.trained == list(range(12, 18))
     assert pending.progress() == 6

@@ -12,7 +12,7 @@ from slime.config import DataFile, EvalSet, SlimeConfig
 from slime.config.exits import GateStopped
 from slime.engine.errors import EngineError, EngineLost, StaleWeights
 from slime.rollout.manager import RolloutManager
-from slime.types import Batch, RolloutSummary
+from slime.types import Batch, EvalResult, RolloutSummary
 from tests.rollout.double import LABEL, Double
 from tests.tiny import make_tokenizer
 
@@ -72,6 +72,7 @@ def test_a_whole_rollout(cfg: SlimeConfig):
     assert (summary.drawn, summary.trained, summary.dropped) == (4, [0, 1, 2, 3], {})
     assert batch.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and batch.rewards.tolist() == [0, 0, 1, 1] * 2
     assert summary.metrics["group/zero_std_frac"] == 1.0
+    assert batch.version.tolist() == [0] * 8
 
 
 def test_what_is_dropped_is_replaced_by_the_next_prompts_and_named(cfg: SlimeConfig):
@@ -136,6 +137,7 @@ def test_seeds_belong_to_the_sample(cfg: SlimeConfig):
         ("die", EngineLost, "engine 0 at http://127.* was lost while it generated"),
         ("hang", TimeoutError, r"engine 0 gave no answer after 1 s \(rollout.request_timeout_s\)"),
         ("abort", EngineError, "engine 0 aborted a request after 3 tokens"),
+        ("nan", EngineError, "engine 0 returned the log-prob NaN for token 1 of 3, which no probability has"),
         ("refuse", EngineError, "engine 0 refused a request: 400 .*no such parameter"),
     ],
 )
@@ -151,8 +153,21 @@ def test_an_engine_that_fails(cfg: SlimeConfig, what: str, kind: type[Exception]
         ("generate", "returns_text", ValueError, r"rollout\.generate=\S+ returned str; return a Sample or a list of them"),
         ("generate", "returns_nothing", ValueError, r"rollout\.generate=\S+ returned no sample for prompt"),
         ("generate", "forgets_the_mask", ValueError, r"rollout\.generate: .* has 3 response ids but 2 entries in loss_mask"),
+        ("generate", "knows_no_probability", ValueError, r"rollout\.generate: .* has nan in rollout_logprobs at token 1 of 3"),
+        (
+            "generate",
+            "means_another_group",
+            ValueError,
+            r"rollout\.generate=\S+ returned a sample of group 0 for prompt \d; .*dataclasses\.replace",
+        ),
+        (
+            "generate",
+            "goes_on_and_on",
+            ValueError,
+            r"returned 1027 response tokens for prompt \d, above rollout\.max_response_tokens=1024; stop",
+        ),
         ("filter", "broken", RuntimeError, r"rollout\.filter=\S+:broken failed on prompt \d: ZeroDivisionError: division by zero"),
-        ("filter", "nobody_stays", ValueError, r"prompts were dropped \(filter.*\) and 0 of 4 kept; loosen rollout\.filter"),
+        ("filter", "nobody_stays", GateStopped, r"prompts were dropped \(filter.*\) and 0 of 4 kept, .*; loosen rollout\.filter"),
     ],
 )
 def test_a_function_of_the_user_that_fails(cfg: SlimeConfig, knob: str, function: str, kind: type[Exception], says: str):
@@ -161,21 +176,60 @@ def test_a_function_of_the_user_that_fails(cfg: SlimeConfig, knob: str, function
         rollout(cfg, lambda body: "yes")
 
 
-def test_an_evaluation_whose_rewards_fail_stops_the_run(cfg: SlimeConfig):
-    cfg.data.eval = {"e": EvalSet(cfg.data.train[0].path, limit=4, reward="tests.rollout.reward_functions:behave")}
+def evaluate(cfg: SlimeConfig, text: str) -> tuple[list[EvalResult], Double]:
+    """One evaluation of answers that are `text`, twice in a row."""
 
-    async def run() -> None:
-        async with Double(lambda body: "nan").serving() as endpoint:
+    async def run() -> tuple[list[EvalResult], Double]:
+        double = Double(lambda body: text)
+        async with double.serving() as endpoint:
             manager = RolloutManager(cfg, cfg.run.dir)
             await manager.open()
             await manager.connect([endpoint], 80)
             try:
                 await manager.expect(LABEL)
                 await manager.evaluate(0)
+                results, _ = await manager.evaluate(1)
             finally:
                 await manager.engines.close()
-                await manager.judge.close()
-                await manager.eval_judges["e"].close()
+                for judge in (manager.judge, *manager.eval_judges.values()):
+                    await judge.close()
+        return results, double
 
-    with pytest.raises(GateStopped, match="returned nan, which is not finite"):
-        asyncio.run(run())
+    return asyncio.run(run())
+
+
+def test_an_evaluation_whose_rewards_fail_stops_the_run(cfg: SlimeConfig):
+    cfg.data.eval = {"e": EvalSet(cfg.data.train[0].path, limit=4, reward="tests.rollout.reward_functions:behave")}
+    with pytest.raises(GateStopped, match="returned None"):
+        evaluate(cfg, "none")
+
+
+def test_an_evaluation_set_s_own_knobs_are_named(cfg: SlimeConfig):
+    cfg.data.eval = {"e": EvalSet(cfg.data.train[0].path, limit=1, max_response_tokens=9)}
+    cfg.rollout.generate = FUNCTIONS + "goes_on_and_on"
+    with pytest.raises(ValueError, match=r"returned 12 response tokens for prompt 0, above data\.eval\.e\.max_response_tokens=9; stop"):
+        evaluate(cfg, "yes")
+    cfg.data.eval["e"].reward = "tests.rollout.reward_functions:behav"
+    with pytest.raises(ValueError, match=r"^data\.eval\.e\.reward=tests\.rollout\.reward_functions:behav: .*did you mean behave"):
+        evaluate(cfg, "yes")
+
+
+def test_seeds_belong_to_the_evaluation_set_too(cfg: SlimeConfig):
+    cfg.run.deterministic = True
+    cfg.data.eval = {name: EvalSet(cfg.data.train[0].path, limit=3, temperature=1.0) for name in ("a", "b")}
+    results, double = evaluate(cfg, "yes")
+    seeds = [body["sampling_params"]["sampling_seed"] for body in double.asked]
+    assert len(seeds) == 2 * 2 * 3 and len(set(seeds)) == 2 * 3, "each set draws its own, the same in every evaluation"
+    assert [r.metrics["response_len/mean"] for r in results] == [3.0, 3.0]
+    assert results[0].metrics.keys() >= {"accuracy", "response_len/max", "response_len/truncated_frac", "reward_error_frac"}
+
+
+def test_samples_of_one_prompt_share_nothing(cfg: SlimeConfig):
+    """A generate function may write to what it is given, in an evaluation too, whose prompts are kept from one to the next."""
+    path = Path(cfg.data.train[0].path)
+    row = {"prompt": [{"role": "user", "content": "1+1="}], "label": "yes", "metadata": {"tags": []}}
+    path.write_text((json.dumps(row) + "\n") * 4)
+    cfg.data.eval = {"e": EvalSet(str(path), samples=2)}
+    cfg.rollout.generate = FUNCTIONS + "keeps_notes"
+    assert len(rollout(cfg, lambda body: "yes")[0]) == 8
+    assert evaluate(cfg, "yes")[0][0].metrics["accuracy"] == 1.0

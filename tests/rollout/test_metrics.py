@@ -1,5 +1,6 @@
 import pytest
 
+from slime.engine.generation import parse
 from slime.rollout.filters import mixed_rewards
 from slime.rollout.metrics import busy_spans, example, rollout_metrics, union
 from slime.types import Group, Sample
@@ -43,6 +44,25 @@ def test_metrics_of_a_rollout():
 def test_a_reward_s_extra_does_not_pass_for_a_metric_of_ours():
     got = rollout_metrics([Group(0, [sample(1.0, mean=9.0)])], [], [answer([1])], 1.0, 0.0)
     assert got["reward/mean"] == 1.0
+
+
+def test_waiting_in_an_engine_s_queue_is_not_work():
+    """Where the engine tells it apart."""
+    meta: dict = {
+        "finish_reason": {"type": "stop"},
+        "output_token_logprobs": [[-0.5, 7, None]],
+        "weight_version": "r/0/0",
+        "prompt_tokens": 1,
+        "cached_tokens": 0,
+        "e2e_latency": 3.0,
+        "response_sent_to_client_ts": 10.0,
+    }
+    parsed = [
+        parse({"output_ids": [7], "text": "", "meta_info": meta | told}, False, "engine 0", 6.0, 11.0) for told in ({}, {"queue_time": 2.0})
+    ]
+    assert [busy_spans([g], [])[0].start_s for g in parsed] == [7.0, 9.0]
+    running = [rollout_metrics([Group(0, [sample(1.0)])], [], [g], 2.0, 0.0)["engine/running"] for g in parsed]
+    assert running == [1.5, 0.5]
 
 
 def test_engines_are_busy_by_their_own_account():

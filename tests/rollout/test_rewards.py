@@ -115,6 +115,18 @@ def test_a_function_that_cannot_be_loaded(fn: str, says: str):
         judged([], fn=fn)
 
 
+@pytest.mark.parametrize(
+    ("fn", "says"),
+    [
+        (HERE + "behav", "did you mean behave"),
+        ("tests.rollout.ends_its_process:judge", "the process that imports it ended with exit code 9"),
+    ],
+)
+def test_an_evaluation_set_s_own_function_is_named_by_its_own_knob(fn: str, says: str):
+    with pytest.raises(ValueError, match=rf"^data\.eval\.aime\.reward={fn}: .*{says}"):
+        asyncio.run(Judge.open(RewardConfig(workers=1), fn, "data.eval.aime.reward"))
+
+
 def test_workers_die_with_a_parent_that_is_killed(tmp_path: Path):
     """Also while a reward function hangs."""
     script = tmp_path / "parent.py"

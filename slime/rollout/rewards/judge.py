@@ -18,8 +18,8 @@ class Judge:
         self._of_group = of_group
 
     @classmethod
-    async def open(cls, cfg: RewardConfig, fn: str | None = None) -> Self:
-        """The judge of a recipe; `fn` takes the place of reward.fn and reward.url (an evaluation set's own reward).
+    async def open(cls, cfg: RewardConfig, fn: str | None = None, knob: str = "reward.fn") -> Self:
+        """The judge of a recipe; `fn` takes the place of reward.fn and reward.url (an evaluation set's own reward, from its `knob`).
 
         Raises ValueError naming the knob of a function that cannot be loaded.
         """
@@ -27,7 +27,7 @@ class Judge:
             cfg = replace(cfg, fn=fn, url=None)
         if cfg.url is not None:
             return cls(UrlJudge(cfg), of_group=False)
-        pool = WorkerPool(cfg)
+        pool = WorkerPool(cfg, knob)
         await pool.start()
         return cls(pool, of_group=cfg.signature == "group" and ":" in cfg.fn)
 

@@ -51,12 +51,12 @@ def late(timeout_s: float, count: int) -> list[Verdict]:
     return [Verdict(None, f"the reward function took longer than reward.timeout_s={timeout_s:g}")] * count
 
 
-def load_judgement(cfg: RewardConfig) -> Judgement:
-    """The judgement that reward.fn and reward.signature name. Raises ValueError naming the knob of a function that cannot be loaded."""
-    fn: Callable[..., Any] | None = builtin(cfg)
+def load_judgement(cfg: RewardConfig, knob: str) -> Judgement:
+    """The judgement that cfg.fn and cfg.signature name. Raises ValueError naming `knob` for a function that cannot be loaded."""
+    fn: Callable[..., Any] | None = builtin(cfg, knob)
     if fn is not None:
         return _of_samples(fn)
-    fn = load_function(cfg.fn, "reward.fn")
+    fn = load_function(cfg.fn, knob)
     is_async = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(type(fn).__call__)
     if cfg.signature == "group":
         return Judgement(fn, is_async, of_group=True)

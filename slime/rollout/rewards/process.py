@@ -25,8 +25,9 @@ class WorkerLost(Exception):
 class Worker:
     """A process that judges. It is started when it is first asked, and again after it ended."""
 
-    def __init__(self, cfg: RewardConfig) -> None:
-        self._cfg = cfg
+    def __init__(self, cfg: RewardConfig, knob: str) -> None:
+        """`knob` is where the recipe names the function."""
+        self._cfg, self._knob = cfg, knob
         self._process: subprocess.Popen[bytes] | None = None
         self._waiting: dict[int, asyncio.Future[list[Verdict]]] = {}
         self._numbers = 0
@@ -44,7 +45,7 @@ class Worker:
         return self._replies is not None and not self._replies.done()
 
     async def start(self) -> None:
-        """Start it where it does not run. Raises ValueError naming reward.fn for a function that cannot be loaded."""
+        """Start it where it does not run. Raises ValueError naming the knob of a function that cannot be loaded."""
         if self._running:
             return
         async with self._starting:
@@ -81,15 +82,15 @@ class Worker:
                 command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=_environment(), start_new_session=True
             )
         reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._writer.write(frame(self._cfg))
+        self._writer.write(frame((self._cfg, self._knob)))
         try:
             async with asyncio.timeout(START_S):
                 said, detail = await receive(reader)
         except TimeoutError as error:
             await self.kill()
-            raise ValueError(f"reward.fn={self._cfg.fn}: its module was not imported within {START_S:g} s") from error
+            raise ValueError(f"{self._knob}={self._cfg.fn}: its module was not imported within {START_S:g} s") from error
         except EOFError as error:
-            raise ValueError(f"reward.fn={self._cfg.fn}: the process that imports it {await self._ending()}") from error
+            raise ValueError(f"{self._knob}={self._cfg.fn}: the process that imports it {await self._ending()}") from error
         if said == "failed":
             await self._exit_code()
             raise ValueError(detail)

@@ -1,7 +1,8 @@
 """A reward worker: a process that the rollout manager may kill. `python -m slime.rollout.rewards.worker SOCKET_FD PARENT_PID`.
 
-It is told the RewardConfig, answers ("ready", is_async) or ("failed", text), then judges: (number, samples) in, (number, verdicts) out.
-A synchronous function gets one judgement at a time, an asynchronous one as many as come. The process ends with its parent.
+It is told the RewardConfig and the knob that names its function, and answers ("ready", is_async) or ("failed", text). Then it judges:
+(number, samples) in, (number, verdicts) out. A synchronous function gets one judgement at a time, an asynchronous one as many as come.
+The process ends with its parent.
 """
 
 import asyncio
@@ -22,9 +23,10 @@ PR_SET_PDEATHSIG = 1
 def main() -> int:
     die_with_parent(int(sys.argv[2]))
     sock = socket.socket(fileno=int(sys.argv[1]))
-    cfg: RewardConfig = receive_blocking(sock)
+    cfg: RewardConfig
+    cfg, knob = receive_blocking(sock)
     try:
-        judgement = load_judgement(cfg)
+        judgement = load_judgement(cfg, knob)
     except ValueError as error:
         sock.sendall(frame(("failed", str(error))))
         return 1

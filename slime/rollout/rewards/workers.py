@@ -15,16 +15,17 @@ GRACE_S = 1.0  # beyond its deadline, for an asynchronous function to be cancell
 class WorkerPool:
     """`reward.workers` processes. Make it where an event loop runs, `start` it, and `close` it."""
 
-    def __init__(self, cfg: RewardConfig) -> None:
+    def __init__(self, cfg: RewardConfig, knob: str) -> None:
+        """`knob` is where the recipe names the function."""
         self._cfg = cfg
-        self._workers = [Worker(cfg) for _ in range(cfg.workers)]
+        self._workers = [Worker(cfg, knob) for _ in range(cfg.workers)]
         self._idle: asyncio.LifoQueue[Worker] = asyncio.LifoQueue()
         self._slots = asyncio.Semaphore(TOGETHER * cfg.workers)
-        self._alone = Worker(cfg)  # judges again, one by one, what was under way in a worker that died
+        self._alone = Worker(cfg, knob)  # judges again, one by one, what was under way in a worker that died
         self._one_by_one = asyncio.Lock()
 
     async def start(self) -> None:
-        """Start every worker. Raises ValueError naming reward.fn for a function that cannot be loaded."""
+        """Start every worker. Raises ValueError naming the knob of a function that cannot be loaded."""
         outcomes = await asyncio.gather(*(worker.start() for worker in self._workers), return_exceptions=True)
         failed = [outcome for outcome in outcomes if outcome is not None]
         if failed:

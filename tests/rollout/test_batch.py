@@ -1,0 +1,89 @@
+"""Samples as a batch: what is refused, and which weights drew them."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slime.types import LOGPROB_SLACK, Batch, Group, Sample, VersionSpan, WeightVersion
+
+
+def sample(*spans: VersionSpan, group: int = 41, **fields: Any) -> Sample:
+    known: dict[str, Any] = {"response_ids": [10, 0], "loss_mask": [1, 1], "rollout_logprobs": [-0.2, -0.01], "reward": 1.0}
+    return Sample("2+3=", [7, 1, 8, 2], group, weight_versions=list(spans), **(known | fields))
+
+
+def batch(*samples: Sample) -> Batch:
+    return Batch.from_groups([Group(41, list(samples))])
+
+
+def test_the_worked_example_of_the_module():
+    made = batch(
+        sample(VersionSpan("ab12/0/3", 0, 2)),
+        sample(
+            VersionSpan("ab12/0/3", 0, 1), VersionSpan("ab12/0/4", 1, 2), response_ids=[6, 0], rollout_logprobs=[-2.0, -0.03], reward=0.0
+        ),
+    )
+    assert made.tokens.tolist() == [7, 1, 8, 2, 10, 0, 7, 1, 8, 2, 6, 0] and made.cu_seqlens.tolist() == [0, 6, 12]
+    assert made.loss_mask.tolist() == [False] * 4 + [True] * 2 + [False] * 4 + [True] * 2
+    assert made.rollout_logprobs.tolist() == np.float32([0, 0, 0, 0, -0.2, -0.01, 0, 0, 0, 0, -2, -0.03]).tolist()
+    assert (made.rewards.tolist(), made.group.tolist(), made.version.tolist()) == ([1.0, 0.0], [41, 41], [3, 3])
+
+
+@pytest.mark.parametrize(
+    ("spans", "version"),
+    [
+        ([("r/0/12", 0, 2)], 12),
+        ([("r/0/12", 0, 1), ("r/0/9", 1, 2)], 9),
+        ([("r/1/9", 0, 1), ("r/0/12", 1, 2)], 12),  # an epoch is older, whatever its numbers
+        ([("r/0/3", 0, 0), ("r/0/4", 0, 2)], 4),  # these drew nothing
+        ([("a/run/0/5", 0, 2)], 5),
+        ([], -1),
+    ],
+)
+def test_a_sample_is_as_old_as_the_oldest_weights_that_drew_a_token_of_it(spans: list[tuple[str, int, int]], version: int):
+    made = batch(sample(*(VersionSpan(*s) for s in spans)))
+    assert made.version.dtype == np.int64 and made.version.tolist() == [version]
+
+
+def test_versions_follow_their_samples_to_disk_and_into_a_selection(tmp_path: Path):
+    made = batch(*(sample(VersionSpan(f"r/0/{n}", 0, 2)) for n in (5, 6, 7)))
+    made.save(tmp_path / "b.npz")
+    assert Batch.load(tmp_path / "b.npz").version.tolist() == [5, 6, 7]
+    assert made.select(np.array([2, 0])).version.tolist() == [7, 5]
+
+
+@pytest.mark.parametrize("value", [math.nan, None, math.inf, -math.inf, 2 * LOGPROB_SLACK])
+def test_what_is_no_log_prob_never_gets_into_a_batch(value: Any):
+    says = rf"rollout\.generate: sample 0 of group 41 has {value!r} in rollout_logprobs at token 1 of 2; give the natural logarithm"
+    with pytest.raises(ValueError, match=says):
+        batch(sample(rollout_logprobs=[-0.2, value]))
+
+
+def test_rounding_may_lift_a_log_prob_above_0():
+    assert batch(sample(rollout_logprobs=[0.0, LOGPROB_SLACK / 2])).rollout_logprobs[-1] > 0
+
+
+@pytest.mark.parametrize("mask", [[1, 2], [1, 0.5], [-1, 0], [None, 1]])
+def test_a_mask_is_0_or_1(mask: list[Any]):
+    with pytest.raises(ValueError, match=r"rollout\.generate: sample 0 of group 41 has .* in loss_mask; give 1 where"):
+        batch(sample(loss_mask=mask))
+
+
+def test_a_mask_of_bools_is_one():
+    assert batch(sample(loss_mask=[True, False])).loss_mask.tolist()[-2:] == [True, False]
+
+
+@pytest.mark.parametrize("label", ["default", "r/0/x", "3", ""])
+def test_a_label_that_is_no_version(label: str):
+    with pytest.raises(
+        ValueError, match=rf"rollout\.generate: sample 0 of group 41: '{label}' is not a weight version run_id/epoch/number in"
+    ):
+        batch(sample(VersionSpan(label, 0, 2)))
+
+
+def test_a_version_is_read_from_its_label():
+    version = WeightVersion(2, 17, "ab/12")
+    assert WeightVersion.parse(version.label) == version
