@@ -16,7 +16,7 @@ Nothing here knows of layers, experts or pipeline stages: those are in the names
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
@@ -276,20 +276,6 @@ class GLU(Layout):
         return tuple(_run(part, tp_rank * size, half * size, size) for half, part in enumerate(self.sources))
 
 
-def load(moves: Sequence[Move], hf: Mapping[str, np.ndarray], shard: np.ndarray) -> None:
-    """Write HF tensors (contiguous, any shape) into a shard (contiguous, same dtype). Elements without a source stay as they are."""
-    flat = _flat(shard)
-    for move in moves:
-        move.target.view(flat)[...] = move.source.view(_flat(hf[move.hf]))
-
-
-def export(moves: Sequence[Move], shard: np.ndarray, hf: Mapping[str, np.ndarray]) -> None:
-    """Write a shard into the HF tensors (contiguous, same dtype); the inverse of `load`, without elements that have no source."""
-    flat = _flat(shard)
-    for move in moves:
-        move.source.view(_flat(hf[move.hf]))[...] = move.target.view(flat)
-
-
 def to_hf(moves: Sequence[Move], positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Translate flat positions of a shard (int64 [n]) into (which, where): `moves[which].hf` (int32 [n]) and the flat position in that
     HF tensor (int64 [n]). Both are -1 where an element has no source."""
@@ -302,28 +288,6 @@ def to_hf(moves: Sequence[Move], positions: np.ndarray) -> tuple[np.ndarray, np.
     return which, where
 
 
-def check_shard(layout: Layout, tp_rank: int, tp_size: int) -> None:
-    """Assert that a shard's moves are disjoint and cover it, its padding at the end excepted. Counts every element."""
-    size, padding = prod(layout.local_shape(tp_size)), layout.padding(tp_rank, tp_size)
-    count = np.zeros(size, np.uint8)
-    for move in layout.moves(tp_rank, tp_size):
-        move.target.view(count)[...] += 1
-    real = size - padding
-    assert (count[:real] == 1).all() and (count[real:] == 0).all(), f"{layout}: moves of shard {tp_rank} of {tp_size} do not tile it"
-
-
-def check_layout(layout: Layout, tp_size: int) -> None:
-    """Assert that every shard is tiled and that together they hold every HF element once (replicated: once a rank)."""
-    counts = {t.name: np.zeros(t.size, np.uint16) for t in layout.sources}
-    for rank in range(tp_size):
-        check_shard(layout, rank, tp_size)
-        for move in layout.moves(rank, tp_size):
-            move.source.view(counts[move.hf])[...] += 1
-    copies = tp_size if layout.replicated else 1
-    for name, count in counts.items():
-        assert (count == copies).all(), f"{layout}: {tp_size} shards do not hold every element of {name} {copies} time(s)"
-
-
 def _run(hf: HFTensor, source: int, target: int, length: int) -> Move:
     """A contiguous stretch."""
     return Move(hf.name, Block(source, (length,), (1,)), Block(target, (length,), (1,)))
@@ -333,8 +297,3 @@ def _share(total: int, tp_size: int, what: str) -> int:
     if total % tp_size:
         raise ValueError(f"trainer.tensor_parallel={tp_size} cannot split the {total} {what}; choose a divisor of {total}")
     return total // tp_size
-
-
-def _flat(array: np.ndarray) -> np.ndarray:
-    assert array.flags.c_contiguous, "moves speak of contiguous tensors"
-    return array.reshape(-1)

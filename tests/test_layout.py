@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slime import layout as algebra
-from slime.layout import GLU, QKV, Block, Cols, HFTensor, Layout, Move, Rows, Vocab, Whole
+from slime.layout import GLU, QKV, Block, Cols, HFTensor, Layout, Move, Rows, Vocab, Whole, to_hf
+from tests.layouts import check_layout, check_shard, export, load
 
 SIZES = st.integers(1, 4)
 FAST = settings(max_examples=120, deadline=None)
@@ -48,16 +48,16 @@ def numbered(layout: Layout) -> dict[str, np.ndarray]:
 
 
 def shards(layout: Layout, hf: dict[str, np.ndarray], tp: int) -> list[np.ndarray]:
-    parts = [np.zeros(layout.local_shape(tp), np.int64) for _ in range(tp)]
+    parts = [np.full(layout.local_shape(tp), -7) for _ in range(tp)]
     for rank, part in enumerate(parts):
-        algebra.load(layout.moves(rank, tp), hf, part)
+        load(layout.moves(rank, tp), hf, part)
     return parts
 
 
 @FAST
 @given(layouts())
 def test_moves_tile_every_shard_and_every_hf_tensor(case: tuple[Layout, int]) -> None:
-    algebra.check_layout(*case)
+    check_layout(*case)
 
 
 @FAST
@@ -68,7 +68,7 @@ def test_load_then_export_returns_every_element(case: tuple[Layout, int]) -> Non
     out = {name: np.zeros_like(t) for name, t in hf.items()}
     for rank, part in enumerate(shards(layout, hf, tp)):
         assert (part == 0).sum() == layout.padding(rank, tp)
-        algebra.export(layout.moves(rank, tp), part, out)
+        export(layout.moves(rank, tp), part, out)
     for name in hf:
         np.testing.assert_array_equal(out[name], hf[name])
 
@@ -81,7 +81,7 @@ def test_positions_translate_to_where_the_values_came_from(case: tuple[Layout, i
     for rank, part in enumerate(shards(layout, hf, tp)):
         positions = np.array(random.choices(range(part.size), k=9), np.int64)
         moves = layout.moves(rank, tp)
-        which, where = algebra.to_hf(moves, positions)
+        which, where = to_hf(moves, positions)
         values = part.reshape(-1)[positions]
         np.testing.assert_array_equal(which == -1, values == 0)  # padding, and nothing else, has no source
         np.testing.assert_array_equal(where == -1, values == 0)
@@ -120,7 +120,7 @@ def test_gate_and_up_are_split_apart() -> None:
 def test_a_rank_may_hold_nothing_but_padding() -> None:
     layout = Vocab(HFTensor("x", (5, 2)), padded=16)
     assert [layout.padding(r, 4) for r in range(4)] == [0, 6, 8, 8] and layout.moves(3, 4) == ()
-    which, where = algebra.to_hf(layout.moves(3, 4), np.arange(8))
+    which, where = to_hf(layout.moves(3, 4), np.arange(8))
     assert set(which) == set(where) == {-1}
 
 
@@ -163,10 +163,10 @@ def test_the_checks_find_overlaps_gaps_and_repeats() -> None:
     tensor = HFTensor("w", (4, 2))
     for rank in (0, 1):
         with pytest.raises(AssertionError, match="do not tile"):
-            algebra.check_shard(Broken(tensor), rank, 2)
-    algebra.check_shard(Repeated(tensor), 1, 2)
+            check_shard(Broken(tensor), rank, 2)
+    check_shard(Repeated(tensor), 1, 2)
     with pytest.raises(AssertionError, match=r"do not hold every element of w 1 time"):
-        algebra.check_layout(Repeated(tensor), 2)
+        check_layout(Repeated(tensor), 2)
     with pytest.raises(AssertionError, match="strides do not nest"):
         Block(0, (2, 3), (2, 1))
 
@@ -175,5 +175,5 @@ def test_any_dtype_moves_bit_by_bit() -> None:
     """NaN payloads and -0.0 included: values are copied, never computed with."""
     bits = np.array([0x7FC1, 0xFF81, 0x8000, 0x0001], np.uint16).reshape(2, 2)
     layout, shard = Cols(HFTensor("w", (2, 2))), np.zeros((2, 1), np.uint16)
-    algebra.load(layout.moves(1, 2), {"w": bits}, shard)
+    load(layout.moves(1, 2), {"w": bits}, shard)
     assert shard.ravel().tolist() == [0xFF81, 0x0001]

@@ -96,6 +96,9 @@ def test_rollouts_are_dumped_and_trained_on_again(inputs: Path):
 
 
 def test_one_step_off_trains_each_prompt_once(inputs: Path):
-    run = launch(inputs, "overlap", "rollout.mode=one_step_off", "run.steps=3")
+    evaluation = f"data.eval={{heldout: {{path: {inputs}/eval.jsonl}}}}"
+    run = launch(inputs, "overlap", "rollout.mode=one_step_off", "run.steps=3", "run.eval_every=1", evaluation)
     assert_done(run)
+    assert all("eval/heldout/accuracy" in line for line in run.metrics)
+    assert "mismatch/logprob_abs_diff" in run.metrics[1] and [line["staleness/max"] for line in run.metrics[1:]] == [0, 1, 1]
     assert run.metrics[-1]["ledger/trained"] == run.metrics[-1]["ledger/drawn"] == 12

@@ -13,8 +13,9 @@ from slime.types import Batch
 class LossInputs:
     """Local packed tokens of one micro-batch, trainable ones only. t tokens; all fp32 [t] unless said otherwise."""
 
-    logprobs: Tensor  # log-probability of each token under the weights being trained, at the rollout temperature; carries the gradient
-    old_logprobs: Tensor  # the same before the batch's first optimizer step; no gradient
+    logprobs: Tensor  # log-probability of each token under the weights being trained, at the rollout temperature (1 without rollouts);
+    #                   carries the gradient
+    old_logprobs: Tensor  # the same before the batch's first optimizer step, see `Algorithm.uses_old_logprobs`; no gradient
     entropy: Tensor  # nats, of the distribution that the token was drawn from; carries the gradient
     advantages: Tensor  # the sample's advantage, repeated on its tokens; no gradient
     rollout_logprobs: Tensor  # as the engine reported them when it drew the token; no gradient
@@ -40,4 +41,5 @@ class Algorithm:
     advantages: Callable[[Batch], np.ndarray]
     loss: Callable[[LossInputs], LossOutputs]
     needs_rollouts: bool = True  # False: learns from demonstrations, no engine is started
-    uses_old_logprobs: bool = True  # the loss reads old_logprobs; with one update a batch they are the current ones, detached
+    uses_old_logprobs: bool = True  # the loss reads old_logprobs. With several optimizer steps a batch they take a forward pass over it
+    #                                 of their own. With one step, or if False, they are the current ones, detached

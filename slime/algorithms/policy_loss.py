@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-MAX_LOG_RATIO = 20.0  # beyond it exp() overflows to inf, and 0 * inf in the backward pass is NaN
+# No real update changes a token's probability by e^20 = 5e8. Beyond that a ratio is held and passes no gradient: one such token would
+# drown all others in fp32 sums, and from e^88 on exp() is inf, with NaN in the backward pass.
+MAX_LOG_RATIO = 20.0
 
 
 def clipped_policy_loss(

@@ -58,9 +58,11 @@ GROUPS: tuple[tuple[str, tuple[Curve, ...]], ...] = (
                 limit="mismatch_warn",
                 note="same tokens, same weights",
             ),
-            Curve("KL(engine, trainer)", (("mismatch/kl", "k3 estimate"),), log=True),
+            Curve("KL(engine, trainer)", (("mismatch/kl", "k3 estimate"),), log=True, note="same tokens, same weights"),
             Curve("Prefix cache hits", (("engine/cache_hit", "of prompt tokens"),), bounds=(0.0, 1.0), write=percent),
             Curve("Staleness", (("staleness/mean", "mean"), ("staleness/max", "largest")), bounds=FROM_0, note="versions", if_any=True),
+            Curve("KL(rollout, trainer)", (("offpolicy/kl", "k3 estimate"),), log=True, note="whole batch, weights as they drew it"),
+            Curve("Effective sample size", (("offpolicy/ess", "of the batch's tokens"),), bounds=(0.0, 1.0), write=percent),
         ),
     ),
 )
@@ -122,6 +124,9 @@ def speeds(run: RunRecord) -> str:
                 bounds=FROM_0,
                 write=short,
             ),
+            Curve("Tokens per second and GPU", (("perf/tokens_per_s_per_gpu", "trained"),), bounds=FROM_0, write=short),
+            Curve("Model FLOPs utilisation", (("perf/mfu", "of the bf16 peak"),), bounds=FROM_0, write=percent),
+            Curve("Peak GPU memory", (("perf/gpu_mem_gb", "GB, trainer"),), bounds=FROM_0),
             Curve("Idle share of a step", (("time/idle_frac", "nothing computes"),), bounds=FROM_0, write=percent),
         )
     )

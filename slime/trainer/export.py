@@ -59,8 +59,7 @@ def assemble(model_map: ModelMap, name: str, shards: list[Tensor]) -> Bucket:
     tensors = {t.name: torch.empty(t.shape, dtype=shards[0].dtype) for t in layout.sources}
     tp_size = 1 if layout.replicated else len(shards)
     for rank, shard in enumerate(shards[:tp_size]):
-        for move in layout.moves(rank, tp_size):
-            blocks.view(tensors[move.hf], move.source).copy_(blocks.view(shard, move.target))
+        blocks.export(layout.moves(rank, tp_size), shard, tensors)
     return list(tensors.items())
 
 

@@ -76,7 +76,8 @@ class TrainerGroup:
         self._leader = next(i for i in self._exporters if places[i].is_leader)
 
     def update(self, batch: "ray.ObjectRef | Batch") -> dict[str, float]:
-        """Train one batch: one or more optimizer steps. Returns train/*, mismatch/*, advantage/*, perf/tokens_per_s, time/train_s.
+        """Train one batch: one or more optimizer steps. Returns train/*, mismatch/*, offpolicy/*, staleness/*, advantage/*, perf/*,
+        time/train_s; see `step.train_batch`.
 
         Raises RuntimeError for a gradient that is not finite; that step was not taken and the ranks stay usable.
         """

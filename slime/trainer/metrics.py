@@ -2,24 +2,57 @@
 
 import numpy as np
 
-from slime.types import Batch
+from slime.types import NO_VERSION, Batch
 
 
-def mismatch(logprobs: np.ndarray, batch: Batch) -> dict[str, float]:
-    """How far the trainer's log-probs (float32 [T], before any update of the batch) are from the engines', over trained tokens.
+def mismatch(logprobs: np.ndarray, batch: Batch, version: int) -> dict[str, float]:
+    """How far the trainer's log-probs are from the engines' for the same weights: a fault of one of them, never a change of the policy.
 
-    mismatch/logprob_abs_diff and _max: mean and largest |trainer - engine|. mismatch/kl: the k3 estimate of KL(engine || trainer) from
-    tokens that the engine drew, exp(d) - 1 - d with d = trainer - engine (joschu.net/blog/kl-approx.html).
+    logprobs float32 [T], under the weights `version` that the trainer holds; read are the trained tokens of samples that were drawn from
+    `version` alone. With d = trainer - engine: mismatch/logprob_abs_diff and _max are the mean and largest |d|, mismatch/kl the k3 estimate
+    of KL(engine || trainer), the mean of exp(d) - 1 - d (joschu.net/blog/kl-approx.html). Absent where there is no such token. What is not
+    finite stays so.
     """
-    mask = batch.loss_mask
-    if not mask.any():
+    d = _log_ratio(logprobs, batch, batch.version == version)
+    if not len(d):
         return {}
-    d = logprobs[mask].astype(np.float64) - batch.rollout_logprobs[mask].astype(np.float64)
     return {
         "mismatch/logprob_abs_diff": float(np.abs(d).mean()),
         "mismatch/logprob_abs_diff_max": float(np.abs(d).max()),
-        "mismatch/kl": float(np.mean(np.expm1(d) - d)),
+        "mismatch/kl": _k3(d),
     }
+
+
+def off_policy(logprobs: np.ndarray, batch: Batch) -> dict[str, float]:
+    """How far the policy has moved from the ones that drew the batch: what importance weights have to correct.
+
+    logprobs float32 [T], as for `mismatch`; read are the trained tokens of all samples that a policy drew, whichever version. With
+    d = log pi_train - log pi_rollout a token and w = exp(d): offpolicy/kl is the k3 estimate of KL(rollout || train), the mean of
+    w - 1 - d; offpolicy/ess the normalised effective sample size of the n token weights, (sum w)^2 / (n sum w^2), from 1 / n to 1 (Kong
+    1992). Absent where there is no such token. What is not finite stays so.
+    """
+    d = _log_ratio(logprobs, batch, batch.version != NO_VERSION)
+    if not len(d):
+        return {}
+    w = np.exp(d - d.max())  # a common factor cancels
+    return {"offpolicy/kl": _k3(d), "offpolicy/ess": float(w.sum() ** 2 / (len(w) * (w**2).sum()))}
+
+
+def staleness(batch: Batch, version: int) -> dict[str, float]:
+    """staleness/mean and /max over samples: versions between the oldest weights that drew a token and the trainer's `version`. Absent
+    where no policy drew any."""
+    behind = version - batch.version[batch.version != NO_VERSION]
+    return {"staleness/mean": float(behind.mean()), "staleness/max": float(behind.max())} if len(behind) else {}
+
+
+def _log_ratio(logprobs: np.ndarray, batch: Batch, chosen: np.ndarray) -> np.ndarray:
+    """float64, trainer's minus engine's log-prob of each trained token of the chosen samples (bool [N])."""
+    at = batch.loss_mask & chosen[batch.sample_of_token]
+    return logprobs[at].astype(np.float64) - batch.rollout_logprobs[at].astype(np.float64)
+
+
+def _k3(d: np.ndarray) -> float:
+    return float(np.mean(np.expm1(d) - d))
 
 
 def advantage_stats(advantages: np.ndarray) -> dict[str, float]:

@@ -128,6 +128,4 @@ def load_hf(gpt: GPTModel, model_map: ModelMap, path: Path, tp_rank: int, tp_siz
             moves = model_map.moves(name, tp_rank, tp_size)
             expected = model_map.local_shape(name, tp_size)
             assert parameter.shape == expected, f"{name}: megatron-core built {tuple(parameter.shape)}, the map says {expected}"
-            parameter.zero_()
-            for move in moves:
-                blocks.view(parameter, move.target).copy_(reader.read_block(move.hf, move.source))
+            blocks.load(moves, reader.read_block, parameter)

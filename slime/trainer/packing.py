@@ -1,11 +1,12 @@
 """Which sequences go to which rank and micro-batch, and the packed rows they become. Pure numpy: every rank computes the same plan.
 
-A row of two sequences, 5 and 3 tokens, on a tensor-parallel size of 4; the last two tokens of each are trained:
+A row of two sequences, 2 and 5 tokens, on a tensor-parallel size of 4; the last token of the one and the last two of the other are trained:
 
-    tokens     [ 7 1 8 2 9 | 4 5 6 ]   lengths [5, 3]            sequences lie in order of length; a third of padding follows
-    positions  [ 0 1 2 3 4 | 0 1 2 ]                             where 5 + 3 is not a multiple of 4
-    rows       [ 2 3 | 5 6 ]           the row at position i holds the logits of the token at i + 1 of its sequence
-    labels     [ 2 9 | 5 6 ]
+    tokens     [ 4 5 | 7 1 8 2 9 | 0 ]   lengths [2, 5, 1]: in order of length, then padding to a multiple of 4, a sequence of its own
+    positions  [ 0 1 | 0 1 2 3 4 | 0 ]
+    rows       [ 0 | 4 5 ]               the logits at a position predict the next token of its sequence
+    labels     [ 5 | 2 9 ]
+    sample     [ 0 | 1 1 ]
     trained    where in `Batch.tokens` each label came from
 """
 

@@ -47,7 +47,7 @@ def load(trainer: Trainer, directory: Path) -> None:
         state = dist_checkpointing.load(_state(trainer, loading=True, with_rng=same), str(directory))
     trainer.model.gpt.load_state_dict(state["model"])
     trainer.model.optimizer.load_state_dict(state["optimizer"])
-    trainer.optimizer_steps = state["optimizer_steps"]
+    trainer.optimizer_steps, trainer.version = state["optimizer_steps"], state["version"]
     _restore_recipe(trainer)
     if same:
         _set_rng(state["rng"])
@@ -87,6 +87,7 @@ def _state(trainer: Trainer, loading: bool, with_rng: bool) -> dict[str, Any]:
         "model": gpt.sharded_state_dict(metadata=metadata),
         "optimizer": optimizer.sharded_state_dict(gpt.sharded_state_dict(metadata=metadata), is_loading=loading, metadata=metadata),
         "optimizer_steps": trainer.optimizer_steps,
+        "version": trainer.version,
         "layout": _layout(trainer),
     }
     if with_rng:

@@ -19,7 +19,7 @@ from slime.algorithms.aggregation import token_weights
 from slime.algorithms.base import Algorithm, LossInputs
 from slime.config import SlimeConfig
 from slime.observe.trace import Tracer
-from slime.trainer import metrics
+from slime.trainer import metrics, performance
 from slime.trainer.device import Device
 from slime.trainer.distributed import Parallel
 from slime.trainer.forward import run_micro_batches
@@ -40,10 +40,16 @@ class Trainer:
     algorithm: Algorithm
     tracer: Tracer
     optimizer_steps: int = 0  # completed
+    version: int = 0  # of the weights: completed batches
 
     @property
     def steps_per_batch(self) -> int:
         return self.cfg.trainer.updates_per_batch * self.cfg.trainer.epochs_per_batch
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by: what the engines sample at; 1 where no engine samples."""
+        return self.cfg.rollout.temperature if self.algorithm.needs_rollouts else 1.0
 
     def micro_batches(self, batch: Batch) -> list[MicroBatch]:
         """This rank's share of a batch, packed."""
@@ -54,7 +60,7 @@ class Trainer:
 
 
 def log_probs(trainer: Trainer, batch: Batch) -> np.ndarray:
-    """Log-probs of the trained tokens under the current weights, at the rollout temperature: float32 [T], 0 outside loss_mask.
+    """Log-probs of the trained tokens under the current weights, at `trainer.temperature`: float32 [T], 0 outside loss_mask.
 
     Every rank computes its share and gets all of it.
     """
@@ -71,17 +77,19 @@ def log_probs(trainer: Trainer, batch: Batch) -> np.ndarray:
 
 
 def train_batch(trainer: Trainer, batch: Batch) -> dict[str, float]:
-    """Take trainer.updates_per_batch * trainer.epochs_per_batch optimizer steps on a batch; returns its metrics, the same on every rank.
+    """Take trainer.updates_per_batch * trainer.epochs_per_batch optimizer steps on a batch; returns its metrics, the same on every rank
+    but for times and speeds.
 
-    Metrics that the algorithm reports are means with the loss's own weights. Raises RuntimeError for a gradient that is not finite: that
-    optimizer step and those after it are not taken.
+    Metrics that the algorithm reports are means with the loss's own weights. mismatch/* and offpolicy/* compare log-probs from before the
+    first optimizer step: of the whole batch with one update or where the algorithm reads old log-probs, else of the first update's samples.
+    Raises RuntimeError for a gradient that is not finite: that optimizer step and those after it are not taken.
     """
     begun = time.perf_counter()
-    cfg, algorithm = trainer.cfg.trainer, trainer.algorithm
+    cfg, algorithm, version = trainer.cfg.trainer, trainer.algorithm, trainer.version
     several = trainer.steps_per_batch > 1
     advantages = algorithm.advantages(batch)
-    old = log_probs(trainer, batch) if several and (algorithm.uses_old_logprobs or algorithm.needs_rollouts) else None
-    first = old
+    old = log_probs(trainer, batch) if several and algorithm.uses_old_logprobs else None
+    before = None if old is None else (old, batch)
     updates = []
     for _ in range(cfg.epochs_per_batch):
         for samples in split_groups(batch.group, cfg.updates_per_batch):
@@ -89,15 +97,33 @@ def train_batch(trainer: Trainer, batch: Batch) -> dict[str, float]:
             old_part = old[_tokens_of(batch, samples)] if old is not None else None
             report, logprobs = _update(trainer, part, advantages[samples], old_part)
             updates.append(report)
-            first = logprobs if first is None and not several else first
+            before = before or (logprobs, part)
+    assert before is not None
+    trainer.version += 1
     train_s = time.perf_counter() - begun
     return {
         **metrics.mean_of_updates(updates),
-        **(metrics.mismatch(first, batch) if algorithm.needs_rollouts and first is not None else {}),
+        **({**metrics.mismatch(*before, version), **metrics.off_policy(*before)} if algorithm.needs_rollouts else {}),
+        **metrics.staleness(batch, version),
         **metrics.advantage_stats(advantages),
-        "perf/tokens_per_s": len(batch.tokens) * cfg.epochs_per_batch / train_s,
+        **_speed(trainer, batch, train_s),
         "time/train_s": train_s,
     }
+
+
+def _speed(trainer: Trainer, batch: Batch, train_s: float) -> dict[str, float]:
+    """perf/*; those of GPUs on GPUs alone. Memory is the most that any rank's tensors took since the last batch."""
+    epochs, device = trainer.cfg.trainer.epochs_per_batch, trainer.device.torch
+    tokens = len(batch.tokens) * epochs
+    speed = {"perf/tokens_per_s": tokens / train_s}
+    if device.type != "cuda":
+        return speed
+    peak = torch.tensor(float(torch.cuda.max_memory_allocated(device)), device=device)
+    torch.cuda.reset_peak_memory_stats(device)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    flops = epochs * performance.train_flops(trainer.model.map, batch.lengths)
+    name, gpus = torch.cuda.get_device_name(device), trainer.parallel.world
+    return speed | performance.of_gpus(name, gpus, tokens, flops, train_s, float(peak))
 
 
 def _update(trainer: Trainer, part: Batch, advantages: np.ndarray, old: np.ndarray | None) -> tuple[dict[str, float], np.ndarray]:
@@ -162,7 +188,7 @@ def _run(trainer: Trainer, micro_batches: list[MicroBatch], on_logprobs, forward
         micro_batches,
         on_logprobs,
         device=trainer.device.torch,
-        temperature=trainer.cfg.rollout.temperature,
+        temperature=trainer.temperature,
         tp=trainer.parallel.tp,
         forward_only=forward_only,
     )

@@ -18,6 +18,7 @@ def make_batch(masks: list[list[int]]) -> Batch:
         rollout_logprobs=np.zeros(total, np.float32),
         rewards=np.zeros(len(masks)),
         group=np.arange(len(masks)),
+        version=np.zeros(len(masks), np.int64),
     )
 
 

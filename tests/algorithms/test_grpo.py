@@ -21,6 +21,7 @@ def make_batch(rewards, group) -> Batch:
         rollout_logprobs=np.zeros(2 * n, np.float32),
         rewards=np.array(rewards, np.float64),
         group=np.array(group, np.int64),
+        version=np.zeros(n, np.int64),
     )
 
 

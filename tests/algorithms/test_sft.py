@@ -4,7 +4,7 @@ import torch
 from slime.algorithms import sft
 from slime.algorithms.base import LossInputs
 from slime.config import AlgorithmConfig
-from slime.types import Batch
+from slime.types import NO_VERSION, Batch
 
 
 def test_loss_is_the_negative_log_probability():
@@ -23,6 +23,12 @@ def test_it_needs_no_engine_no_old_logprobs_and_no_rewards():
     algorithm = sft.build(AlgorithmConfig(name="sft"))
     assert not algorithm.needs_rollouts and not algorithm.uses_old_logprobs
     batch = Batch(
-        np.zeros(2, np.int32), np.array([0, 2]), np.array([False, True]), np.zeros(2, np.float32), np.array([np.nan]), np.zeros(1, int)
+        tokens=np.zeros(2, np.int32),
+        cu_seqlens=np.array([0, 2]),
+        loss_mask=np.array([False, True]),
+        rollout_logprobs=np.zeros(2, np.float32),
+        rewards=np.array([np.nan]),
+        group=np.zeros(1, np.int64),
+        version=np.array([NO_VERSION]),
     )
     assert algorithm.advantages(batch).tolist() == [0.0]

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from slime import layout as algebra
-from slime.layout import check_layout
 from slime.models.hf_files import HFReader
 from slime.models.map import ModelMap, padded_vocab
 from slime.models.registry import load_map
+from tests.layouts import check_layout, export, load
 from tests.tiny import LLAMA3, make_tiny
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
@@ -38,7 +37,7 @@ def load_shards(model: ModelMap, hf: dict[str, np.ndarray], tp: int) -> dict[tup
     kind = next(iter(hf.values())).dtype
     shards = {(name, rank): np.zeros(model.local_shape(name, tp), kind) for name in model.parameters() for rank in range(tp)}
     for (name, rank), shard in shards.items():
-        algebra.load(model.moves(name, rank, tp), hf, shard)
+        load(model.moves(name, rank, tp), hf, shard)
     return shards
 
 
@@ -52,7 +51,7 @@ def test_hf_to_shards_to_hf_is_bit_exact(tiny: dict, case: tuple[str, bool, str]
     shards = load_shards(model, hf, tp)
     out = {name: np.full_like(bits, -1) for name, bits in hf.items()}
     for (name, rank), shard in shards.items():
-        algebra.export(model.moves(name, rank, tp), shard, out)
+        export(model.moves(name, rank, tp), shard, out)
     for name in hf:
         np.testing.assert_array_equal(out[name], hf[name], err_msg=name)
 

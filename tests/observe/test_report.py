@@ -120,6 +120,23 @@ def test_a_report_tells_the_run(tmp_path: Path) -> None:
     assert [row[1:] for row in reward["rows"]][:2] == [[1, number(0.3 + 0.1 * math.sin(1))], [2, ""]]  # NaN is a gap
 
 
+def test_curves_are_of_what_was_measured(tmp_path: Path) -> None:
+    titles = {
+        "Staleness": {"staleness/mean": 1.5, "staleness/max": 3.0},
+        "KL(rollout, trainer)": {"offpolicy/kl": 1e-3},
+        "Effective sample size": {"offpolicy/ess": 0.9},
+        "Tokens per second and GPU": {"perf/tokens_per_s_per_gpu": 900.0},
+        "Model FLOPs utilisation": {"perf/mfu": 0.4},
+        "Peak GPU memory": {"perf/gpu_mem_gb": 31.0},
+    }
+    for title, metrics in titles.items():
+        log = MetricsLog(tmp_path / title / "metrics.jsonl")
+        for step in range(3):
+            log.append(step, metrics if step else {})
+        text = Page(write_report(tmp_path / title)).text
+        assert [t for t in titles if t in text] == [title]
+
+
 def test_every_text_is_escaped(tmp_path: Path) -> None:
     run_of(tmp_path, 3, sets=("heldout", EVIL), text=EVIL)
     write_summary(tmp_path, summed_up(tmp_path, status="failed", reason=EVIL, paths={EVIL: EVIL}))

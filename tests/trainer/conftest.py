@@ -6,8 +6,8 @@ from tests.trainer.ranks import Ranks
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory):
-    """Two real processes for layouts of one and two ranks."""
-    pool = Ranks(2, tmp_path_factory.mktemp("stores"))
+    """Real processes, as many as the largest layout that a test asks for."""
+    pool = Ranks(tmp_path_factory.mktemp("stores"))
     yield pool
     pool.close()
 

@@ -19,21 +19,18 @@ ANSWER_S = 120
 
 
 class Ranks:
-    """`run(fn, ...)` calls fn(rank, store, ...) in `world` processes, within the device's scope, and returns their results."""
+    """`run(fn, ...)` calls fn(place, ...) in `world` processes, within the device's scope, and returns their results. A process is started
+    when it is first needed."""
 
-    def __init__(self, size: int, scratch: Path) -> None:
+    def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
-        context = multiprocessing.get_context("spawn")
+        self.context = multiprocessing.get_context("spawn")
         self.pipes: list[Connection] = []
-        self.processes = []
-        for _ in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
-            self.pipes.append(ours)
-            self.processes.append(process)
+        self.processes: list[Any] = []
 
     def run(self, fn: Callable, world: int, *args: Any) -> list[Any]:
+        while len(self.pipes) < world:
+            self._start()
         store = str(self.scratch / uuid.uuid4().hex)
         pipes = self.pipes[:world]
         for rank, pipe in enumerate(pipes):
@@ -45,6 +42,13 @@ class Ranks:
         failed = [text for ok, text in answers if not ok]
         assert not failed, "\n".join(failed)
         return [answer for _, answer in answers]
+
+    def _start(self) -> None:
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        self.pipes.append(ours)
+        self.processes.append(process)
 
     def close(self) -> None:
         for process in self.processes:
@@ -105,8 +109,8 @@ def make_cfg(path: Path, dtype: str = "fp32", **trainer: Any) -> SlimeConfig:
 
 
 def make_batch(samples: int = 12, vocab: int = 80, seed: int = 0, shortest: int = 3, longest: int = 40) -> Batch:
-    """Random sequences, four samples a group; the last two thirds of each are trained, with holes. Id 0 is not among the tokens:
-    transformers takes it for padding, which has no gradient there."""
+    """Random sequences drawn from version 0, four samples a group; the last two thirds of each are trained, with holes. Id 0 is not among
+    the tokens: transformers takes it for padding, which has no gradient there."""
     g = np.random.default_rng(seed)
     lengths = g.integers(shortest, longest, samples)
     cu = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -114,7 +118,15 @@ def make_batch(samples: int = 12, vocab: int = 80, seed: int = 0, shortest: int 
     for start, length in zip(cu[:-1], lengths, strict=True):
         mask[start : start + 1 + length // 3] = False
     rollout = np.where(mask, g.normal(-3, 1, cu[-1]), 0).astype(np.float32)
-    return Batch(g.integers(1, vocab, cu[-1]).astype(np.int32), cu, mask, rollout, g.normal(size=samples), np.arange(samples) // 4 + 7)
+    return Batch(
+        tokens=g.integers(1, vocab, cu[-1]).astype(np.int32),
+        cu_seqlens=cu,
+        loss_mask=mask,
+        rollout_logprobs=rollout,
+        rewards=g.normal(size=samples),
+        group=np.arange(samples) // 4 + 7,
+        version=np.zeros(samples, np.int64),
+    )
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
@@ -122,3 +134,14 @@ def weights(trainer: Any) -> dict[str, torch.Tensor]:
     from slime.trainer.export import gather_all
 
     return dict(tensor for bucket in gather_all(trainer.model, trainer.parallel, 1 << 16) for tensor in bucket)
+
+
+def gradients(trainer: Any) -> dict[str, torch.Tensor]:
+    """The accumulated gradients as HF tensors, on the leader; nothing elsewhere."""
+    from slime.trainer.export import gather_hf
+
+    for buffer in trainer.model.ddp.buffers:
+        for bucket in buffer.buckets:  # reduce-scattered: each data-parallel rank holds the sum of its own part
+            part = bucket.grad_data.chunk(trainer.parallel.dp.size())[trainer.parallel.dp.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, part, group=trainer.parallel.dp)
+    return dict(gather_hf(trainer.model.map, trainer.parallel, {name: p.main_grad for name, p in trainer.model.parameters()}))

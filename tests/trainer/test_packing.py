@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -45,6 +47,20 @@ def test_pack_predicts_each_trained_token_from_the_row_before_it(samples, seed, 
     np.testing.assert_array_equal(chosen[row.sample], batch.sample_of_token[row.trained])
     np.testing.assert_array_equal(row.positions[row.rows], row.trained - 1 - batch.cu_seqlens[batch.sample_of_token[row.trained]])
     assert set(row.trained) == set(np.flatnonzero(batch.loss_mask & np.isin(batch.sample_of_token, chosen)))
+
+
+def test_pack_gives_the_example_of_its_module():
+    batch = replace(
+        make_batch(2),
+        tokens=np.array([7, 1, 8, 2, 9, 4, 5], np.int32),
+        cu_seqlens=np.array([0, 5, 7]),
+        loss_mask=np.array([0, 0, 0, 1, 1, 0, 1], bool),
+    )
+    row = pack(batch, np.array([1, 0]), 4)
+    assert row.tokens.tolist() == [4, 5, 7, 1, 8, 2, 9, 0] and row.lengths == [2, 5, 1]
+    assert row.positions.tolist() == [0, 1, 0, 1, 2, 3, 4, 0]
+    assert row.rows.tolist() == [0, 4, 5] and row.labels.tolist() == [5, 2, 9] and row.sample.tolist() == [0, 1, 1]
+    assert row.trained.tolist() == [6, 3, 4]
 
 
 def test_empty_micro_batch_is_padding_alone():

@@ -5,20 +5,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from slime.algorithms.base import Algorithm, LossOutputs
-from slime.types import Batch
+from slime.types import NO_VERSION, Batch
 from tests.tiny import load_hf_model
-from tests.trainer.ranks import make_batch, make_cfg, weights
+from tests.trainer.ranks import gradients, make_batch, make_cfg, weights
 
 pytestmark = pytest.mark.e2e
 KINDS = ["qwen3", "qwen3_tied", "llama"]
 
 
-def grpo_cfg(path, **trainer):
+def grpo_cfg(path, aggregation="sequence", **trainer):
     cfg = make_cfg(path, **trainer)
-    cfg.algorithm.entropy_coef, cfg.algorithm.aggregation, cfg.rollout.temperature = 0.1, "sequence", 0.8
+    cfg.algorithm.entropy_coef, cfg.algorithm.aggregation, cfg.rollout.temperature = 0.1, aggregation, 0.8
     return cfg
 
 
@@ -52,16 +51,17 @@ def test_log_probs_are_those_of_transformers(ranks, models, kind):
 
 
 def test_bf16_log_probs_are_close(ranks, models):
+    """0.008 to 0.0095 over 4 random models: their tokens have log-probs near -4.7, so that a logit rounds by up to 2^-7. (Those of a model
+    that has learnt something are near 0: recipes/quickstart_bf16.yaml stops at 0.005.) With an fp32 slip to bf16 log-softmax: 0.0127."""
     cfg, batch = make_cfg(models["qwen3"], "bf16"), make_batch(vocab=77)
     with torch.no_grad():
         expected, _ = reference_logprobs(load_hf_model(models["qwen3"]), batch, 1.0)
-    assert np.abs(ranks.run(log_probs, 1, cfg, batch)[0] - expected.numpy())[batch.loss_mask].mean() < 0.05
+    assert np.abs(ranks.run(log_probs, 1, cfg, batch)[0] - expected.numpy())[batch.loss_mask].mean() < 0.011
 
 
 def gradient(place, cfg, batch, old, reorder=None):
     """(loss, HF-space gradient, its norm by the optimizer) of one update; `reorder` packs the sequences at random instead of by plan."""
     from slime.trainer import step
-    from slime.trainer.export import gather_hf
     from slime.trainer.packing import pack
 
     trainer = place.trainer(cfg)
@@ -72,12 +72,7 @@ def gradient(place, cfg, batch, old, reorder=None):
     sums, _ = step.accumulate_gradients(trainer, batch, micro_batches, trainer.algorithm.advantages(batch), old)
     trainer.model.optimizer.prepare_grads()
     norm = trainer.model.optimizer.get_grad_norm()
-    for buffer in trainer.model.ddp.buffers:
-        for bucket in buffer.buckets:  # reduce-scattered: each data-parallel rank holds the sum of its own part
-            part = bucket.grad_data.chunk(trainer.parallel.dp.size())[trainer.parallel.dp.rank()].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, part, group=trainer.parallel.dp)
-    grads = {name: p.main_grad for name, p in trainer.model.parameters()}
-    return sums["loss"], dict(gather_hf(trainer.model.map, trainer.parallel, grads)), norm
+    return sums["loss"], gradients(trainer), norm
 
 
 def assert_same(found, expected):
@@ -114,14 +109,14 @@ def test_gradient_is_that_of_autograd(ranks, models, kind):
     assert_same(ranks.run(gradient, 1, cfg, batch, old)[0], (loss.item(), expected, norm))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradient_does_not_depend_on_cut_order_or_layout(ranks, models, kind):
-    cfg, batch = grpo_cfg(models[kind]), make_batch(samples=16, vocab=77)
+@pytest.mark.parametrize(("kind", "aggregation"), [*((kind, "sequence") for kind in KINDS), ("qwen3", "token"), ("qwen3", "constant")])
+def test_gradient_does_not_depend_on_cut_order_or_layout(ranks, models, kind, aggregation):
+    cfg, batch = grpo_cfg(models[kind], aggregation), make_batch(samples=16, vocab=77)
     old = noisy_old(batch, ranks.run(log_probs, 1, cfg, batch)[0])
     expected = ranks.run(gradient, 1, cfg, batch, old)[0]
 
     def with_(world, **trainer):
-        return ranks.run(gradient, world, grpo_cfg(models[kind], **trainer), batch, old)[0]
+        return ranks.run(gradient, world, grpo_cfg(models[kind], aggregation, **trainer), batch, old)[0]
 
     for budget in (1, 40, 100):
         assert_same(with_(1, max_tokens_per_rank=budget), expected)
@@ -131,6 +126,7 @@ def test_gradient_does_not_depend_on_cut_order_or_layout(ranks, models, kind):
     assert_same(ranks.run(gradient, 1, cfg, batch.select(order), old[spans])[0], expected)
     assert_same(with_(2, max_tokens_per_rank=60), expected)
     assert_same(with_(2, max_tokens_per_rank=60, tensor_parallel=2), expected)
+    assert_same(with_(4, max_tokens_per_rank=60, tensor_parallel=2), expected)
 
 
 def test_more_ranks_than_sequences(ranks, models):
@@ -157,17 +153,76 @@ def test_metrics_of_a_batch(ranks, models):
     expected = ranks.run(log_probs, 1, cfg, batch)[0]
     mismatch = np.abs(expected - batch.rollout_logprobs)[batch.loss_mask].mean()
     assert first["mismatch/logprob_abs_diff"] == pytest.approx(mismatch, rel=1e-5)
-    assert second["mismatch/logprob_abs_diff"] != first["mismatch/logprob_abs_diff"]
+    assert first["staleness/max"] == 0.0 and 0 < first["offpolicy/ess"] < 1
+    assert first["offpolicy/kl"] == first["mismatch/kl"], "one version drew the batch"
+    assert second["staleness/mean"] == 1.0 and "mismatch/kl" not in second, "the batch is of version 0, the weights are 1"
+    assert second["offpolicy/kl"] != first["offpolicy/kl"]
     assert {"advantage/mean", "advantage/std", "perf/tokens_per_s", "time/train_s", "train/grad_norm"} <= first.keys()
+    assert not {"perf/mfu", "perf/gpu_mem_gb", "perf/tokens_per_s_per_gpu"} & first.keys(), "of GPUs"
+
+
+def test_every_rank_reports_the_same(ranks, models):
+    batch = make_batch(samples=16, vocab=77)
+    batch.version[:] = np.arange(16) % 2 - 1
+    cfg = grpo_cfg(models["qwen3"], max_tokens_per_rank=60, tensor_parallel=2)
+    reports = [
+        {k: v for k, v in metrics.items() if k.split("/")[0] not in ("time", "perf")} for (metrics,), _ in ranks.run(train, 4, cfg, batch)
+    ]
+    assert reports == [reports[0]] * 4
+    assert {"mismatch/kl", "offpolicy/ess", "staleness/max"} <= reports[0].keys()
+
+
+def test_a_log_prob_that_is_not_a_number_shows_in_every_comparison(ranks, models):
+    batch = make_batch(vocab=77)
+    batch.rollout_logprobs[np.flatnonzero(batch.loss_mask)[0]] = np.nan
+    (found,), _ = ranks.run(train, 1, grpo_cfg(models["qwen3"]), batch)[0]
+    assert all(np.isnan(value) for name, value in found.items() if name.startswith(("mismatch/", "offpolicy/")))
 
 
 def test_several_updates_use_log_probs_from_before_the_batch(ranks, models):
     batch = make_batch(vocab=77)
     (one,), _ = ranks.run(train, 1, grpo_cfg(models["qwen3"]), batch)[0]
     (many,), _ = ranks.run(train, 1, grpo_cfg(models["qwen3"], updates_per_batch=3, epochs_per_batch=2, lr=1e-2), batch)[0]
-    assert many["mismatch/logprob_abs_diff"] == pytest.approx(one["mismatch/logprob_abs_diff"], rel=1e-5)
+    for name in ("mismatch/logprob_abs_diff", "offpolicy/kl", "offpolicy/ess"):
+        assert many[name] == pytest.approx(one[name], rel=1e-5)
     assert many["train/kl"] > 0 and many["train/micro_batches"] == 6
     assert many["train/tokens"] == 2 * one["train/tokens"]
+    assert many["staleness/max"] == 0.0
+
+
+def train_without_old(place, cfg, batch):
+    """Two batches of an algorithm that reads no old log-probs; a forward pass for them would fail."""
+    from slime.trainer import step
+
+    trainer = place.trainer(cfg)
+    trainer.algorithm = replace(trainer.algorithm, uses_old_logprobs=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(step, "log_probs")
+        return [step.train_batch(trainer, replace(batch, version=batch.version + k)) for k in range(2)]
+
+
+@pytest.mark.parametrize(("updates", "epochs"), [(3, 2), (1, 2)])
+def test_an_algorithm_that_reads_no_old_log_probs_does_not_pay_for_them(ranks, models, updates, epochs):
+    cfg, batch = grpo_cfg(models["qwen3"], updates_per_batch=updates, epochs_per_batch=epochs), make_batch(vocab=77)
+    first, second = ranks.run(train_without_old, 1, cfg, batch)[0]
+    seen = batch.select(np.arange(len(batch) // updates))  # by the first update
+    expected = ranks.run(log_probs, 1, cfg, seen)[0]
+    drift = np.abs(expected - seen.rollout_logprobs)[seen.loss_mask].mean()
+    assert first["mismatch/logprob_abs_diff"] == pytest.approx(drift, rel=1e-5)
+    assert first["train/kl"] == 0.0, "old log-probs are the current ones"
+    assert second["staleness/max"] == 0.0 and "mismatch/kl" in second, "a version is a batch, however many steps"
+
+
+def test_demonstrations_are_learnt_at_temperature_1(ranks, models):
+    batch = make_batch(vocab=77)
+    batch.version[:] = NO_VERSION
+    cfg = grpo_cfg(models["qwen3"], "token")
+    cfg.algorithm.name, cfg.algorithm.entropy_coef = "sft", 0.0
+    with torch.no_grad():
+        expected, _ = reference_logprobs(load_hf_model(models["qwen3"]), batch, 1.0)
+    (found,), _ = ranks.run(train, 1, cfg, batch)[0]
+    assert found["train/nll"] == pytest.approx(-expected.numpy()[batch.loss_mask].mean(), rel=1e-5)
+    assert not [name for name in found if name.startswith(("mismatch/", "offpolicy/", "staleness/"))]
 
 
 def zero_advantages(place, cfg, batch):
