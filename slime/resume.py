@@ -111,6 +111,14 @@ def prepare_files(directory: Path, restored: Restored | None) -> None:
         write_atomic(examples, "".join(kept))
 
 
+def write_recipe(directory: Path, resolved_yaml: str, restored: Restored | None) -> None:
+    """Write config.yaml. One that a resume changes is kept beside it, under the step to which it was followed."""
+    path = directory / "config.yaml"
+    if restored is not None and path.exists() and path.read_text() != resolved_yaml:
+        path.rename(directory / f"config_to_{restored.step:07d}.yaml")
+    path.write_text(resolved_yaml)
+
+
 def _lock(file: IO[str], directory: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

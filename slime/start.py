@@ -34,7 +34,7 @@ from slime.observe.report import write_report
 from slime.observe.summary import Summary, write_summary
 from slime.observe.trace import TraceFile
 from slime.observe.trackers import start_trackers
-from slime.resume import check_recipe, claim, is_own, next_version, prepare_files
+from slime.resume import check_recipe, claim, is_own, next_version, prepare_files, write_recipe
 from slime.rollout.demonstrations import Demonstrations
 from slime.rollout.handle import BatchSource, Pending, Ready, Rollout, RolloutResult
 from slime.rollout.replay import Replay
@@ -56,6 +56,8 @@ def open_run(cfg: SlimeConfig, resolved_yaml: str) -> Iterator[Run]:
     """
     resolved = yaml.safe_load(resolved_yaml)
     with ExitStack() as stack:
+        cfg = on_disk(cfg)
+        check_inputs(cfg)
         directory = Path(cfg.run.dir).resolve() / str(cfg.run.name)
         restored = claim(cfg, directory, stack)
         console = Console(steps=cfg.run.steps, progress=cfg.observe.progress)
@@ -65,11 +67,9 @@ def open_run(cfg: SlimeConfig, resolved_yaml: str) -> Iterator[Run]:
         console.start(f"slime {cfg.run.name}", facts(cfg, directory, restored))
         if restored is not None:
             check_recipe(restored, directory, resolved)
-        (directory / "config.yaml").write_text(resolved_yaml)
         prepare_files(directory, restored)
+        write_recipe(directory, resolved_yaml, restored)
         try:
-            cfg = on_disk(cfg)
-            check_inputs(cfg)
             cluster = stack.enter_context(connect(cfg, directory))
             run = build(cfg, directory, resolved, restored, cluster, console, signal, stack)
         except BaseException as error:

@@ -12,7 +12,7 @@ from slime.checkpoint.state import DriverState, write_state
 from slime.config import RunConfig, SlimeConfig
 from slime.config.exits import ConfigError, NothingToDo
 from slime.observe.summary import Summary, read_summary, write_summary
-from slime.resume import check_recipe, claim, next_version, prepare_files
+from slime.resume import check_recipe, claim, next_version, prepare_files, write_recipe
 from slime.types import WeightVersion
 
 RECIPE = {"run": {"seed": 0, "steps": 10}, "data": {"train": [{"path": "old/a.jsonl", "weight": 1.0}]}, "trainer": {"lr": 0.1}}
@@ -144,6 +144,15 @@ def test_records_are_cut_at_the_resume_point(tmp_path: Path):
     prepare_files(tmp_path, resume_point(config(), tmp_path))
     assert (tmp_path / "examples.jsonl").read_text() == '{"step": 0}\n{"step": 3}\n'
     assert read_summary(tmp_path) is None
+
+
+def test_a_recipe_that_was_followed_so_far_is_kept(tmp_path: Path):
+    commit(tmp_path, 3)
+    restored = resume_point(config(), tmp_path)
+    for text in ("a: 1\n", "a: 1\n", "a: 2\n"):
+        write_recipe(tmp_path, text, restored)
+    assert (tmp_path / "config.yaml").read_text() == "a: 2\n"
+    assert (tmp_path / "config_to_0000003.yaml").read_text() == "a: 1\n"
 
 
 def test_a_run_that_begins_anew_says_what_it_replaces(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -24,6 +24,8 @@ from slime.config import SlimeConfig
 from slime.config.exits import ConfigError, PreflightError
 from slime.config.roles import role_needs
 
+log = logging.getLogger(__name__)
+
 PROBE_S = 5.0  # for a TCP connection to a cluster's address
 NODE = "127.0.0.2"  # Ray replaces 127.0.0.1 by the host's outward address
 
@@ -108,6 +110,8 @@ def _join(address: str) -> None:
 def _start(cfg: SlimeConfig, scratch: Scratch) -> None:
     """Start Ray on this host with at least the CPUs that the roles ask for."""
     cpus = math.ceil(sum(need.devices * need.cpus for need in role_needs(cfg).values()))
+    if cpus > (os.cpu_count() or 1):
+        log.warning("ranks and engines ask for %d CPUs and this host has %d: they share them", cpus, os.cpu_count())
     with scratch.marked():
         ray.init(
             address="local",

@@ -15,7 +15,7 @@ SAVED_RUN_AGAIN = 75
 MEANING = {
     DONE: "done",
     FAILED: "failed: the last line of stderr says why, the run's logs/driver.log has the traceback",
-    CONFIG: "the recipe is wrong; nothing was started",
+    CONFIG: "the recipe is wrong; nothing was trained",
     PREFLIGHT: "the machine or cluster lacks something that the recipe asks for",
     NOTHING_TO_DO: "nothing to do: the run has all its steps already",
     GATE: "stopped by a gate: a threshold of the recipe was passed",

@@ -10,10 +10,11 @@ import aiohttp
 import ray
 
 from slime.config import SlimeConfig
+from slime.config.exits import PreflightError
 from slime.engine import arguments, settings
 from slime.engine.control import Control
 from slime.engine.endpoint import Endpoint
-from slime.engine.errors import EngineLost
+from slime.engine.errors import EngineError, EngineLost
 from slime.engine.live import LiveEngine
 from slime.engine.ports import free_ports
 from slime.engine.server import Server, ServerSpec
@@ -85,10 +86,13 @@ class EngineActor:
         return self.endpoints()
 
     async def attach(self, urls: Sequence[str]) -> list[Endpoint]:
-        """Use servers that the user started. Raises EngineError where one does not answer, ValueError for an SGLang that is too old."""
+        """Use servers that the user started. Raises PreflightError where one does not answer, ValueError for an SGLang that is too old."""
         self._session = open_session()
         for i, url in enumerate(urls):
-            info = await Control(Endpoint(url.rstrip("/"), self._key, f"engine {i} (rollout.external_urls)"), self._session).info()
+            try:
+                info = await Control(Endpoint(url.rstrip("/"), self._key, f"engine {i} (rollout.external_urls)"), self._session).info()
+            except (EngineError, EngineLost, TimeoutError) as error:
+                raise PreflightError(f"{error}; start the server, or correct the url or rollout.external_key_env") from error
             endpoint = Endpoint(url.rstrip("/"), self._key, f"engine {i}", info["version"])
             self._engines.append(LiveEngine(endpoint, info["tp_size"], self._session))
         return self.endpoints()

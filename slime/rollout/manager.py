@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from transformers import PreTrainedTokenizerBase
 
@@ -150,11 +151,14 @@ class RolloutManager:
         if self.filter_fn is None:
             return True
         try:
-            return bool(self.filter_fn(group))
+            kept = self.filter_fn(group)
         except Exception as error:
             raise RuntimeError(
                 f"rollout.filter={self.cfg.rollout.filter} failed on prompt {group.ordinal}: {type(error).__name__}: {error}"
             ) from error
+        if not isinstance(kept, bool | np.bool_):
+            raise ValueError(f"rollout.filter={self.cfg.rollout.filter} returned {type(kept).__name__}; return True to keep a group")
+        return bool(kept)
 
     def _check_errors(self, maker: GroupMaker, at_least: int = 0) -> None:
         """Stop where more rewards failed than reward.max_error_frac of the judged samples (of `at_least` that many)."""

@@ -14,6 +14,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from slime.cluster.placement import RolePlacement
 from slime.config import SyncConfig
+from slime.config.exits import PreflightError
 from slime.engine.client import EngineClient, Generation
 from slime.engine.errors import EngineError, EngineLost, StaleWeights
 from slime.engine.fleet import EngineFleet
@@ -120,10 +121,10 @@ def test_servers_of_the_user_are_used_and_left_alone(
     fleet.stop()
     assert server.alive
     monkeypatch.setenv("ENGINE_KEY", "wrong")
-    with pytest.raises(EngineError, match=r"engine 0 \(rollout.external_urls\) refused /server_info: 401"):
+    with pytest.raises(PreflightError, match=r"engine 0 \(rollout.external_urls\) refused /server_info: 401"):
         EngineFleet.start(cfg, None, tmp_path, "run")
     cfg.rollout.external_urls = ["http://127.0.0.1:9"]
-    with pytest.raises(EngineError, match=r"engine 0 \(rollout.external_urls\) at http://127.0.0.1:9 was lost during /server_info"):
+    with pytest.raises(PreflightError, match=r"engine 0 \(rollout.external_urls\) at http://127.0.0.1:9 was lost during /server_info"):
         EngineFleet.start(cfg, None, tmp_path, "run")
 
 

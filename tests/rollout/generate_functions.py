@@ -52,6 +52,10 @@ async def keeps_notes(sample: Sample, client: RolloutClient, cfg: RolloutConfig)
     return sample
 
 
+async def trains_nothing(sample: Sample, client: RolloutClient, cfg: RolloutConfig) -> Sample:
+    return sample
+
+
 async def twice(sample: Sample, client: RolloutClient, cfg: RolloutConfig) -> list[Sample]:
     """Two samples of one trajectory."""
     sample = await single_turn(sample, client, cfg)
@@ -68,3 +72,7 @@ def nobody_stays(group: Group) -> bool:
 
 def broken(group: Group) -> bool:
     raise ZeroDivisionError("division by zero")
+
+
+def perhaps(group: Group) -> Any:
+    return "yes"

@@ -166,6 +166,8 @@ def test_an_engine_that_fails(cfg: SlimeConfig, what: str, kind: type[Exception]
             ValueError,
             r"returned 1027 response tokens for prompt \d, above rollout\.max_response_tokens=1024; stop",
         ),
+        ("generate", "trains_nothing", ValueError, r"returned a sample without tokens to train on for prompt \d; append_answer"),
+        ("filter", "perhaps", ValueError, r"rollout\.filter=\S+:perhaps returned str; return True to keep a group"),
         ("filter", "broken", RuntimeError, r"rollout\.filter=\S+:broken failed on prompt \d: ZeroDivisionError: division by zero"),
         ("filter", "nobody_stays", GateStopped, r"prompts were dropped \(filter.*\) and 0 of 4 kept, .*; loosen rollout\.filter"),
     ],
