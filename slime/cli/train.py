@@ -4,23 +4,25 @@ import sys
 import warnings
 
 import hydra
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.syntax import Syntax
+from rich.text import Text
 
 from slime.cli.endings import exiting
 from slime.cli.help import train_help
 from slime.config import SlimeConfig
 from slime.config.checks import check
 from slime.config.exits import ConfigError
-from slime.config.load import VERSION_BASE, Recipe, compose, finish
-from slime.config.overrides import RECIPES, prepare
+from slime.config.load import VERSION_BASE, Recipe, check_hydra, check_interpolations, compose, compose_tree, finish
+from slime.config.overrides import prepare
 from slime.config.plan import plan
 from slime.config.plan_view import show
+from slime.config.recipes import RECIPES, recipe_folders, recipe_names
+from slime.config.sweep import check_directories, split
 from slime.engine import arguments, settings
 
 
@@ -43,7 +45,8 @@ def job(composed: DictConfig) -> None:
         check(recipe.cfg)
         check_options(recipe.cfg)
         if recipe.cfg.run.dry_run:
-            dry_run(recipe)
+            sweeps = hydra_config.mode is RunMode.MULTIRUN
+            dry_run(recipe, f"job {hydra_config.job.num}: {' '.join(hydra_config.overrides.task)}" if sweeps else None)
         else:
             from slime.train import main as train
 
@@ -53,14 +56,25 @@ def job(composed: DictConfig) -> None:
 def check_composition(argv: list[str]) -> None:
     """Compose the recipe once for every job, so that what Hydra would say comes in our words. Raises ConfigError."""
     given = get_args_parser().parse_args(argv)
-    if given.info or given.cfg or given.shell_completion or given.hydra_help:
+    if given.info or given.shell_completion or given.hydra_help:
         return
-    task = [text for text in given.overrides if not text.startswith(("hydra.", "hydra/"))]
-    jobs = [task]
-    if given.multirun and not any(text.startswith("hydra/sweeper=") for text in given.overrides):
-        jobs = [each for batch in BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(task), None) for each in batch]
-    for overrides in jobs:
-        compose(given.config_name or "base", list(overrides), given.config_dir)
+    hydras = [text for text in given.overrides if text.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    task = [text for text in given.overrides if text not in hydras]
+    for text in hydras:
+        check_hydra(text)
+    name = given.config_name or "base"
+    if given.cfg:
+        tree, _ = compose_tree(name, task, given.config_dir)
+        if given.resolve and given.cfg != "hydra":
+            check_interpolations(tree, name)
+        return
+    if given.config_name is None and not any(text.startswith(("model.path=", "model=")) for text in task):
+        recipes = [recipe for recipe in recipe_names(recipe_folders(given.config_dir)) if recipe != "base"]
+        raise ConfigError(f"--config-name is missing: name a recipe; there are {', '.join(recipes)}")
+    sweeps = given.multirun and not any(text.startswith("hydra/sweeper=") for text in hydras)
+    jobs = split(task) if sweeps else [task]
+    composed = [(overrides, compose(name, overrides, given.config_dir).cfg) for overrides in jobs]
+    check_directories(composed)
 
 
 def check_options(cfg: SlimeConfig) -> None:
@@ -77,8 +91,11 @@ def check_options(cfg: SlimeConfig) -> None:
         raise ConfigError(str(error)) from error
 
 
-def dry_run(recipe: Recipe) -> None:
-    """Print the resolved recipe and the resource plan."""
+def dry_run(recipe: Recipe, heading: str | None) -> None:
+    """Print the resolved recipe and the resource plan; in a sweep below a heading."""
     console = Console()
+    if heading is not None:
+        console.rule()
+        console.print(Text(heading), soft_wrap=True)
     console.print(Syntax(recipe.resolved, "yaml", background_color="default"))
     show(recipe.cfg, plan(recipe.cfg), console)

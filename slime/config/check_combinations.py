@@ -25,6 +25,12 @@ def check_combinations(cfg: SlimeConfig) -> None:
     _schedule(cfg)
     _evaluation(cfg)
     _cluster(cfg)
+    _observe(cfg)
+
+
+def _observe(cfg: SlimeConfig) -> None:
+    if cfg.observe.wandb == "off" and changed(cfg.observe, "project"):
+        raise _inert(f"observe.project={cfg.observe.project}", "observe.wandb=off", "set observe.wandb to offline or online, or remove it")
     if cfg.observe.mismatch_stop and cfg.observe.mismatch_warn > cfg.observe.mismatch_stop:
         raise ConfigError(
             f"observe.mismatch_warn={cfg.observe.mismatch_warn:g} is above "
@@ -92,6 +98,13 @@ def _rollout(cfg: SlimeConfig) -> None:
         for knob in ("engines", "tensor_parallel", "engine_python", "sglang"):
             if changed(rollout, knob):
                 raise _inert(f"rollout.{knob}", "rollout.external_urls, whose servers run already", f"remove rollout.{knob}, or the urls")
+        role = cfg.cluster.roles.get("rollout")
+        if role is not None and changed(role, "devices"):
+            raise _inert(
+                f"cluster.roles.rollout.devices={role.devices}",
+                "rollout.external_urls, whose servers have devices of their own",
+                "remove it, or the urls",
+            )
     if rollout.select != "arrival" and changed(rollout, "oversample"):
         raise _inert(
             f"rollout.oversample={rollout.oversample:g}", f"rollout.select={rollout.select}", "set rollout.select=arrival, or remove it"
@@ -160,7 +173,7 @@ def _schedule(cfg: SlimeConfig) -> None:
 def _evaluation(cfg: SlimeConfig) -> None:
     if cfg.run.eval_every and not cfg.data.eval:
         raise _inert(
-            f"run.eval_every={cfg.run.eval_every}", "no data.eval", "add a set (data.eval.<name>.path=...), or remove run.eval_every"
+            f"run.eval_every={cfg.run.eval_every}", "no data.eval", "add a set (data.eval.<name>.path=...), or set run.eval_every=0"
         )
     for name, chosen in cfg.data.eval.items():
         if not re.fullmatch(r"[\w.-]+", name):

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from slime.config import SlimeConfig
+from slime.config.check_serving import longest_answers
 from slime.config.exits import ConfigError
 from slime.config.roles import needed_roles
 from slime.config.tree import nearest
 
 DATA_SUFFIXES = (".jsonl", ".parquet")
+QUICKSTART = ("data", "quickstart")  # where recipes/quickstart*.yaml find model and data
 RESUME = ("auto", "never", "must")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -56,14 +58,12 @@ def model_config(cfg: SlimeConfig) -> dict[str, Any] | None:
 def _model(cfg: SlimeConfig) -> None:
     path = cfg.model.path
     if not is_hub_id(path) and not Path(path).is_dir():
-        raise ConfigError(f"model.path={path}: no such folder, and not a hub id (org/name)")
+        raise ConfigError(f"model.path={path}: no such folder, and not a hub id (org/name){_relative(path)}")
     config = model_config(cfg) or {}
     longest, rope = config.get("max_position_embeddings"), config.get("rope_scaling")
     if "rollout" not in needed_roles(cfg) or not isinstance(longest, int) or rope:
         return
-    answers = {"rollout.max_response_tokens": cfg.rollout.max_response_tokens}
-    answers |= {f"data.eval.{name}.max_response_tokens": s.max_response_tokens or 0 for name, s in cfg.data.eval.items()}
-    for knob, tokens in answers.items():
+    for knob, tokens in longest_answers(cfg).items():
         if cfg.data.max_prompt_tokens + tokens > longest:
             raise ConfigError(
                 f"data.max_prompt_tokens={cfg.data.max_prompt_tokens} + {knob}={tokens} exceed the {longest} positions of the model "
@@ -71,10 +71,18 @@ def _model(cfg: SlimeConfig) -> None:
             )
 
 
+def _relative(path: str) -> str:
+    """Where a relative path starts, and how what the quickstart's recipes name is made."""
+    if Path(path).is_absolute():
+        return ""
+    made = "; `make quickstart` in slime's repository makes it" if Path(path).parts[:2] == QUICKSTART else ""
+    return f" (relative paths start at {os.getcwd()}){made}"
+
+
 def _data_file(knob: str, path: str) -> None:
     if not path.endswith(DATA_SUFFIXES):
         raise ConfigError(f"{knob}={path}: not a {' or '.join(DATA_SUFFIXES)} file")
     if not Path(path).is_file():
-        raise ConfigError(f"{knob}={path}: no such file (relative paths start at {os.getcwd()})")
+        raise ConfigError(f"{knob}={path}: no such file{_relative(path)}")
     if not Path(path).stat().st_size:
         raise ConfigError(f"{knob}={path}: the file is empty")

@@ -13,9 +13,10 @@ from slime.config import SlimeConfig
 from slime.config.check_combinations import CPU_ONLY, check_combinations
 from slime.config.check_files import check_files
 from slime.config.check_functions import check_functions
+from slime.config.check_serving import check_serving
 from slime.config.check_sizes import check_sizes
 from slime.config.exits import ConfigError, PreflightError
-from slime.config.tree import nearest
+from slime.config.tree import figure, nearest
 
 SIGNS = {
     "low": ("at least", lambda value, bound: value >= bound),
@@ -31,6 +32,7 @@ def check(cfg: SlimeConfig) -> None:
     check_functions(cfg)
     check_combinations(cfg)
     check_sizes(cfg)
+    check_serving(cfg)
     check_files(cfg)
 
 
@@ -72,4 +74,4 @@ def _check_bounds(path: str, value: Any, metadata: Any) -> None:
     for name, (words, holds) in SIGNS.items():
         bound = metadata.get(name)
         if bound is not None and not holds(value, bound):
-            raise ConfigError(f"{path}={value:g}: must be {words} {bound:g}")
+            raise ConfigError(f"{path}={figure(value)}: must be {words} {figure(bound)}")

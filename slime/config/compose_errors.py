@@ -48,7 +48,7 @@ def _said(error: Exception) -> ConfigError:
     while below is not None and not isinstance(below, OmegaConfBaseException):
         below = below.__cause__ or below.__context__
     if below is None or not below.full_key:
-        return ConfigError(" ".join(str(error).split()))
+        return ConfigError(_hydras(" ".join(str(error).split())))
     key = str(below.full_key)
     if isinstance(below, MissingMandatoryValue):
         return ConfigError(f"{key} is required: {_knob(key).doc}")
@@ -59,6 +59,17 @@ def _said(error: Exception) -> ConfigError:
     if isinstance(below, ValidationError):
         return _wrong_value(below, key, place)
     return ConfigError(f"{key}{place}: {below.msg}")
+
+
+def _hydras(text: str) -> str:
+    """Hydra's own words, without its advice to write `+`."""
+    if group := re.match(r"Could not override '([^']+)'\. No match in the defaults list\..*?use \+(\S+)", text):
+        named, _, option = group[2].partition("=")
+        chosen = f"`{named}: {option}`"
+        return f"{group[2]}: the recipe chooses no {group[1]}, so there is nothing to override; put {chosen} in its defaults, before _self_"
+    if gone := re.match(r"Could not delete from config\. '([^']+)' does not exist", text):
+        return f"~{gone[1]}: there is no {gone[1]} to remove"
+    return re.sub(r"\s*To append to your \S+(?: \S+)? use \+\S+", "", text)
 
 
 def _place(error: Exception) -> str:
@@ -79,6 +90,9 @@ def _wrong_value(error: OmegaConfBaseException, key: str, place: str) -> ConfigE
     """A value of the wrong type, or null where a value is needed."""
     given = "null" if str(error.value) == "None" else error.value
     if beyond := re.fullmatch(r"(.*)\[\d+\]", key):
+        if isinstance(error.value, str):
+            item = f"{{path: {given}}}"
+            return ConfigError(f"{key}={given}{place}: an item is {item}, as in {beyond[1]}=[{item}]")
         return ConfigError(f"{key}{place}: {beyond[1]} has no such item; give the whole list: {beyond[1]}=[{{path: ...}}, ...]")
     knob = next((knob for knob in knobs() if _as_key(knob.path, key) == key), None)
     if knob is None:

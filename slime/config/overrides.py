@@ -4,39 +4,34 @@ Hydra's grammar stays as it is. Every key is looked up in the tree of knobs; whe
 dictionary, a first evaluation set), the prefix is written here, so that a user never types one.
 """
 
+import re
 from dataclasses import is_dataclass
-from importlib.resources import files
 from pathlib import Path
-from typing import get_origin
+from typing import Any, get_args, get_origin
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 
 from slime.config.exits import ConfigError
+from slime.config.flags import parse_flags
+from slime.config.recipes import RECIPES, recipe_folders
 from slime.config.tree import STEP_NAMES, did_you_mean, element, is_open, knobs, nearest, type_of
 
-RECIPES = Path(str(files("slime_recipes")))
+__all__ = ["RECIPES", "prepare", "prepare_override", "recipe_folders"]
 
 
 def prepare(argv: list[str]) -> list[str]:
     """The arguments for Hydra: its flags, then the overrides, each checked and prefixed. Raises ConfigError for one that names no knob."""
-    given = get_args_parser().parse_intermixed_args(argv)
+    given = parse_flags(argv)
     folders = recipe_folders(given.config_dir)
     flags = [argument for argument in argv if argument not in given.overrides]
     return [*flags, *(prepare_override(text, folders) for text in given.overrides)]
 
 
-def recipe_folders(config_dir: str | Path | None) -> list[Path]:
-    """Where recipes and their groups lie. Raises ConfigError for a --config-dir that is not there."""
-    if config_dir and not Path(config_dir).is_dir():
-        raise ConfigError(f"--config-dir {config_dir}: no such folder")
-    return [RECIPES, *([Path(config_dir)] if config_dir else [])]
-
-
 def prepare_override(text: str, folders: list[Path]) -> str:
     """One override for Hydra. `folders` hold the recipes and their groups (model/, algorithm/, ...)."""
+    text = expand_home(text)
     override = _parse(text)
     key = override.key_or_group
     if key == "hydra" or key.startswith(("hydra.", "hydra/")) or override.package is not None:
@@ -49,7 +44,7 @@ def prepare_override(text: str, folders: list[Path]) -> str:
     if override.type is OverrideType.DEL:
         parent = key.rpartition(".")[0]
         if element(type_of(parent) if parent else None) is None:
-            raise ConfigError(f"{text}: a knob cannot be removed; set it to another value ({key}=null where it takes null)")
+            raise ConfigError(f"{text}: {_instead(key, hint)}")
         return text
     if is_dataclass(hint) and not isinstance(override.value(), dict):
         names = [knob.path for knob in knobs() if knob.path.startswith(key + ".")]
@@ -57,6 +52,23 @@ def prepare_override(text: str, folders: list[Path]) -> str:
     if get_origin(hint) is dict and override.value() == {}:
         raise ConfigError(f"{text}: dictionaries are merged, so an empty one changes nothing; remove a name with '~{key}.<name>'")
     return _into_dictionary(bare, override.is_sweep_override())
+
+
+def expand_home(text: str) -> str:
+    """The override with ~/ at the beginning of a path written out: Hydra's grammar has no ~, and the shell leaves it alone after `=`."""
+    if not re.match(r"\+*(data|model|run|rollout\.engine_python)\b", text):
+        return text
+    return re.sub(r"(=|,|: )(['\"]?)~/", lambda found: f"{found[1]}{found[2]}{Path.home()}/", text)
+
+
+def _instead(key: str, hint: Any) -> str:
+    """What can be done where a knob or a group cannot be removed."""
+    if is_dataclass(hint):
+        return "a group of knobs cannot be removed; set its knobs"
+    if get_origin(hint) is dict:
+        return f"a dictionary cannot be removed; remove a name with '~{key}.<name>'"
+    other = f"{key}=[]" if get_origin(hint) is list else f"{key}=null" if type(None) in get_args(hint) else "another value"
+    return f"a knob cannot be removed; set {other if '=' in other else 'it to ' + other}"
 
 
 def _parse(text: str) -> Override:

@@ -11,7 +11,7 @@ class RunConfig:
     """Name of the run's directory; by default the recipe's name and a hash of the overrides."""
     dir: str = "runs"
     """Folder that holds the run's directory; every rank and engine host must see it."""
-    seed: int = number(0, low=0)
+    seed: int = number(0, low=0, high=2**32 - 1)  # NumPy's bound, by which SGLang seeds
     """The one seed: data order, sampling, initialisation and dropout derive from it."""
     steps: int = number(100, low=1)
     """Updates to complete; one update trains one batch of rollout.prompts_per_step prompts."""

@@ -34,11 +34,16 @@ class Knob:
         if "choices" in self.metadata:
             return " | ".join(self.metadata["choices"])
         bounds = [
-            f"{sign} {self.metadata[key]:g}"
+            f"{sign} {figure(self.metadata[key])}"
             for key, sign in (("low", ">="), ("above", ">"), ("high", "<="), ("below", "<"))
             if self.metadata.get(key) is not None
         ]
         return ", ".join([type_words(self.type), *bounds])
+
+
+def figure(value: float) -> str:
+    """A number as a recipe would write it: whole ones in full."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def type_words(hint: Any) -> str:
@@ -108,7 +113,7 @@ def unknown_key(key: str, at: int, place: str = "") -> ConfigError:
     known = ".".join(steps[:at])
     siblings = list(get_type_hints(type_of(known) if known else SlimeConfig))
     close = [".".join([*steps[:at], name, *steps[at + 1 :]]) for name in difflib.get_close_matches(steps[at], siblings, 3, 0.6)]
-    close = [name for name in close if _exists(name)] or _elsewhere(key)
+    close = [name for name in close if _exists(name)] or elsewhere(key)
     return ConfigError(f"unknown key {key}{place}: " + did_you_mean(close, f"{known or 'a recipe'} has {', '.join(siblings)}"))
 
 
@@ -118,8 +123,10 @@ def did_you_mean(names: list[str], otherwise: str) -> str:
 
 
 def nearest(value: str, legal: list[str] | tuple[str, ...]) -> str:
-    """', did you mean x?' where a legal value is near, else nothing."""
-    close = difflib.get_close_matches(value, legal, 1, 0.5)
+    """'; did you mean x?' where a legal value is a near spelling, else nothing. A slip seldom hits the first letter: async is not sync."""
+    lower = {name.lower(): name for name in legal}
+    same_start = [name for name in lower if name[:1] == value[:1].lower()]
+    close = [lower[name] for name in difflib.get_close_matches(value.lower(), same_start, 1, 0.7)]
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -131,7 +138,7 @@ def _exists(key: str) -> bool:
     return True
 
 
-def _elsewhere(key: str) -> list[str]:
+def elsewhere(key: str) -> list[str]:
     """Knobs of the same or a similar last name in other groups."""
     last = key.rpartition(".")[2]
     names: dict[str, list[str]] = {}

@@ -78,9 +78,40 @@ def test_sweep_with_a_bad_job_starts_none(slime: Slime, runs: list) -> None:
     code, out, err = slime("train", *GOOD, "run.seed=1,x", "--multirun")
     assert (code, out, runs) == (2, "", [])
     assert (
-        err
-        == "slime: run.seed=x: takes a whole number, >= 0. The one seed: data order, sampling, initialisation and dropout derive from it.\n"
+        err == "slime: run.seed=x: takes a whole number, >= 0, <= 4294967295. "
+        "The one seed: data order, sampling, initialisation and dropout derive from it.\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["run.name=same", "run.seed=1,2"], "share run.dir=runs, run.name=same: leave run.name out, or put ${run.seed} in it"),
+        (
+            ["run.name=same", "run.steps=1,2"],
+            "share run.dir=runs, run.name=same: set run.name with ${run.steps} in it, as in 'run.name=mine-${run.steps}'",
+        ),
+        (["run.seed=1,1", "run.name=x"], "are the same: GOOD run.seed=1 run.name=x; remove one"),
+    ],
+)
+def test_jobs_of_a_sweep_have_directories_of_their_own(argv: list[str], text: str, slime: Slime, runs: list) -> None:
+    assert slime("train", "--multirun", *GOOD, *argv) == (
+        2,
+        "",
+        f"slime: jobs 0 and 1 of this sweep {text.replace('GOOD', ' '.join(GOOD).replace('path: ', 'path:'))}\n",
+    )
+    assert runs == []
+
+
+def test_jobs_with_the_swept_knob_in_their_name(slime: Slime, runs: list) -> None:
+    assert slime("train", "--multirun", *GOOD, "run.steps=1,2", "run.name=a-${run.steps}", "run.dir=runs")[0] == 0
+    assert [cfg.run.name for cfg, _ in runs] == ["a-1", "a-2"]
+
+
+def test_dry_run_of_a_sweep_has_a_heading_a_job(slime: Slime, runs: list) -> None:
+    code, out, _ = slime("train", "--multirun", *GOOD, "run.seed=5,6", "run.dry_run=true", "run.dir=runs")
+    headings = [line.partition(":")[0] for line in out.splitlines() if line.startswith("job ") and "run.seed=" in line]
+    assert (code, runs, headings) == (0, [], ["job 0", "job 1"])
 
 
 def test_config_of_a_recipe_in_a_folder(slime: Slime, runs: list, tmp_path: Path) -> None:
@@ -113,6 +144,27 @@ def test_help_lists_every_knob(slime: Slime, runs: list) -> None:
     ("argv", "text"),
     [
         (["trian"], "slime trian: no such command; there are train, report; did you mean train?"),
+        (["train"], "--config-name is missing: name a recipe; there are quickstart, quickstart_bf16, quickstart_sft"),
+        (["train", "--dry-run", *GOOD], "--dry-run: no such flag; a knob is set by key=value, run.dry_run=true"),
+        (["train", "--trainer.lr=1", *GOOD], "--trainer.lr: no such flag; a knob is set by key=value, trainer.lr=1"),
+        (["train", "--recipe", "x"], "--recipe: no such flag; a recipe is named by --config-name"),
+        (["train", "--config_name", "x"], "--config_name: no such flag; a recipe is named by --config-name"),
+        (["train", "--mutlirun", *GOOD], "--mutlirun: no such flag; did you mean --multirun?"),
+        (["train", "--config-path", "x"], "--config-path x: use --config-dir, which adds a folder of recipes to slime's own"),
+        (
+            ["train", "--config-name"],
+            "argument --config-name/-cn: expected one argument; `slime train --help` shows how it is called",
+        ),
+        (["train", "--cfg", "job", "--resolve", "run.seed=${run.stepz}"], "run.seed: Interpolation key 'run.stepz' not found"),
+        (["train", "--cfg", "job", "trainer.lr=fast"], "trainer.lr=fast: takes a number, >= 0. Peak learning rate of Adam."),
+        (
+            ["train", "--cfg", "job", "--config-name", "nope"],
+            "no recipe nope; there are base, quickstart, quickstart_bf16, quickstart_sft",
+        ),
+        (
+            ["train", *GOOD, "hydra.jobx=1"],
+            "hydra.jobx=1: Hydra has no such setting or value; `slime train --cfg hydra` shows its settings",
+        ),
         (["train", "run.stepz=1"], "unknown key run.stepz: did you mean run.steps?"),
         (["train", "--config-dir", "nowhere"], "--config-dir nowhere: no such folder"),
         (["train", "--cfg", "job", "run.stepz=1"], "unknown key run.stepz: did you mean run.steps?"),

@@ -21,6 +21,15 @@ FUNCTIONS = """
 THREE = 3
 def keep(group): return True
 def answer(sample, client, cfg): return sample
+async def later(group): return False
+def each(group): yield True
+def two(args, sample): return 1.0
+def nothing(): return 1.0
+def compute_score(data_source, solution_str, ground_truth, extra_info=None): return 1.0
+async def turn(sample, client): return sample
+class Scorer:
+    async def __call__(self, sample, client, cfg): return sample
+scorer = Scorer()
 async def turns(sample, client, cfg): return sample
 def imitate(cfg):
     from slime.algorithms.base import Algorithm

@@ -3,6 +3,7 @@
 # ruff: noqa: E501
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -29,7 +30,12 @@ BAD_KEYS = {
     "data.train[0].path=x": "data.train[0].path=x: a position in a list is written with a dot: data.train.0.path=x",
     "run.seed.x=1": "run.seed.x: run.seed is a whole number and has nothing below it",
     "model=qwen3": "model=qwen3: model is a group of knobs; set one of model.path, model.family, model.dtype",
-    "~run.seed": "~run.seed: a knob cannot be removed; set it to another value (run.seed=null where it takes null)",
+    "~run.seed": "~run.seed: a knob cannot be removed; set it to another value",
+    "~reward.pattern": "~reward.pattern: a knob cannot be removed; set reward.pattern=null",
+    "~rollout.stop": "~rollout.stop: a knob cannot be removed; set rollout.stop=[]",
+    "~data.eval": "~data.eval: a dictionary cannot be removed; remove a name with '~data.eval.<name>'",
+    "~data": "~data: a group of knobs cannot be removed; set its knobs",
+    "~data.eval.h": "~data.eval.h: there is no data.eval.h to remove",
     "data.eval={}": "data.eval={}: dictionaries are merged, so an empty one changes nothing; remove a name with '~data.eval.<name>'",
     "quickstart": "quickstart: not key=value; the recipe's name goes to --config-name",
     r"reward.pattern=^\d+$": r"reward.pattern=^\d+$: Hydra cannot read the value; quote it twice, once for the shell and once for Hydra: "
@@ -41,11 +47,12 @@ BAD_TYPES = {
     "Updates to complete; one update trains one batch of rollout.prompts_per_step prompts.",
     "run.steps=null": "run.steps=null: takes a whole number, >= 1. "
     "Updates to complete; one update trains one batch of rollout.prompts_per_step prompts.",
-    "run.seed=1.5": "run.seed=1.5: takes a whole number, >= 0. "
+    "run.seed=1.5": "run.seed=1.5: takes a whole number, >= 0, <= 4294967295. "
     "The one seed: data order, sampling, initialisation and dropout derive from it.",
     "trainer.lr=fast": "trainer.lr=fast: takes a number, >= 0. Peak learning rate of Adam.",
     "rollout.dump=maybe": "rollout.dump=maybe: takes true or false. Write every batch and its samples to rollouts/ in the run's directory.",
     "rollout.stop=x": "rollout.stop=x: takes a list. Strings that end an answer, beside the tokenizer's end tokens.",
+    "data.train=[ok.jsonl]": "data.train[0]=ok.jsonl: an item is {path: ok.jsonl}, as in data.train=[{path: ok.jsonl}]",
     "data.train=x": "data.train=x: takes a list",
     "data.train=[{pth: x}]": "unknown key data.train.0.pth: did you mean data.train.0.path?",
     "data.train.1.path=x": "data.train[1]: data.train has no such item; give the whole list: data.train=[{path: ...}, ...]",
@@ -64,7 +71,12 @@ BAD_VALUES = {
     "rollout.temperature=0": "rollout.temperature=0: must be above 0",
     "data.train=[{path: p.jsonl, weight: 0}]": "data.train.0.weight=0: must be above 0",
     "observe.wandb=onlin": "observe.wandb=onlin: takes offline, online, off; did you mean online?",
-    "rollout.mode=async": "rollout.mode=async: takes sync, one_step_off; did you mean sync?",
+    "rollout.mode=async": "rollout.mode=async: takes sync, one_step_off",
+    "rollout.mode=Sync": "rollout.mode=Sync: takes sync, one_step_off; did you mean sync?",
+    "model.dtype=float16": "model.dtype=float16: takes bf16, fp32",
+    "algorithm.name=ppo": "algorithm.name=ppo: takes grpo, sft or an import path pkg.mod:fn",
+    "algorithm.name=GRPO": "algorithm.name=GRPO: takes grpo, sft or an import path pkg.mod:fn; did you mean grpo?",
+    "run.seed=4294967296": "run.seed=4294967296: must be at most 4294967295",
     "run.name=a/b": "run.name=a/b: names one directory below run.dir; use letters, digits and . _ - + = , @",
     "algorithm.name=gpro": "algorithm.name=gpro: takes grpo, sft or an import path pkg.mod:fn; did you mean grpo?",
     "algorithm.name=nowhere:f": "algorithm.name=nowhere:f: no module nowhere; is its folder in PYTHONPATH or the working directory?",
@@ -78,6 +90,20 @@ BAD_VALUES = {
     "reward.fn=functions:THREE": "reward.fn=functions:THREE: module functions's THREE is int, not a function",
     "rollout.filter=nowhere:f": "rollout.filter=nowhere:f: no module nowhere; is its folder in PYTHONPATH or the working directory?",
     "rollout.generate=functions:answer": "rollout.generate=functions:answer: not an async function; write async def fn(sample, client, cfg)",
+    "rollout.filter=functions:later": "rollout.filter=functions:later: it returns a coroutine, which is always true, so every group would be "
+    "kept; write def fn(group) -> bool",
+    "rollout.filter=functions:each": "rollout.filter=functions:each: it returns a generator, which is always true, so every group would be "
+    "kept; write def fn(group) -> bool",
+    "rollout.filter=functions:nothing": "rollout.filter=functions:nothing: slime calls it as fn(group), and nothing() does not take that "
+    "(too many positional arguments)",
+    "rollout.generate=functions:turn": "rollout.generate=functions:turn: slime calls it as fn(sample, client, cfg), and turn(sample, client) "
+    "does not take that (too many positional arguments)",
+    "reward.fn=functions:compute_score": "reward.fn=functions:compute_score: slime calls it as fn(sample) (reward.signature=sample), and "
+    "compute_score(data_source, solution_str, ground_truth, extra_info=...) has the parameters of verl's; set reward.signature=verl",
+    "data.eval={h: {path: p.jsonl, reward: 'functions:two'}}": "data.eval.h.reward=functions:two: slime calls it as fn(sample) "
+    "(reward.signature=sample), and two(args, sample) does not take that (missing a required argument: 'sample'); set reward.signature=slime",
+    "reward.fn=functions:nothing": "reward.fn=functions:nothing: slime calls it as fn(sample) (reward.signature=sample), and nothing() does "
+    "not take that (too many positional arguments); reward.signature is one of sample, group, verl, slime",
     "reward.url=localhost:80": "reward.url=localhost:80: not an http:// or https:// address",
     "rollout.external_urls=[localhost]": "rollout.external_urls: 'localhost' is not http://host:port",
     "rollout.stop=['']": "rollout.stop has an empty string, which would end every answer at once: remove it",
@@ -85,8 +111,12 @@ BAD_VALUES = {
 }
 
 BAD_FILES = {
-    "model.path=nowhere": "model.path=nowhere: no such folder, and not a hub id (org/name)",
-    "model.path=model/x": "model.path=model/x: no such folder, and not a hub id (org/name)",
+    "model.path=nowhere": "model.path=nowhere: no such folder, and not a hub id (org/name) (relative paths start at {cwd})",
+    "model.path=model/x": "model.path=model/x: no such folder, and not a hub id (org/name) (relative paths start at {cwd})",
+    "model.path=/no/model": "model.path=/no/model: no such folder, and not a hub id (org/name)",
+    "model.path=data/quickstart/warm": "model.path=data/quickstart/warm: no such folder, and not a hub id (org/name) (relative paths start at "
+    "{cwd}); `make quickstart` in slime's repository makes it",
+    "data.train.0.path=~/q.jsonl": "data.train.0.path={home}/q.jsonl: no such file",
     "model.path=rollouts": "model.path=rollouts: no config.json there; give a Hugging Face model directory",
     "data.train=[]": "data.train is empty: name files of prompts, data.train=[{path: prompts.jsonl}]",
     "data.train=[{path: q.jsonl}]": "data.train.0.path=q.jsonl: no such file (relative paths start at {cwd})",
@@ -124,6 +154,14 @@ BAD_COMBINATIONS = {
     "run.replay=rollouts": "run.replay=rollouts has no effect with run.only=all: set run.only=train, or unset run.replay",
     "run.only=train run.replay=nowhere": "run.replay=nowhere: no such folder; it is the rollouts/ that a run with rollout.dump=true wrote",
     "run.only=rollout": "run.only=rollout without rollout.dump=true would throw all rollouts away: set rollout.dump=true",
+    "observe.wandb='off' observe.project=mine": "observe.project=mine has no effect with observe.wandb=off: set observe.wandb to offline or "
+    "online, or remove it",
+    "rollout.external_urls=['http://h:1'] cluster.roles.rollout.devices=2": "cluster.roles.rollout.devices=2 has no effect with "
+    "rollout.external_urls, whose servers have devices of their own: remove it, or the urls",
+    "rollout.sglang.dtype=float16": "rollout.sglang.dtype is set by slime: use model.dtype",
+    "rollout.sglang.random_seed=3": "rollout.sglang.random_seed is set by slime: use run.seed",
+    "rollout.sglang.context_length=2000": "rollout.sglang.context_length=2000 is below data.max_prompt_tokens=1024 + "
+    "rollout.max_response_tokens=1024: raise it, or lower one of them",
     "reward.pattern=x": "reward.pattern=x has no effect with reward.fn=exact: set reward.fn=format, or remove reward.pattern",
     "reward.fn=format": "reward.fn=format judges by a regular expression: set reward.pattern",
     "data.eval={h: {path: p.jsonl, reward: format}}": "data.eval.h.reward=format judges by a regular expression: set reward.pattern",
@@ -150,7 +188,7 @@ BAD_COMBINATIONS = {
     f"the run's 100 optimizer steps{RUN}: lower one",
     "trainer.schedule=wsd trainer.warmup_steps=95": "trainer.warmup_steps=95 + trainer.decay_steps=10 (its default, a tenth) exceed "
     f"the run's 100 optimizer steps{RUN}: lower one",
-    "run.eval_every=5": "run.eval_every=5 has no effect with no data.eval: add a set (data.eval.<name>.path=...), or remove run.eval_every",
+    "run.eval_every=5": "run.eval_every=5 has no effect with no data.eval: add a set (data.eval.<name>.path=...), or set run.eval_every=0",
     "data.eval.h.path=p.jsonl data.eval.h.samples=4": "data.eval.h.samples=4 has no effect with data.eval.h.temperature=0, "
     "where all answers are the same: set data.eval.h.temperature above 0",
     "algorithm.name=sft algorithm.clip_high=0.3": "algorithm.clip_high=0.3 has no effect with algorithm.name=sft: remove algorithm.clip_high",
@@ -184,7 +222,7 @@ def error_of(overrides: list[str]) -> str:
 
 @pytest.mark.parametrize(("override", "text"), (BAD_KEYS | BAD_TYPES | BAD_VALUES | BAD_FILES).items())
 def test_one_bad_override(override: str, text: str, workdir) -> None:
-    assert error_of([override]) == text.replace("{cwd}", str(workdir))
+    assert error_of([override]) == text.replace("{cwd}", str(workdir)).replace("{home}", str(Path.home()))
 
 
 @pytest.mark.parametrize(("overrides", "text"), (INERT | BAD_COMBINATIONS).items())
@@ -208,6 +246,12 @@ def test_overrides_that_do_not_go_together(overrides: str, text: str, workdir) -
         "reward.fn=format reward.pattern=x",
         "rollout.external_urls=['http://h:1'] rollout.external_key_env=HOME",
         "rollout.generate=functions:turns rollout.filter=functions:keep reward.fn=functions:keep",
+        "reward.fn=functions:compute_score reward.signature=verl rollout.generate=functions:scorer",
+        "reward.fn=functions:two reward.signature=slime",
+        "reward.fn=functions:keep reward.signature=group",
+        "rollout.filter=builtins:max reward.fn=builtins:bool",
+        "run.seed=4294967295 run.steps=3 run.save_every=10 run.eval_every=5 data.eval.h.path=p.jsonl",
+        "rollout.sglang.context_length=2048",
         "trainer.schedule=wsd trainer.warmup_steps=50 trainer.decay_steps=50",
         "trainer.schedule=wsd trainer.warmup_steps=90",
         "cluster.roles.actor.devices=4 trainer.tensor_parallel=2 cluster.roles.rollout.devices=4 rollout.engines=2 rollout.tensor_parallel=2",
@@ -255,6 +299,9 @@ def test_model_config_that_is_not_json(workdir) -> None:
 
 
 RECIPES = {
+    "run: {steps: 3}\n": "recipe mine does not begin with `defaults: [base, _self_]`",
+    "defaults: [_self_]\nrun: {steps: 3}\n": "recipe mine does not begin with `defaults: [base, _self_]`",
+    "": "recipe mine does not begin with `defaults: [base, _self_]`",
     "defaults: [base, _self_]\nrun: {stepz: 3}\n": "unknown key run.stepz (recipe mine): did you mean run.steps?",
     "defaults: [base, _self_]\nrun: {steps: many}\n": "run.steps=many (recipe mine): takes a whole number, >= 1. "
     "Updates to complete; one update trains one batch of rollout.prompts_per_step prompts.",

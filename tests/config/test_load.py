@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from slime.config import DataFile, EvalSet, RoleConfig, SlimeConfig
+from slime.config import DataFile, EvalSet, RoleConfig, SlimeConfig, recipes
 from slime.config.exits import ConfigError
 from slime.config.load import compose
 from slime.config.overrides import RECIPES, prepare, prepare_override
@@ -92,6 +92,45 @@ def test_config_groups(tmp_path) -> None:
     assert (cfg.model.path, cfg.model.family, cfg.run.seed, cfg.run.steps) == ("here", "qwen3", 5, 2)
     with pytest.raises(ConfigError, match=r"^model=qwen: group model has qwen3; did you mean qwen3\?$"):
         compose("mine", ["model=qwen"], tmp_path)
+
+
+def test_group_that_the_recipe_does_not_choose(tmp_path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "qwen3.yaml").write_text("path: here\n")
+    (tmp_path / "mine.yaml").write_text("defaults: [base, _self_]\n")
+    with pytest.raises(ConfigError) as raised:
+        compose("mine", ["model=qwen3"], tmp_path)
+    assert str(raised.value) == (
+        "model=qwen3: the recipe chooses no model, so there is nothing to override; put `model: qwen3` in its defaults, before _self_"
+    )
+
+
+@pytest.mark.parametrize("name", ["quickstart.yaml", "base.yaml", "slime_schema.yaml"])
+def test_own_recipe_with_the_name_of_a_built_in(name: str, tmp_path) -> None:
+    (tmp_path / name).write_text("defaults: [base, _self_]\n")
+    with pytest.raises(ConfigError) as raised:
+        compose("quickstart", config_dir=tmp_path)
+    assert str(raised.value) == f"--config-dir {tmp_path}: {name} has the name of a recipe of slime's; rename it"
+
+
+def test_own_group_with_the_name_of_a_built_in(tmp_path, monkeypatch) -> None:
+    built_in, own = tmp_path / "recipes", tmp_path / "cp"
+    for folder in (built_in, own):
+        (folder / "model").mkdir(parents=True)
+        (folder / "model" / "tiny.yaml").write_text("path: here\n")
+    monkeypatch.setattr(recipes, "RECIPES", built_in)
+    with pytest.raises(ConfigError, match=r"model/tiny.yaml has the name of a recipe of slime's; rename it$"):
+        recipes.recipe_folders(own)
+    assert recipes.recipe_folders(built_in) == [built_in]
+
+
+def test_home_is_written_out(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/h")
+    (tmp_path / "mine.yaml").write_text("defaults: [base, _self_]\ndata: {eval: {a.b: {path: ~/e.jsonl}}}\nrun: {dir: ~/runs}\n")
+    recipe = compose("mine", ["model.path=~/m", "data.train=[{path: ~/t.jsonl}]"], tmp_path)
+    assert (recipe.cfg.model.path, recipe.cfg.data.train[0].path, recipe.cfg.run.dir) == ("/h/m", "/h/t.jsonl", "/h/runs")
+    assert recipe.cfg.data.eval["a.b"].path == "/h/e.jsonl" and "~" not in recipe.resolved
+    assert prepare_override("reward.pattern='a=~/'", [RECIPES]) == "reward.pattern='a=~/'"
 
 
 def test_missing_config_dir() -> None:

@@ -5,9 +5,12 @@ import pytest
 from slime.algorithms.registry import BUILDERS, build_algorithm
 from slime.config import AlgorithmConfig, RewardConfig
 from slime.config.check_functions import REWARDS
+from slime.config.check_serving import FROM_KNOBS
 from slime.config.load import compose
 from slime.config.roles import ALGORITHMS, generates, needed_roles, needs_rollouts
 from slime.config.tree import knobs
+from slime.cpu import serving
+from slime.engine.settings import server_arguments
 from slime.models.registry import FAMILIES
 from slime.rollout.rewards.builtin import builtin
 
@@ -22,6 +25,16 @@ def test_rewards() -> None:
     for name in REWARDS:
         assert builtin(RewardConfig(fn=name, pattern="x"), "reward.fn") is not None
     assert builtin(RewardConfig(fn="no such reward"), "reward.fn") is None
+
+
+def test_server_arguments_that_come_from_knobs(workdir) -> None:
+    arguments = server_arguments(compose(overrides=["model.path=model"]).cfg, "cpu")
+    assert arguments.keys() - serving.arguments(False).keys() - FROM_KNOBS.keys() == {
+        "log_level_http",
+        "max_running_requests",
+        "max_total_tokens",
+    }
+    assert arguments.keys() >= FROM_KNOBS.keys()
 
 
 def test_families() -> None:
