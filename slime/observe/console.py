@@ -5,8 +5,11 @@ to say (libraries, Ray, engines) goes to files of the run directory.
 """
 
 import contextlib
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import IO
 
 from rich.console import Console as RichConsole
 from rich.console import Group
@@ -100,7 +103,8 @@ class Console:
         self._line(Text(f"warning: {text}", style="yellow"))
 
     def close(self, summary: Summary) -> None:
-        """Stop the bars and say how the run ended: accuracy before and after, and where everything lies."""
+        """Stop the bars and say how the run ended: accuracy before and after, and where everything lies. The reason too, but where the
+        command's last line on stderr, `slime: <reason>`, comes to the same place."""
         self.stop()
         self._line(Text())
         body = Group(*self._accuracy(summary), *_places(summary.paths))
@@ -119,7 +123,7 @@ class Console:
             self._progress.stop()
 
     def _accuracy(self, summary: Summary) -> list[Text]:
-        lines = [Text(summary.reason, style="red")] if summary.reason else []
+        lines = [Text(summary.reason, style="red")] if summary.reason and not _same_place(self.out.file, sys.stderr) else []
         for name, after in summary.eval_after.items():
             before = summary.eval_before.get(name)
             change = "" if before is None else f"{before:.1%} -> {after:.1%}  ({100 * (after - before):+.1f} points)"
@@ -128,6 +132,14 @@ class Console:
 
     def _line(self, text: Text) -> None:
         self.out.print(text, soft_wrap=True)
+
+
+def _same_place(a: IO[str], b: IO[str]) -> bool:
+    """Whether both write to one terminal, pipe or file; False for what is none of them."""
+    try:
+        return os.path.sameopenfile(a.fileno(), b.fileno())
+    except (OSError, ValueError):
+        return False
 
 
 def _places(paths: Mapping[str, str]) -> list[Text]:

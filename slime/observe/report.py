@@ -36,7 +36,7 @@ def render(run: RunRecord) -> str:
         sections.append(f'<h2>Learning</h2><div class="grid two">{curves}</div>')
     for heading, cards in report_curves.groups(run):
         sections.append(f'<h2>{escape(heading)}</h2><div class="grid">{cards}</div>')
-    sections += [before_after_table(run.examples), samples(run.examples), ledger(run), files(run)]
+    sections += [before_after_table(run.examples), samples(run.examples, judged=not run.supervised), ledger(run), files(run)]
     return "\n".join(s for s in sections if s)
 
 
@@ -51,12 +51,13 @@ def header(run: RunRecord) -> str:
 def recipe(run: RunRecord) -> str:
     """The recipe in one line."""
     config = {f"{group}.{name}": value for group, knobs in run.config.items() if isinstance(knobs, dict) for name, value in knobs.items()}
+    batch = "{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} answers an update"
     parts = [
         "{model.path}, {model.dtype}",
         "{algorithm.name}",
-        "{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} answers an update",
+        "{rollout.prompts_per_step} examples an update" if run.supervised else batch,
         "lr {trainer.lr}",
-        "{rollout.mode}",
+        *([] if run.supervised else ["{rollout.mode}"]),
         "seed {run.seed}",
     ]
     names = [[piece.split("}")[0] for piece in part.split("{")[1:]] for part in parts]
@@ -103,7 +104,7 @@ def facts(run: RunRecord) -> str:
         "wall time": duration(wall_s) if wall_s else "",
         "reward, first → last": f"{number(known[0])} → {number(known[-1])}" if known else "",
         "tokens per second": short(sum(speeds) / len(speeds)) if speeds else "",
-        "worst log-prob difference": number(max(drifts)) if drifts else "",
+        "log-prob difference, worst step mean": number(max(drifts)) if drifts else "",
     }
     cards = "".join(f'<div class="card fact"><span>{name}</span><b>{escape(value)}</b></div>' for name, value in shown.items() if value)
     return f'<div class="facts">{cards}</div>'

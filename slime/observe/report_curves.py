@@ -1,5 +1,6 @@
 """Which curves a report shows. A chart whose metrics no step has is left out."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
@@ -9,6 +10,13 @@ from slime.observe.console_table import seconds, short
 from slime.observe.report_data import RunRecord
 
 MAX_LINES = 6  # colours of the page
+SAME = 1e-5  # relative difference up to which two metrics are drawn once
+EVALUATION = (  # metric of a set, title, note
+    ("accuracy", "Evaluation accuracy", ""),
+    ("avg_at_k", "Evaluation avg@k", "mean reward of all k answers"),
+    ("pass_at_k", "Evaluation pass@k", "one of k answers has a reward of 1"),
+)
+AXIS = '<div class="note" style="margin: 0; text-align: center">update</div>'
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +31,7 @@ class Curve:
     limit: str = ""  # a knob of `observe` drawn as a dashed line
     note: str = ""
     if_any: bool = False  # left out where all values are 0
+    unless_as: str = ""  # left out where its values are those of this metric
 
 
 FROM_0 = (0.0, None)
@@ -41,7 +50,7 @@ GROUPS: tuple[tuple[str, tuple[Curve, ...]], ...] = (
         (
             Curve("Entropy", (("train/entropy", "nats a token"),)),
             Curve("Policy loss", (("train/pg_loss", "loss"),)),
-            Curve("Loss", (("train/loss", "loss"),)),
+            Curve("Loss", (("train/loss", "loss"),), unless_as="train/pg_loss"),
             Curve("Gradient norm", (("train/grad_norm", "before clipping"),), bounds=FROM_0),
             Curve("Clipped tokens", (("train/clip_frac", "share"),), bounds=FROM_0, write=percent),
             Curve("KL of the update", (("train/kl", "k3 estimate"),), if_any=True),
@@ -70,16 +79,33 @@ GROUPS: tuple[tuple[str, tuple[Curve, ...]], ...] = (
 
 def learning(run: RunRecord) -> str:
     """Accuracy on every evaluation set, and the reward: what a run is for."""
-    sets = [s for n in run.names("eval/", "/accuracy")[:MAX_LINES] if (s := run.series(f"eval/{n}/accuracy", n, markers=True))]
-    sources = {f"reward/{n}/mean": n for n in run.names("reward/", "/mean")[: MAX_LINES - 1]}
+    return "".join([*evaluations(run, *EVALUATION[0]), mean_reward(run), *(c for e in EVALUATION[1:] for c in evaluations(run, *e))])
+
+
+def evaluations(run: RunRecord, metric: str, title: str, note: str) -> list[str]:
+    """A metric of every evaluation set, as many charts as their colours need."""
+    known = run.config.get("data", {}).get("eval") or {}
+    series = []
+    for name in run.names("eval/", f"/{metric}"):
+        k = known[name].get("samples") if metric != "accuracy" and name in known else None
+        if s := run.series(f"eval/{name}/{metric}", f"{name}, k = {k}" if k else name, markers=True):
+            series.append(s)
+    charts = [series[i : i + MAX_LINES] for i in range(0, len(series), MAX_LINES)]
+    parts = [f"{title}, {i} of {len(charts)}" if len(charts) > 1 else title for i in range(1, len(charts) + 1)]
+    return [
+        card(part, sets, line_chart(sets, LARGE, write=percent, bounds=FROM_0), percent, note)
+        for part, sets in zip(parts, charts, strict=True)
+    ]
+
+
+def mean_reward(run: RunRecord) -> str:
+    """The mean reward of a batch, and of each source where there are several."""
+    names = run.names("reward/", "/mean")
+    sources = {f"reward/{n}/mean": n for n in names[: MAX_LINES - 1]}
     means = {"reward/mean": "all" if sources else "mean", **sources}
     rewards = [s for metric, name in means.items() if (s := run.series(metric, name))]
-    cards = []
-    if sets:
-        cards.append(card("Evaluation accuracy", sets, line_chart(sets, LARGE, write=percent, bounds=FROM_0), percent))
-    if rewards:
-        cards.append(card("Mean reward", rewards, line_chart(rewards, LARGE), number))
-    return "".join(cards)
+    note = f"{len(sources)} of {len(names)} sources, the others are in metrics.jsonl" if len(names) > len(sources) else ""
+    return card("Mean reward", rewards, line_chart(rewards, LARGE), number, note) if rewards else ""
 
 
 def groups(run: RunRecord) -> list[tuple[str, str]]:
@@ -94,6 +120,8 @@ def curve(run: RunRecord, spec: Curve) -> str:
     series = [s for metric, label in spec.metrics if (s := run.series(metric, label))]
     drawable = [s for s in series if not spec.log or any(v is not None and v > 0 for v in s.values)]
     if not drawable or (spec.if_any and not any(v for s in drawable for v in s.values)):
+        return ""
+    if spec.unless_as and _same(drawable[0], run.series(spec.unless_as)):
         return ""
     limit = run.config.get("observe", {}).get(spec.limit) if spec.limit else None
     svg = line_chart(drawable, log=spec.log, bounds=spec.bounds, write=spec.write, threshold=limit)
@@ -140,4 +168,13 @@ def card(title: str, series: list[Series], svg: str, write: Callable[[float], st
         for i, (s, v) in enumerate(zip(series, newest, strict=True))
     )
     remark = f'<span class="note">{escape(note)}</span>' if note else ""
-    return f'<figure class="card"><figcaption><h3>{escape(title)}{remark}</h3><div class="legend">{legend}</div></figcaption>{svg}</figure>'
+    caption = f'<figcaption><h3>{escape(title)}{remark}</h3><div class="legend">{legend}</div></figcaption>'
+    return f'<figure class="card">{caption}<div>{svg}{AXIS}</div></figure>'
+
+
+def _same(a: Series, b: Series | None) -> bool:
+    """Whether both have the same values, but for the last digits of a sum."""
+    if b is None or list(a.steps) != list(b.steps):
+        return False
+    pairs = zip(a.values, b.values, strict=True)
+    return all(x == y or (x is not None and y is not None and math.isclose(x, y, rel_tol=SAME)) for x, y in pairs)

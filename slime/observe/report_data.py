@@ -43,6 +43,13 @@ class RunRecord:
             ledger=_read_ledger(run_dir / "ledger.json", lines),
         )
 
+    @property
+    def supervised(self) -> bool:
+        """Whether it trains on examples, which nobody answers and nobody judges: by its updates, before the first by its recipe."""
+        if len(self.lines) > 1:
+            return not any("reward/mean" in line for line in self.lines)
+        return self.config.get("algorithm", {}).get("name") == "sft"
+
     def series(self, metric: str, name: str = "", *, markers: bool = False) -> Series | None:
         """The values of a metric over all steps (with `markers` only where it has one); None where no step has one."""
         steps = [(k, line.get(metric)) for k, line in enumerate(self.lines)]

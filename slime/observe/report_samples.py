@@ -8,6 +8,7 @@ from slime.observe.report_examples import Example
 
 A_STEP, PAIRS = 4, 6  # texts shown of a step, and pairs before and after
 LONGEST = 2400  # characters of one text
+SCROLL = 'style="max-height: 18em; overflow: auto"'  # of a text in the table
 
 
 def before_after_table(examples: Sequence[Example]) -> str:
@@ -21,16 +22,18 @@ def before_after_table(examples: Sequence[Example]) -> str:
         return ""
     steps = sorted({pairs[0][0].step, pairs[0][1].step})
     rows = "".join(
-        f'<tr><td><pre class="text">{text(first.prompt)}</pre></td><td class="label"><pre class="text">{text(first.label)}</pre></td>'
+        f'<tr><td><pre class="text" {SCROLL}>{text(first.prompt)}</pre></td>'
+        f'<td class="label"><pre class="text" {SCROLL}>{text(first.label)}</pre></td>'
         f"<td>{_answer(first)}</td><td>{_answer(last)}</td></tr>"
         for first, last in _spread(pairs, PAIRS)
     )
-    head = f"<tr><th>prompt</th><th>label</th><th>after {steps[0]} updates</th><th>after {steps[-1]} updates</th></tr>"
+    answers = "".join(f'<th style="width: 36%">after {step} updates</th>' for step in steps)
+    head = f"<tr><th>prompt</th><th>label</th>{answers}</tr>"
     return f'<h2>Evaluation prompts, before and after</h2><div class="card scroll"><table>{head}{rows}</table></div>'
 
 
-def samples(examples: Sequence[Example]) -> str:
-    """Training samples, a column a step. "" where there are none."""
+def samples(examples: Sequence[Example], *, judged: bool = True) -> str:
+    """Training samples, a column a step. "" where there are none. Where they are not `judged`, a missing reward is not told."""
     by_step: dict[int, list[Example]] = {}
     for example in examples:
         if not example.of_evaluation:
@@ -38,7 +41,7 @@ def samples(examples: Sequence[Example]) -> str:
     if not by_step:
         return ""
     columns = "".join(
-        f'<div class="card"><p class="step">Update {step}</p>{"".join(map(_sample, shown[:A_STEP]))}</div>'
+        f'<div class="card"><p class="step">Update {step}</p>{"".join(_sample(e, judged) for e in shown[:A_STEP])}</div>'
         for step, shown in sorted(by_step.items())
     )
     return f'<h2>Samples</h2><div class="columns">{columns}</div>'
@@ -53,17 +56,19 @@ def text(value: str) -> str:
     return f'{escape(value[:half])}<span class="note">… {left_out:,} characters left out …</span>{escape(value[-half:])}'
 
 
-def _sample(example: Example) -> str:
-    label = f"<span>label {text(example.label)}</span>" if example.label else ""
+def _sample(example: Example, judged: bool) -> str:
+    """A demonstration's response is its label: that is not said twice."""
+    reward = _reward(example) if judged else ""
+    label = f"<span>label {text(example.label)}</span>" if example.label and judged else ""
     source = f"<span>{escape(example.source)}</span>" if example.source else ""
     return (
-        f'<div class="sample"><div class="meta">{_reward(example)}{label}{source}</div>'
+        f'<div class="sample"><div class="meta">{reward}{label}{source}</div>'
         f'<pre class="text prompt">{text(example.prompt)}</pre><pre class="text response">{text(example.response)}</pre></div>'
     )
 
 
 def _answer(example: Example) -> str:
-    return f'<div class="answer"><pre class="text">{text(example.response)}</pre>{_reward(example)}</div>'
+    return f'<div class="answer"><pre class="text" {SCROLL}>{text(example.response)}</pre>{_reward(example)}</div>'
 
 
 def _reward(example: Example) -> str:

@@ -33,8 +33,8 @@ class Tracker(Protocol):
 class WandbTracker:
     """Weights & Biases. Every metric is drawn over `step`, never over the number of calls.
 
-    A resumed run keeps its id: online it carries on the same run; offline it adds a folder under wandb/ with that id, and
-    `wandb sync --append` joins them. Steps that are trained again after a crash are logged again, under the same `step`.
+    A resumed run keeps its id: online it carries on the same run; offline it adds a folder under wandb/ with that id, and `wandb sync` of
+    all of them in one call joins them, in order. Steps that are trained again after a crash are logged again, under the same `step`.
     """
 
     name = "wandb"

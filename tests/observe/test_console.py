@@ -102,6 +102,17 @@ def test_a_terminal_gets_bars_that_go_away_and_a_panel() -> None:
     shown.stop()
 
 
+def test_a_reason_that_stderr_tells_in_the_same_place_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`slime train > log 2>&1` and a terminal, but not `slime train > log`."""
+    ended = Summary("saved", 1, 5.0, {}, {}, {"report": "/r"}, "stopped by SIGTERM")
+    for name, told in (("log", False), ("other", True)):
+        with (tmp_path / "log").open("w") as out, (tmp_path / name).open("a") as err:
+            monkeypatch.setattr(sys, "stderr", err)
+            Console(steps=3, out=RichConsole(file=out)).close(ended)
+        text = (tmp_path / "log").read_text()
+        assert "saved, run me again: 1 updates" in text and "/r" in text and ("stopped by SIGTERM" in text) == told
+
+
 def test_bars_can_be_off_on_a_terminal() -> None:
     out = io.StringIO()
     shown = Console(steps=3, progress=False, out=RichConsole(file=out, force_terminal=True))

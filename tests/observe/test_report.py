@@ -10,6 +10,7 @@ import pytest
 from slime.observe.charts import MAX_POINTS, Axis, Series, line_chart, number, percent, stacked_chart, ticks
 from slime.observe.metrics import MetricsLog
 from slime.observe.report import write_report
+from slime.observe.report_curves import MAX_LINES
 from slime.observe.report_examples import read_examples
 from slime.observe.summary import Summary, before_and_after, read_summary, write_summary
 
@@ -135,6 +136,57 @@ def test_curves_are_of_what_was_measured(tmp_path: Path) -> None:
             log.append(step, metrics if step else {})
         text = Page(write_report(tmp_path / title)).text
         assert [t for t in titles if t in text] == [title]
+
+
+def test_supervised_training_is_shown_as_such(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(3):
+        log.append(step, {"train/loss": 3.0 - step, "train/nll": 3.0 - step} if step else {})
+    rollout = {"prompts_per_step": 64, "samples_per_prompt": 8, "mode": "sync"}
+    (tmp_path / "config.yaml").write_text(json.dumps({"algorithm": {"name": "sft"}, "rollout": rollout}))
+    row = {"step": 1, "prompt": "p", "response": "a demonstration", "label": "a demonstration", "reward": None}
+    (tmp_path / "examples.jsonl").write_text(json.dumps(row) + "\n")
+    text = Page(write_report(tmp_path)).text
+    assert "64 examples an update" in text and text.count("a demonstration") == 1
+    assert not [said for said in ("answers an update", "sync", "no reward", "label") if said in text.split("Resolved recipe")[0]]
+
+
+def test_every_evaluation_set_and_measure_is_drawn(tmp_path: Path) -> None:
+    log, names = MetricsLog(tmp_path / "metrics.jsonl"), [f"set{i}" for i in range(MAX_LINES + 2)]
+    for step in range(2):
+        of_all = {f"eval/{n}/accuracy": 0.5 for n in names}
+        log.append(step, of_all | {"eval/set0/avg_at_k": 0.4, "eval/set0/pass_at_k": 0.9})
+    (tmp_path / "config.yaml").write_text(json.dumps({"data": {"eval": {"set0": {"path": "p", "samples": 4}}}}))
+    page = Page(write_report(tmp_path))
+    assert [c["names"] for c in page.charts] == [names[:MAX_LINES], names[MAX_LINES:], ["set0, k = 4"], ["set0, k = 4"]]
+    titles = ("Evaluation accuracy, 1 of 2", "Evaluation accuracy, 2 of 2", "Evaluation avg@k", "Evaluation pass@k")
+    assert all(title in page.text for title in titles)
+
+
+def test_sources_that_are_not_drawn_are_told(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(3):
+        log.append(step, {"reward/mean": 0.5} | {f"reward/s{i}/mean": 0.5 for i in range(9)} if step else {})
+    assert f"{MAX_LINES - 1} of 9 sources" in Page(write_report(tmp_path)).text
+
+
+@pytest.mark.parametrize(("loss", "shown"), [(-0.0261257006, False), (-0.0262, True)])
+def test_a_loss_that_is_the_policy_loss_is_drawn_once(tmp_path: Path, loss: float, shown: bool) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(3):
+        log.append(step, {"train/pg_loss": -0.0261257017, "train/loss": loss} if step else {})
+    text = Page(write_report(tmp_path)).text
+    assert "Policy loss" in text and ("\nLoss\n" in text) == shown
+
+
+def test_axes_are_named_and_long_texts_scroll(tmp_path: Path) -> None:
+    run_of(tmp_path, 4, text="x" * 9000)
+    path = write_report(tmp_path)
+    page = Page(path)
+    assert page.text.count("update\n") >= len(page.charts) > 4
+    assert "log-prob difference, worst step mean" in page.text
+    table = path.read_text().split("<table>")[1].split("</table>")[0]
+    assert table.count("<pre") == table.count("overflow: auto") > 0
 
 
 def test_every_text_is_escaped(tmp_path: Path) -> None:
