@@ -80,9 +80,7 @@ class GroupMaker:
             )
         s.check()
         if not any(s.loss_mask):
-            raise ValueError(
-                f"{returned} a sample without tokens to train on for prompt {prompt.ordinal}; add the answers to it (append_answer)"
-            )
+            raise ValueError(f"{returned} a sample without tokens to train on for prompt {prompt.ordinal}; append_answer adds them")
         if len(s.response_ids) > limit:
             knob = "rollout.max_response_tokens" if self.eval_set is None else f"data.eval.{self.eval_set}.max_response_tokens"
             raise ValueError(
