@@ -32,17 +32,12 @@ class Scratch:
     @contextmanager
     def marked(self) -> Iterator[None]:
         """Processes started inside, and all that they start, belong to this Ray."""
-        marks = {reaper.MARK: self.path.name, KEEP_ENVIRONMENT: "1"}
-        before = {name: os.environ.get(name) for name in marks}
-        os.environ.update(marks)
+        os.environ.setdefault(KEEP_ENVIRONMENT, "1")
+        os.environ[reaper.MARK] = self.path.name
         try:
             yield
         finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
+            del os.environ[reaper.MARK]
 
     def link(self) -> None:
         """Show the running session's logs in the run."""

@@ -14,13 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from slime.config.check_serving import FROM_KNOBS
 from slime.cpu import serving
 
 LIST_S = 180.0  # for the list; a cold file system is slow
 ASK_VERSION = "import importlib.metadata as m; print(m.version('sglang'))"
 
 OWNED = {
-    "model_path": "set model.path",
+    **{name: f"set {knob}" for name, knob in FROM_KNOBS.items()},
     "host": "engines listen on their node's address",
     "port": "ports are chosen on each host",
     "nccl_port": "ports are chosen on each host",
@@ -30,11 +31,9 @@ OWNED = {
     "api_key": "keys are made for each run",
     "admin_api_key": "keys are made for each run",
     "config": "give each argument as rollout.sglang.<field>",
-    "tp_size": "set rollout.tensor_parallel",
     "pp_size": "the devices of a server are rollout.tensor_parallel",
     "dp_size": "set rollout.engines",
     "base_gpu_id": "devices come from the placement",
-    "device": "set cluster.device",
     "weight_version": "weights are labelled by the weight channel",
     "enable_deterministic_inference": "set run.deterministic",
     "skip_tokenizer_init": "answers carry their text",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slime.config import SlimeConfig
+from slime.config.check_serving import longest_answers
 from slime.cpu import serving
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -112,9 +113,7 @@ def longest_request(cfg: SlimeConfig) -> int:
 
 def longest_answer(cfg: SlimeConfig) -> tuple[str, int]:
     """The knob that allows the longest answer, and its tokens."""
-    allowed = {"rollout.max_response_tokens": cfg.rollout.max_response_tokens}
-    allowed |= {f"data.eval.{name}.max_response_tokens": s.max_response_tokens or 0 for name, s in cfg.data.eval.items()}
-    return max(allowed.items(), key=lambda item: item[1])
+    return max(longest_answers(cfg).items(), key=lambda item: item[1])
 
 
 def kv_bytes_per_token(cfg: SlimeConfig) -> int:
