@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +35,29 @@ def cfg(tmp_path: Path) -> SlimeConfig:
     return cfg
 
 
+@asynccontextmanager
+async def serving(cfg: SlimeConfig, behave: Callable[[dict[str, Any]], str]) -> AsyncIterator[tuple[RolloutManager, Double]]:
+    """A manager connected to a double."""
+    double = Double(behave)
+    async with double.serving() as endpoint:
+        manager = RolloutManager(cfg, cfg.run.dir)
+        await manager.open()
+        await manager.connect([endpoint], 80)
+        try:
+            await manager.expect(LABEL)
+            yield manager, double
+        finally:
+            await manager.engines.close()
+            for judge in (manager.judge, *manager.eval_judges.values()):
+                await judge.close()
+
+
 def rollout(cfg: SlimeConfig, behave: Callable[[dict[str, Any]], str], first: int = 0) -> tuple[Batch, RolloutSummary, Double]:
     """One rollout against a double; `ray.put` is left out."""
 
     async def run() -> tuple[Batch, RolloutSummary, Double]:
-        double = Double(behave)
-        async with double.serving() as endpoint:
-            manager = RolloutManager(cfg, cfg.run.dir)
-            await manager.open()
-            await manager.connect([endpoint], 80)
-            try:
-                await manager.expect(LABEL)
-                batch, summary, _ = await asyncio.wait_for(manager.generate(0, first), 60)
-            finally:
-                await manager.engines.close()
-                await manager.judge.close()
+        async with serving(cfg, behave) as (manager, double):
+            batch, summary, _ = await asyncio.wait_for(manager.generate(0, first), 60)
         return batch, summary, double  # type: ignore[return-value]
 
     return asyncio.run(run())
@@ -182,19 +191,9 @@ def evaluate(cfg: SlimeConfig, text: str) -> tuple[list[EvalResult], Double]:
     """One evaluation of answers that are `text`, twice in a row."""
 
     async def run() -> tuple[list[EvalResult], Double]:
-        double = Double(lambda body: text)
-        async with double.serving() as endpoint:
-            manager = RolloutManager(cfg, cfg.run.dir)
-            await manager.open()
-            await manager.connect([endpoint], 80)
-            try:
-                await manager.expect(LABEL)
-                await manager.evaluate(0)
-                results, _ = await manager.evaluate(1)
-            finally:
-                await manager.engines.close()
-                for judge in (manager.judge, *manager.eval_judges.values()):
-                    await judge.close()
+        async with serving(cfg, lambda body: text) as (manager, double):
+            await manager.evaluate(0)
+            results, _ = await manager.evaluate(1)
         return results, double
 
     return asyncio.run(run())
