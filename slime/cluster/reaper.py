@@ -14,6 +14,7 @@ from pathlib import Path
 
 MARK = "SLIME_RAY"  # environment variable, inherited by every process of one Ray: the name of its scratch directory
 PATIENCE_S = 3.0  # for processes to end by themselves
+KILL_S = 30.0  # for killed ones to go: the kernel keeps a process that waits for a device
 
 
 def main(scratch: Path, logs: Path) -> None:
@@ -23,7 +24,8 @@ def main(scratch: Path, logs: Path) -> None:
     give_up = time.monotonic() + PATIENCE_S
     while any(living(mark)) and time.monotonic() < give_up:
         time.sleep(0.1)
-    while left := list(living(mark)):
+    give_up = time.monotonic() + KILL_S
+    while (left := list(living(mark))) and time.monotonic() < give_up:
         for process in left:
             kill(process)
         time.sleep(0.1)
