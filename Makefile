@@ -1,6 +1,6 @@
 # slime: two commands on a fresh machine (Python >= 3.11, gcc, make)
 #   make quickstart   install into .venv, then train: SFT warm start, GRPO with real SGLang rollouts, report
-#   make test         install into .venv, then every test
+#   make test         install into .venv, then the tests; `make test-slow` runs the few that it leaves out
 PYTHON ?= python3
 VENV ?= .venv
 # A further wheel index, where the default one serves a CUDA build of torch:
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart quickstart-bf16 test unit lint install clean
+.PHONY: quickstart quickstart-bf16 test test-slow unit lint install clean
 
 quickstart: install
 	$(BIN)/python -m examples.quickstart
@@ -20,7 +20,10 @@ quickstart-bf16: install
 	$(BIN)/python -m examples.quickstart --recipe quickstart_bf16
 
 test: install
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest tests -m slow
 
 unit: install
 	$(BIN)/python -m pytest tests -m "not e2e"

@@ -23,7 +23,7 @@ from slime.config.exits import GateStopped, SavedRunAgain
 from slime.config.roles import generates, needs_rollouts
 from slime.data.ledger import Ledger
 from slime.data.source import PromptSource, eval_prompts
-from slime.data.template import load_tokenizer
+from slime.data.template import check_tokenizer
 from slime.engine.fleet import EngineFleet
 from slime.models.hub import local_directory
 from slime.models.registry import load_map
@@ -139,7 +139,7 @@ def on_disk(cfg: SlimeConfig) -> SlimeConfig:
 def check_inputs(cfg: SlimeConfig) -> None:
     """Open what the recipe names, so that a bad file is an error before anything starts. Raises ValueError naming the knob."""
     load_map(cfg.model.path, cfg.model.family, cfg.trainer.tensor_parallel)
-    load_tokenizer(cfg.model)
+    check_tokenizer(cfg.model)
     judged = needs_rollouts(cfg.algorithm)
     for prompt in PromptSource(cfg.data, cfg.run.seed).first if cfg.run.only != "train" else []:
         if judged:
@@ -237,14 +237,18 @@ def start_parts(cfg: SlimeConfig, directory: Path, version: WeightVersion, place
         stack.callback(rollout.stop)
     with ThreadPoolExecutor(2) as pool:
         starting = (pool.submit(start_trainer), pool.submit(start_fleet))
+        written = None if serves else pool.submit(written_batches, cfg)
     for future in starting:
         if future.exception() is None and (started := future.result()) is not None:
             stack.callback(started.stop)
     trainer, fleet = starting[0].result(), starting[1].result()
-    source: BatchSource
-    if fleet is not None and rollout is not None:
-        rollout.connect(fleet.endpoints(), load_map(cfg.model.path, cfg.model.family).vocab_size)
-        source = rollout
-    else:
-        source = Replay(Path(cfg.run.replay)) if cfg.run.replay else Demonstrations(cfg)
-    return Parts(trainer, fleet, source)
+    if written is not None:
+        return Parts(trainer, fleet, written.result())
+    assert fleet is not None and rollout is not None
+    rollout.connect(fleet.endpoints(), load_map(cfg.model.path, cfg.model.family).vocab_size)
+    return Parts(trainer, fleet, rollout)
+
+
+def written_batches(cfg: SlimeConfig) -> BatchSource:
+    """The source of a run without engines."""
+    return Replay(Path(cfg.run.replay)) if cfg.run.replay else Demonstrations(cfg)

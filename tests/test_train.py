@@ -54,17 +54,36 @@ def test_two_engines_and_two_ranks_train_together(inputs: Path):
     assert "done: 3 updates" in run.out and run.err == ""
 
 
-def test_deterministic_runs_give_the_same_bits_with_one_engine_or_two(inputs: Path):
-    runs = [
-        launch(inputs, "det_a", "run.deterministic=true"),
-        launch(inputs, "det_b", "run.deterministic=true"),
-        launch(inputs, "det_two", "run.deterministic=true", *TWO_ENGINES),
-    ]
-    for run in runs:
-        assert_done(run)
-    assert hf_bytes(runs[0])
-    assert hf_bytes(runs[0]) == hf_bytes(runs[1]) == hf_bytes(runs[2])
-    assert of_the_recipe(runs[0]) == of_the_recipe(runs[1]) == of_the_recipe(runs[2])
+@pytest.fixture(scope="module")
+def deterministic(inputs: Path) -> Launched:
+    """A run whose bits others must repeat; its rollouts are dumped."""
+    run = launch(inputs, "deterministic", "run.deterministic=true", "rollout.dump=true")
+    assert_done(run)
+    assert hf_bytes(run)
+    return run
+
+
+def assert_the_same_bits(run: Launched, other: Launched) -> None:
+    assert_done(other)
+    assert hf_bytes(run) == hf_bytes(other)
+    assert of_the_recipe(run) == of_the_recipe(other)
+
+
+def test_one_engine_and_two_give_the_same_bits(deterministic: Launched, inputs: Path):
+    assert_the_same_bits(deterministic, launch(inputs, "two_engines", "run.deterministic=true", *TWO_ENGINES))
+
+
+@pytest.mark.slow
+def test_two_runs_of_a_recipe_give_the_same_bits(deterministic: Launched, inputs: Path):
+    assert_the_same_bits(deterministic, launch(inputs, "again", "run.deterministic=true"))
+
+
+def test_training_again_on_dumped_rollouts_gives_the_same_bits(deterministic: Launched, inputs: Path):
+    replayed = launch(inputs, "replayed", "run.deterministic=true", "run.only=train", f"run.replay={deterministic.run_dir}")
+    assert_done(replayed)
+    assert hf_bytes(replayed) == hf_bytes(deterministic)
+    for line, first in zip(replayed.metrics, deterministic.metrics, strict=True):
+        assert {k: v for k, v in line.items() if k.startswith(("train/", "reward/"))}.items() <= first.items()
 
 
 def test_a_run_that_is_stopped_saves_and_the_same_command_goes_on(inputs: Path):
@@ -85,7 +104,8 @@ def test_a_run_that_is_stopped_saves_and_the_same_command_goes_on(inputs: Path):
     assert third.code == 4 and "has completed" in third.err
 
 
-def test_rollouts_are_dumped_and_trained_on_again(inputs: Path):
+@pytest.mark.slow
+def test_rollouts_alone_are_dumped_and_trained_on(inputs: Path):
     dumped = launch(inputs, "rollouts", "run.only=rollout", "rollout.dump=true")
     assert_done(dumped)
     assert not (dumped.run_dir / "hf").exists()

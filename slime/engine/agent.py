@@ -1,6 +1,7 @@
 """The host agent: a Ray actor, one a host, that runs the SGLang servers of its host and alone gives them weights."""
 
 import asyncio
+import importlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,8 @@ class EngineActor:
                     log=self._run_dir / "logs" / f"engine_{a.index}.log",
                 )
                 self._engines.append(self._live(spec))
-            await self._every(self._ready)
+            starting = self._every(self._ready)
+            await asyncio.gather(starting, asyncio.to_thread(importlib.import_module, "torch"))  # or the first bucket waits for it
         except BaseException:
             await self.stop()
             raise

@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.nn.functional as F
-
 from slime.layout import GLU, QKV, Cols, HFTensor, Layout, Vocab, Whole
 from slime.models.config_json import ConfigJson
 from slime.models.map import ModelMap, padded_vocab
@@ -96,7 +94,7 @@ class DenseFamily:
             "layernorm_epsilon": eps,
             "qk_layernorm": self.qk_norm,
             "gated_linear_unit": True,
-            "activation_func": F.silu,
+            "activation_func": "silu",
             "add_bias_linear": False,
             "add_qkv_bias": False,
             "attention_dropout": 0.0,

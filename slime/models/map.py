@@ -16,7 +16,7 @@ class ModelMap:
 
     family: str
     hf_config: dict[str, Any]  # config.json as read
-    transformer: dict[str, Any]  # values for megatron.core.transformer.TransformerConfig; parallel sizes and dtypes are not among them
+    transformer: dict[str, Any]  # values for megatron.core's TransformerConfig, without parallel sizes and dtypes; functions by name
     gpt: dict[str, Any]  # keyword values for megatron.core.models.gpt.GPTModel; vocab_size is the padded one
     vocab_size: int  # rows of the HF embedding; logits of ids at and above it belong to padding and must be masked
     layouts: Mapping[str, Layout]  # parameter name -> its layout, in the order of the model's forward pass

@@ -7,7 +7,7 @@ from pathlib import Path
 from slime.layout import Shape
 from slime.models.config_json import ConfigJson
 from slime.models.dense import DenseFamily
-from slime.models.hf_files import HFReader
+from slime.models.hf_headers import HFHeaders
 from slime.models.llama import LLAMA
 from slime.models.map import ModelMap
 from slime.models.qwen3 import QWEN3
@@ -30,7 +30,7 @@ def load_map(path: str | Path, family: str = "auto", tp_size: int = 1) -> ModelM
     chosen = _family(config, family)
     model = chosen.build(config, tp_size)
     tied = ("lm_head.weight",) if model.gpt["share_embeddings_and_output_weights"] else ()
-    with HFReader(path) as reader:
+    with HFHeaders(path) as reader:
         check_shapes(path, model.hf_shapes, {name: reader.shape(name) for name in reader.names}, (*chosen.spare_tensors, *tied))
     return model
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from slime.engine.client import EngineClient, Generation, Sampling
 from slime.engine.errors import EngineError
 from slime.types import Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -15,7 +17,7 @@ class RolloutClient:
     """Answers for token ids. One per rollout or evaluation set; `generations` collects every answer for the metrics."""
 
     engines: EngineClient
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     sampling: Sampling  # defaults of this rollout
     generations: list[Generation] = field(default_factory=list)
 

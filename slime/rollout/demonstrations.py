@@ -1,7 +1,8 @@
 """Supervised examples as batches: the prompt, and the label with the end token as the response."""
 
+from typing import TYPE_CHECKING
+
 import ray
-from transformers import PreTrainedTokenizerBase
 
 from slime.config import SlimeConfig
 from slime.data.source import PromptSource
@@ -11,6 +12,9 @@ from slime.rollout.draw import Draw
 from slime.rollout.handle import Pending, Ready, RolloutResult
 from slime.rollout.metrics import example, response_lengths
 from slime.types import Batch, EvalResult, Group, Prompt, RolloutSummary, Sample, WeightVersion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Demonstrations:
@@ -49,7 +53,7 @@ class Demonstrations:
         pass
 
 
-def demonstration(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, cfg: SlimeConfig) -> Sample | None:
+def demonstration(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase", cfg: SlimeConfig) -> Sample | None:
     """The example of a prompt, None where prompt or answer is too long. Raises ValueError for a label that is not text."""
     ids = tokenize(prompt, tokenizer, cfg.data)
     if not isinstance(prompt.label, str):

@@ -8,11 +8,10 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from transformers import PreTrainedTokenizerBase
 
 from slime.config import SlimeConfig
 from slime.config.exits import GateStopped
@@ -30,6 +29,9 @@ from slime.rollout.groups import GroupMaker
 from slime.rollout.metrics import busy_spans, error_frac, examples, rollout_metrics
 from slime.rollout.rewards.judge import Judge
 from slime.types import Batch, EvalResult, Group, RolloutSummary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class RolloutManager:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -23,6 +24,7 @@ from slime.trainer.options import Options, sort_options
 from slime.trainer.spec import decoder_spec
 from slime.trainer.without_te import allocate_adam_state
 
+ACTIVATIONS = {"silu": F.silu}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -89,6 +91,7 @@ def _transformer_config(model_map: ModelMap, dtype: torch.dtype, tp_size: int, o
         "calculate_per_token_loss": True,  # no division by micro-batches or ranks
         # Weights come from model.path. Switching perform_initialization off instead would also leave shards unmarked, and the gradient's
         # norm would then count those of the first tensor-parallel rank only.
+        "activation_func": ACTIVATIONS[model_map.transformer["activation_func"]],
         **dict.fromkeys(("init_method", "output_layer_init_method", "embedding_init_method"), _leave),
     }
     return TransformerConfig(**{**model_map.transformer, **ours, **options.model})

@@ -1,6 +1,6 @@
 """The Ray actor of one device: a thin shell that holds a rank's state and calls the other files of this room.
 
-The driver imports this module to start ranks; megatron-core, slow to import and of no use there, is imported by the methods.
+The driver imports this module to start ranks; torch and megatron-core, slow to import and of no use there, are imported by the methods.
 """
 
 import functools
@@ -12,7 +12,6 @@ from typing import Concatenate, ParamSpec, TypeVar
 import numpy as np
 import ray
 
-from slime.algorithms.registry import build_algorithm
 from slime.config import SlimeConfig
 from slime.observe.trace import Span, Tracer
 from slime.sync.protocol import Bucket
@@ -62,6 +61,7 @@ class Rank:
     def build(self, address: str, port: int) -> Place:
         """Meet the other ranks and build the model. Raises ValueError for a model or option that cannot be used, RuntimeError where there
         is no device."""
+        from slime.algorithms.registry import build_algorithm
         from slime.trainer import device, distributed, step
         from slime.trainer.model import build_model
 

@@ -8,19 +8,12 @@ import pytest
 pytestmark = pytest.mark.e2e
 
 PRELUDE = """
-import threading, torch
+import threading, torch, traceback
 from slime.cpu import megatron
 megatron.install()
 """
 
-
-def run(body: str) -> None:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PRELUDE + body], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-
-
-def test_scope_is_of_one_thread_and_nests():
-    run("""
+SCOPE = """
 with megatron.scope(), megatron.scope():
     assert torch.zeros(2, device="cuda", pin_memory=True).device.type == "cpu"
     assert torch.zeros(2).cuda().device.type == "cpu"
@@ -39,11 +32,9 @@ except (AssertionError, RuntimeError):
     pass
 else:
     raise SystemExit("the scope did not end")
-""")
+"""
 
-
-def test_backward_stays_in_the_scope_and_bf16_products_are_rounded_fp32():
-    run("""
+BACKWARD = """
 class Twice(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -59,11 +50,9 @@ with megatron.scope():
     if megatron.EMULATES_BF16:
         assert torch.equal(a @ b, (a.float() @ b.float()).bfloat16())
         assert torch.equal(torch.matmul(a, b), a @ b)
-""")
+"""
 
-
-def test_rng_tracker_forks_the_cpu_generator():
-    run("""
+RNG = """
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 tracker = get_cuda_rng_tracker()
@@ -76,4 +65,39 @@ assert torch.equal(torch.get_rng_state(), outer)
 with tracker.fork("test"):
     assert not torch.equal(torch.rand(4), first), "it goes on where it stopped"
 assert torch.equal(first, torch.rand(4, generator=torch.Generator().manual_seed(5)))
-""")
+"""
+
+
+@pytest.fixture(scope="module")
+def failures() -> dict[str, str]:
+    """What each body raised: one process runs them all, since megatron-core is slow to import."""
+    bodies = {"scope": SCOPE, "backward": BACKWARD, "rng": RNG}
+    script = (
+        PRELUDE
+        + f"""
+for name, body in {bodies!r}.items():
+    try:
+        exec(body, globals())
+    except BaseException:
+        print("FAILED", name, repr(traceback.format_exc()))
+    else:
+        print("PASSED", name)
+"""
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    said = [line.split(" ", 2) for line in done.stdout.splitlines() if line.startswith(("FAILED", "PASSED"))]
+    assert [words[1] for words in said] == list(bodies)
+    return {words[1]: words[2] for words in said if words[0] == "FAILED"}
+
+
+def test_scope_is_of_one_thread_and_nests(failures: dict[str, str]):
+    assert "scope" not in failures, failures["scope"]
+
+
+def test_backward_stays_in_the_scope_and_bf16_products_are_rounded_fp32(failures: dict[str, str]):
+    assert "backward" not in failures, failures["backward"]
+
+
+def test_rng_tracker_forks_the_cpu_generator(failures: dict[str, str]):
+    assert "rng" not in failures, failures["rng"]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slime.layout import Block
-from slime.models import hf_files
+from slime.models import hf_headers
 from slime.models.hf_files import INDEX, SINGLE, HFReader, HFWriter
 from slime.models.registry import load_map
 from tests.tiny import load_hf_model, make_tiny
@@ -46,8 +46,8 @@ def export(source: Path, target: Path, dtype: torch.dtype | None = None, **optio
 
 def test_one_file_and_shards_read_alike(single: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    real = hf_files.safe_open
-    monkeypatch.setattr(hf_files, "safe_open", lambda path, framework: opened.append(path.name) or real(path, framework=framework))
+    real = hf_headers.safe_open
+    monkeypatch.setattr(hf_headers, "safe_open", lambda path, framework: opened.append(path.name) or real(path, framework=framework))
     for path, dtype in ((single, torch.bfloat16), (sharded, torch.float32)):
         expected = contents(path)
         with HFReader(path) as reader:

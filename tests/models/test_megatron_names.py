@@ -33,7 +33,8 @@ with cpu.scope():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, create_gloo_process_groups=False)
         for path in sys.argv[1:]:
             model_map = load_map(path, tp_size=tp)
-            config = TransformerConfig(**model_map.transformer, tensor_model_parallel_size=tp, perform_initialization=False)
+            values = model_map.transformer | {"activation_func": torch.nn.functional.silu}
+            config = TransformerConfig(**values, tensor_model_parallel_size=tp, perform_initialization=False)
             spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
             gpt = GPTModel(config, spec, **model_map.gpt)
             built = {name: tuple(p.shape) for name, p in gpt.named_parameters()}

@@ -69,8 +69,8 @@ def length(sample) -> float:
 
 @pytest.fixture(scope="module")
 def server(cfg: SlimeConfig, root: Path) -> Iterator[Server]:
+    """Begins to start; `rollout` waits for it."""
     started = Server(replace(servers.spec(cfg, root / "logs" / "engine_0.log"), label=LOADED.label))
-    asyncio.run(servers.ready(started, 120))
     yield started
     started.stop()
 
@@ -79,6 +79,7 @@ def server(cfg: SlimeConfig, root: Path) -> Iterator[Server]:
 def rollout(cfg: SlimeConfig, root: Path, server: Server) -> Iterator[Rollout]:
     with connect(cfg, root):
         started = Rollout.launch(cfg, root)
+        asyncio.run(servers.ready(server, 120))
         started.connect([server.spec.endpoint], servers.VOCAB)
         started.expect(LOADED)
         yield started
