@@ -34,14 +34,23 @@ def no_weights(inputs: Path) -> str:
         ("cluster.device=cuda", 3, "GPU"),
         (broken_row, 2, "line 1: not JSON"),
         (no_weights, 2, "safetensors"),
-        ("rollout.engine_python=/bin/false", 2, "rollout.engine_python=/bin/false: SGLang cannot be used there"),
+        (
+            "run.only=rollout rollout.dump=true rollout.engine_python=/bin/false",
+            2,
+            "rollout.engine_python=/bin/false: SGLang cannot be used there",
+        ),
         ("rollout.sglang.attention_backend=flashinfer", 1, "engine 0 ended with exit code"),
-        ("reward.fn=tests.rewards_that_fail:always", 5, "rewards failed (100%), above reward.max_error_frac=0.05"),
+        (
+            "run.only=rollout rollout.dump=true reward.fn=tests.rewards_that_fail:always",
+            5,
+            "rewards failed (100%), above reward.max_error_frac=0.05",
+        ),
     ],
     ids=["no_gpu", "broken_data", "no_weights", "no_sglang", "engine_dies_at_start", "reward_raises"],
 )
 def test_a_failure_has_its_code_its_text_and_no_survivors(inputs: Path, override: str | Callable[[Path], str], code: int, says: str):
-    run = launch(inputs, "failing", override if isinstance(override, str) else override(inputs), "run.resume=auto")
+    overrides = override.split() if isinstance(override, str) else [override(inputs)]
+    run = launch(inputs, "failing", *overrides, "run.resume=auto")
     assert run.code == code, run.out + run.err
     assert says in run.err
     assert run.offspring.left() == []

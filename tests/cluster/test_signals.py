@@ -51,23 +51,35 @@ def marked(mark: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)])
-def test_nothing_stays_behind(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    mark = f"SLIME_TEST_MARK={uuid.uuid4().hex}"
-    name, _, value = mark.partition("=")
-    driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(tmp_path)], env=os.environ | {name: value}, stdout=subprocess.PIPE, text=True, process_group=0
-    )
+ENDINGS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}  # and the driver's exit code
+
+
+@pytest.fixture(scope="module")
+def drivers(tmp_path_factory: pytest.TempPathFactory) -> dict[signal.Signals, tuple[subprocess.Popen, str, Path]]:
+    """A driver for each ending, its mark and its directory; they start side by side."""
+    started = {}
+    for number in ENDINGS:
+        mark, directory = f"SLIME_TEST_MARK={uuid.uuid4().hex}", tmp_path_factory.mktemp("run")
+        name, _, value = mark.partition("=")
+        command = [sys.executable, "-c", DRIVER, str(directory)]
+        driver = subprocess.Popen(command, env=os.environ | {name: value}, stdout=subprocess.PIPE, text=True, process_group=0)
+        started[number] = (driver, mark, directory)
+    return started
+
+
+@pytest.mark.parametrize("number", ENDINGS)
+def test_nothing_stays_behind(number: signal.Signals, drivers: dict[signal.Signals, tuple[subprocess.Popen, str, Path]]) -> None:
+    driver, mark, directory = drivers[number]
     assert driver.stdout is not None and driver.stdout.readline() == "running\n"
     assert len(marked(mark)) > 5
     assert os.getpgid(driver.pid) == driver.pid
     driver.send_signal(number)
-    assert driver.wait(30) == code
+    assert driver.wait(30) == ENDINGS[number]
     give_up = time.monotonic() + 20
     while (left := marked(mark)) and time.monotonic() < give_up:
         time.sleep(0.2)
     assert not left
-    (logs,) = (tmp_path / "logs" / "ray").iterdir()
+    (logs,) = (directory / "logs" / "ray").iterdir()
     assert (logs / "raylet.out").is_file() and not logs.is_symlink()
     assert not (Path("/tmp") / logs.name).exists()
 

@@ -18,17 +18,25 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="error", object_store_memory=100 << 20)
+    ray.init(num_cpus=3, include_dashboard=False, logging_level="error", object_store_memory=100 << 20)
     yield
     ray.shutdown()
 
 
-@pytest.fixture
-def placement(cluster):
-    group = placement_group([{"CPU": 1.0}] * 2)
+def placed(ranks):
+    group = placement_group([{"CPU": 1.0}] * ranks)
     assert group.wait(30)
-    yield RolePlacement("actor", group, [0, 1], "cpu", 1.0)
-    remove_placement_group(group)
+    return RolePlacement("actor", group, list(range(ranks)), "cpu", 1.0)
+
+
+@pytest.fixture(scope="module")
+def group(cluster, models):
+    """Two ranks that share every matrix."""
+    placement = placed(2)
+    started = TrainerGroup.start(make_cfg(models["qwen3"], tensor_parallel=2), placement)
+    yield started
+    started.stop()
+    remove_placement_group(placement.group)
 
 
 def published(group):
@@ -36,30 +44,26 @@ def published(group):
     return dict(tensor for ref in group.weights(version, 20_000) for tensor in ray.get(ref))
 
 
-def test_two_ranks_train_save_load_and_export(placement, models, tmp_path):
-    cfg, batch = make_cfg(models["qwen3"], tensor_parallel=2), make_batch(vocab=77)
-    group = TrainerGroup.start(cfg, placement)
-    try:
-        with HFReader(models["qwen3"]) as reader:
-            weights = published(group)
-            assert sorted(weights) == reader.names
-            assert all(torch.equal(tensor, reader.read(name)) for name, tensor in weights.items())
-        before = group.logprobs(batch)
-        metrics = group.update(ray.put(batch))
-        assert metrics["train/grad_norm"] > 0
-        group.save(tmp_path / "shards")
-        trained = published(group)
-        again = group.update(batch)["train/grad_norm"]
-        group.load(tmp_path / "shards")
-        assert all(torch.equal(tensor, trained[name]) for name, tensor in published(group).items())
-        assert group.update(batch)["train/grad_norm"] == again
-        group.export_hf(tmp_path / "hf")
-        after = group.logprobs(batch)
-        assert np.abs(after - before).max() > 1e-4
-        names = {(span.process, span.name) for span in group.spans()}
-        assert {("rank 0", "train"), ("rank 1", "forward_backward"), ("rank 1", "optimizer"), ("rank 0", "save")} <= names
-    finally:
-        group.stop()
+def test_two_ranks_train_save_load_and_export(group, models, tmp_path):
+    batch = make_batch(vocab=77)
+    with HFReader(models["qwen3"]) as reader:
+        weights = published(group)
+        assert sorted(weights) == reader.names
+        assert all(torch.equal(tensor, reader.read(name)) for name, tensor in weights.items())
+    before = group.logprobs(batch)
+    metrics = group.update(ray.put(batch))
+    assert metrics["train/grad_norm"] > 0
+    group.save(tmp_path / "shards")
+    trained = published(group)
+    again = group.update(batch)["train/grad_norm"]
+    group.load(tmp_path / "shards")
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in published(group).items())
+    assert group.update(batch)["train/grad_norm"] == again
+    group.export_hf(tmp_path / "hf")
+    after = group.logprobs(batch)
+    assert np.abs(after - before).max() > 1e-4
+    names = {(span.process, span.name) for span in group.spans()}
+    assert {("rank 0", "train"), ("rank 1", "forward_backward"), ("rank 1", "optimizer"), ("rank 0", "save")} <= names
     model = load_hf_model(tmp_path / "hf")
     ids = torch.from_numpy(batch.tokens[: batch.cu_seqlens[1]].astype(np.int64))
     with torch.no_grad():
@@ -68,19 +72,16 @@ def test_two_ranks_train_save_load_and_export(placement, models, tmp_path):
     assert np.abs(logp - after[1 : batch.cu_seqlens[1]])[mask].max() <= 1e-5
 
 
-def test_a_dead_rank_ends_the_group(placement, models):
-    group = TrainerGroup.start(make_cfg(models["qwen3"]), placement)
-    try:
-        ray.kill(group._ranks[1])
-        with pytest.raises(RuntimeError, match=r"waiting for the trainer to update"):
-            group.update(make_batch(vocab=77))
-        assert group._ranks == []
-    finally:
-        group.stop()
+def test_a_dead_rank_ends_the_group(group):
+    """The last test of this group."""
+    ray.kill(group._ranks[1])
+    with pytest.raises(RuntimeError, match=r"waiting for the trainer to update"):
+        group.update(make_batch(vocab=77))
+    assert group._ranks == []
 
 
-def test_what_a_user_got_wrong_arrives_as_it_was_raised(placement, models):
+def test_what_a_user_got_wrong_arrives_as_it_was_raised(group, models):
     cfg = make_cfg(models["qwen3"])
     cfg.trainer.megatron = {"recompute_granularty": "full"}
     with pytest.raises(ValueError, match=r"did you mean trainer\.megatron\.recompute_granularity"):
-        TrainerGroup.start(cfg, placement)
+        TrainerGroup.start(cfg, placed(1))
