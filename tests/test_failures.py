@@ -39,7 +39,7 @@ def no_weights(inputs: Path) -> str:
             2,
             "rollout.engine_python=/bin/false: SGLang cannot be used there",
         ),
-        ("rollout.sglang.attention_backend=flashinfer", 1, "engine 0 ended with exit code"),
+        pytest.param("rollout.sglang.attention_backend=flashinfer", 1, "engine 0 ended with exit code", marks=pytest.mark.slow),
         (
             "run.only=rollout rollout.dump=true reward.fn=tests.rewards_that_fail:always",
             5,

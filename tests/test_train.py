@@ -80,6 +80,7 @@ def test_two_runs_of_a_recipe_give_the_same_bits(deterministic: Launched, inputs
     assert_the_same_bits(deterministic, again)
 
 
+@pytest.mark.slow
 def test_training_again_on_dumped_rollouts_gives_the_same_bits(deterministic: Launched, inputs: Path):
     overrides = "run.deterministic=true", "run.steps=3", *TWO_RANKS
     replayed = launch(inputs, "replayed", *overrides, "run.only=train", f"run.replay={deterministic.run_dir}")
