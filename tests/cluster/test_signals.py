@@ -30,6 +30,7 @@ class Busy:
     def work(self): time.sleep(600)
 
 signal.signal(signal.SIGTERM, cli._terminated)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background, a shell has it ignored
 with exiting(), connect(SlimeConfig(), Path(sys.argv[1])):
     busy = [Busy.remote() for _ in range(2)]
     ray.get([b.ready.remote() for b in busy])
