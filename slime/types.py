@@ -226,6 +226,13 @@ class Batch:
             version=np.array([s.oldest_version for s in samples], np.int64),
         )
 
+    @classmethod
+    def concatenate(cls, parts: list["Batch"]) -> "Batch":
+        """One batch of these, in the order given: what `from_groups` makes of all their groups together."""
+        columns = {f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls) if f.name != "cu_seqlens"}
+        lengths = np.concatenate([part.lengths for part in parts])
+        return cls(cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), **columns)
+
     def select(self, samples: np.ndarray) -> "Batch":
         """The batch of the samples at these positions (int64 [M]), in that order."""
         spans = [np.arange(self.cu_seqlens[i], self.cu_seqlens[i + 1]) for i in samples]

@@ -3,6 +3,7 @@
 from typing import Any
 
 import aiohttp
+import orjson
 
 from slime.engine.endpoint import Endpoint
 from slime.engine.errors import EngineError, EngineLost
@@ -60,10 +61,11 @@ class Control:
         await self._call("POST", "/update_weight_version", {"new_version": label, "abort_all_requests": False})
 
     async def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float = CALL_S) -> Any:
-        name = self.endpoint.name
+        name, data = self.endpoint.name, None if body is None else orjson.dumps(body)
+        headers = self.endpoint.headers | ({"Content-Type": "application/json"} if data else {})
         try:
             async with self._session.request(
-                method, self.endpoint.url + path, json=body, headers=self.endpoint.headers, timeout=aiohttp.ClientTimeout(timeout_s)
+                method, self.endpoint.url + path, data=data, headers=headers, timeout=aiohttp.ClientTimeout(timeout_s)
             ) as response:
                 text = await response.text()
                 if response.status != 200:

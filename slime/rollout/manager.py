@@ -78,9 +78,9 @@ class RolloutManager:
         maker = self._maker(self._client(cfg.temperature, cfg.top_p, cfg.max_response_tokens), self.judge)
         surplus = max(1, round(cfg.oversample * cfg.prompts_per_step)) if cfg.select == "arrival" else 0
         draw = Draw(first_ordinal, cfg.prompts_per_step, surplus)
-        groups = await self._fill(draw, maker)
+        filled = await self._fill(draw, maker)
         self._check_errors(maker)
-        batch = Batch.from_groups(groups)
+        groups, batch = [group for group, _ in filled], Batch.concatenate([part for _, part in filled])
         summary = RolloutSummary(
             step=step,
             drawn=draw.drawn,
@@ -112,10 +112,10 @@ class RolloutManager:
     def _maker(self, client: RolloutClient, judge: Judge, eval_set: str | None = None) -> GroupMaker:
         return GroupMaker(self.cfg, client, judge, self.generate_fn, eval_set)
 
-    async def _fill(self, draw: Draw, maker: GroupMaker) -> list[Group]:
-        """Draw until enough groups have survived; the survivors in ordinal order."""
+    async def _fill(self, draw: Draw, maker: GroupMaker) -> list[tuple[Group, Batch]]:
+        """Draw until enough groups have survived; the survivors in ordinal order, each packed while the engines still answer others."""
         tasks: dict[asyncio.Task[Group | str], int] = {}
-        groups: list[Group] = []
+        groups: list[tuple[Group, Batch]] = []
         try:
             while not draw.complete:
                 while (ordinal := draw.take()) is not None:
@@ -128,14 +128,14 @@ class RolloutManager:
                         draw.drop(ordinal, outcome)
                     elif not draw.complete:
                         draw.keep(ordinal)
-                        groups.append(outcome)
+                        groups.append((outcome, Batch.from_groups([outcome])))
                 self._progress = (len(draw.kept), draw.wanted)
             draw.drop_surplus()
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        return sorted(groups, key=lambda g: g.ordinal)
+        return sorted(groups, key=lambda filled: filled[0].ordinal)
 
     async def _group(self, ordinal: int, maker: GroupMaker) -> Group | str:
         """The group of an ordinal, or why it is dropped."""

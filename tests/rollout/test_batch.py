@@ -1,6 +1,7 @@
 """Samples as a batch: what is refused, and which weights drew them."""
 
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,23 @@ def test_versions_follow_their_samples_to_disk_and_into_a_selection(tmp_path: Pa
     made.save(tmp_path / "b.npz")
     assert Batch.load(tmp_path / "b.npz").version.tolist() == [5, 6, 7]
     assert made.select(np.array([2, 0])).version.tolist() == [7, 5]
+
+
+def test_groups_packed_one_by_one_make_the_batch_of_all():
+    groups = [
+        Group(
+            3,
+            [
+                sample(VersionSpan("r/0/5", 0, 2), group=3),
+                sample(group=3, response_ids=[6, 9, 0], loss_mask=[1, 0, 1], rollout_logprobs=[-1.0] * 3),
+            ],
+        ),
+        Group(8, [sample(VersionSpan("r/0/6", 0, 2), group=8, reward=0.5)]),
+    ]
+    whole, joined = Batch.from_groups(groups), Batch.concatenate([Batch.from_groups([group]) for group in groups])
+    for column in fields(Batch):
+        expected, found = getattr(whole, column.name), getattr(joined, column.name)
+        assert found.dtype == expected.dtype and found.tobytes() == expected.tobytes(), column.name
 
 
 @pytest.mark.parametrize("value", [math.nan, None, math.inf, -math.inf, 2 * LOGPROB_SLACK])
