@@ -11,6 +11,7 @@ to its HF tensors and yields the moves of any shard:
     Vocab   split along dimension 0 after padding rows that have no HF source    embedding, output layer
     QKV     q, k and v interleaved by query group, split between groups          attention's fused projection
     GLU     gate and up stacked, each split apart: a rank holds [gate_r; up_r]   the MLP's fused projection
+    GateUp  the same from one tensor that holds [gate; up]                       GLM-4's MLP
 
 Nothing here knows of layers, experts or pipeline stages: those are in the names that a model map gives to its layouts.
 """
@@ -124,7 +125,7 @@ class Layout(ABC):
 
     @abstractmethod
     def moves(self, tp_rank: int, tp_size: int) -> tuple[Move, ...]:
-        """The moves of one shard, at most one for each HF tensor. Raises ValueError like `local_shape`."""
+        """The moves of one shard. Raises ValueError like `local_shape`."""
 
     def padding(self, tp_rank: int, tp_size: int) -> int:
         """Elements of a shard that have no HF source; they lie at its end."""
@@ -219,8 +220,9 @@ class Vocab(Layout):
 @dataclass(frozen=True, slots=True)
 class QKV(Layout):
     """Attention's fused projection, as megatron-core orders it: for each query group its q heads, its k head, its v head; weights
-    [(heads + 2 groups) head_dim, in] and biases [(heads + 2 groups) head_dim]. A rank holds whole groups.
-    megatron.core.transformer.attention.SelfAttention.get_query_key_value_tensors reads this order."""
+    [(heads + 2 groups) head_dim, in] and biases [(heads + 2 groups) head_dim]. A rank holds whole groups or, where there are more ranks
+    than groups, an even stretch of one group's rows. megatron.core.transformer.attention.SelfAttention.get_query_key_value_tensors reads
+    this order."""
 
     q: HFTensor
     k: HFTensor
@@ -239,18 +241,34 @@ class QKV(Layout):
         return (self.q, self.k, self.v)
 
     def local_shape(self, tp_size: int) -> Shape:
-        groups = _share(self.groups, tp_size, f"key/value heads of {self.k.name}")
-        return (groups * (self.heads // self.groups + 2) * self.head_dim, *self.q.shape[1:])
+        if tp_size > self.groups:
+            _share(self.heads, tp_size, f"heads of {self.q.name}")
+            if tp_size % self.groups:
+                raise ValueError(
+                    f"trainer.tensor_parallel={tp_size} cannot share out the {self.groups} key/value heads of {self.k.name}; choose a "
+                    f"divisor or a multiple of {self.groups}"
+                )
+        else:
+            _share(self.groups, tp_size, f"key/value heads of {self.k.name}")
+        rows = (self.heads + 2 * self.groups) * self.head_dim
+        return (_share(rows, tp_size, f"rows of {self.q.name}, {self.k.name} and {self.v.name} together"), *self.q.shape[1:])
 
     def moves(self, tp_rank: int, tp_size: int) -> tuple[Move, ...]:
-        groups = self.groups // tp_size
-        group_size = prod(self.local_shape(tp_size)) // groups  # elements of a group's q, k and v together
+        size = prod(self.local_shape(tp_size))
+        group_size = sum(part.size for part in self.sources) // self.groups  # elements of a group's q, k and v together
         moves, offset = [], 0
         for part in self.sources:
-            size = part.size // self.groups  # elements of a group's share of this tensor
-            source = Block(tp_rank * groups * size, (groups, size), (size, 1))
-            moves.append(Move(part.name, source, Block(offset, (groups, size), (group_size, 1))))
-            offset += size
+            share = part.size // self.groups  # elements of a group's share of this tensor
+            if tp_size <= self.groups:
+                groups = self.groups // tp_size
+                source = Block(tp_rank * groups * share, (groups, share), (share, 1))
+                moves.append(Move(part.name, source, Block(offset, (groups, share), (group_size, 1))))
+            else:
+                group, first = divmod(tp_rank * size, group_size)  # the shard is [first, first + size) of this group
+                start, end = max(offset, first), min(offset + share, first + size)
+                if start < end:
+                    moves.append(_run(part, group * share + start - offset, start - first, end - start))
+            offset += share
         return tuple(moves)
 
 
@@ -274,6 +292,27 @@ class GLU(Layout):
     def moves(self, tp_rank: int, tp_size: int) -> tuple[Move, ...]:
         size = prod(self.local_shape(tp_size)) // 2
         return tuple(_run(part, tp_rank * size, half * size, size) for half, part in enumerate(self.sources))
+
+
+@dataclass(frozen=True, slots=True)
+class GateUp(Layout):
+    """The fused projection of a gated MLP from one HF tensor [gate; up]."""
+
+    hf: HFTensor
+
+    def __post_init__(self) -> None:
+        assert self.hf.shape[0] % 2 == 0, self
+
+    @property
+    def sources(self) -> tuple[HFTensor, ...]:
+        return (self.hf,)
+
+    def local_shape(self, tp_size: int) -> Shape:
+        return (2 * _share(self.hf.shape[0] // 2, tp_size, f"rows of each half of {self.hf.name}"), *self.hf.shape[1:])
+
+    def moves(self, tp_rank: int, tp_size: int) -> tuple[Move, ...]:
+        size = prod(self.local_shape(tp_size)) // 2
+        return tuple(_run(self.hf, half * self.hf.size // 2 + tp_rank * size, half * size, size) for half in (0, 1))
 
 
 def to_hf(moves: Sequence[Move], positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

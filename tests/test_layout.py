@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slime.layout import GLU, QKV, Block, Cols, HFTensor, Layout, Move, Rows, Vocab, Whole, to_hf
+from slime.layout import GLU, QKV, Block, Cols, GateUp, HFTensor, Layout, Move, Rows, Vocab, Whole, to_hf
 from tests.layouts import check_layout, check_shard, export, load
 
 SIZES = st.integers(1, 4)
@@ -19,7 +19,7 @@ def layouts(draw: st.DrawFn) -> tuple[Layout, int]:
     """A layout and a TP size that splits it."""
     tp, a, b, dim = draw(st.sampled_from((1, 2, 3, 4))), draw(SIZES), draw(SIZES), draw(SIZES)
     trailing = draw(st.sampled_from(((), (b,))))  # biases and weights
-    kind = draw(st.sampled_from(("whole", "rows", "cols", "vocab", "qkv", "glu")))
+    kind = draw(st.sampled_from(("whole", "rows", "cols", "vocab", "qkv", "qkv_split", "glu", "gate_up")))
     if kind == "whole":
         return Whole(HFTensor("x", (a, *trailing))), tp
     if kind == "rows":
@@ -32,7 +32,12 @@ def layouts(draw: st.DrawFn) -> tuple[Layout, int]:
         return Vocab(HFTensor("x", (vocab, *trailing)), padded), tp
     if kind == "glu":
         return GLU(HFTensor("gate", (a * tp, *trailing)), HFTensor("up", (a * tp, *trailing))), tp
+    if kind == "gate_up":
+        return GateUp(HFTensor("gate_up", (2 * a * tp, *trailing))), tp
     groups, per_group = a * tp, draw(SIZES)
+    if kind == "qkv_split":  # several ranks to a group; each takes the same rows of it
+        groups, per_group = a, (1 + draw(SIZES)) * 2
+        tp, dim = a * 2, dim * 2
     heads = groups * per_group
     q, k, v = (HFTensor(n, (h * dim, *trailing)) for n, h in (("q", heads), ("k", groups), ("v", groups)))
     return QKV(q, k, v, heads, groups, dim), tp
@@ -111,9 +116,19 @@ def test_qkv_is_interleaved_by_query_group() -> None:
     assert first.ravel().tolist() == [10, 11, 20, 30] and second.ravel().tolist() == [12, 13, 21, 31]
 
 
+def test_a_query_group_is_split_over_more_ranks_than_groups() -> None:
+    """4 heads, 1 group, head_dim 1, 2 ranks: [q0 q1 q2 | q3 k0 v0], a stretch of the rows of SelfAttention's one group each."""
+    q, k, v = HFTensor("q", (4, 1)), HFTensor("k", (1, 1)), HFTensor("v", (1, 1))
+    hf = {"q": np.array([[10], [11], [12], [13]]), "k": np.array([[20]]), "v": np.array([[30]])}
+    first, second = shards(QKV(q, k, v, heads=4, groups=1, head_dim=1), hf, 2)
+    assert first.ravel().tolist() == [10, 11, 12] and second.ravel().tolist() == [13, 20, 30]
+
+
 def test_gate_and_up_are_split_apart() -> None:
     hf = {"gate": np.array([[1], [2]]), "up": np.array([[3], [4]])}
     first, second = shards(GLU(HFTensor("gate", (2, 1)), HFTensor("up", (2, 1))), hf, 2)
+    assert first.ravel().tolist() == [1, 3] and second.ravel().tolist() == [2, 4]
+    first, second = shards(GateUp(HFTensor("gate_up", (4, 1))), {"gate_up": np.array([[1], [2], [3], [4]])}, 2)
     assert first.ravel().tolist() == [1, 3] and second.ravel().tolist() == [2, 4]
 
 
@@ -131,9 +146,22 @@ def test_a_rank_may_hold_nothing_but_padding() -> None:
         (Cols(HFTensor("w", (4, 6))), "trainer.tensor_parallel=4 cannot split the 6 columns of w"),
         (GLU(HFTensor("g", (6,)), HFTensor("u", (6,))), "trainer.tensor_parallel=4 cannot split the 6 rows of g"),
         (Vocab(HFTensor("w", (5, 2)), 6), "trainer.tensor_parallel=4 cannot split the 6 padded rows of w"),
+        (GateUp(HFTensor("w", (12, 2))), "trainer.tensor_parallel=4 cannot split the 6 rows of each half of w; choose a divisor of 6"),
         (
-            QKV(HFTensor("q", (8, 2)), HFTensor("k", (4, 2)), HFTensor("v", (4, 2)), heads=4, groups=2, head_dim=2),
-            "trainer.tensor_parallel=4 cannot split the 2 key/value heads of k; choose a divisor of 2",
+            QKV(HFTensor("q", (24, 2)), HFTensor("k", (12, 2)), HFTensor("v", (12, 2)), heads=12, groups=6, head_dim=2),
+            "trainer.tensor_parallel=4 cannot split the 6 key/value heads of k; choose a divisor of 6",
+        ),
+        (
+            QKV(HFTensor("q", (24, 2)), HFTensor("k", (6, 2)), HFTensor("v", (6, 2)), heads=12, groups=3, head_dim=2),
+            "trainer.tensor_parallel=4 cannot share out the 3 key/value heads of k; choose a divisor or a multiple of 3",
+        ),
+        (
+            QKV(HFTensor("q", (6, 2)), HFTensor("k", (2, 2)), HFTensor("v", (2, 2)), heads=3, groups=1, head_dim=2),
+            "trainer.tensor_parallel=4 cannot split the 3 heads of q; choose a divisor of 3",
+        ),
+        (
+            QKV(HFTensor("q", (4, 2)), HFTensor("k", (1, 2)), HFTensor("v", (1, 2)), heads=4, groups=1, head_dim=1),
+            "trainer.tensor_parallel=4 cannot split the 6 rows of q, k and v together; choose a divisor of 6",
         ),
     ],
 )

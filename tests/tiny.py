@@ -25,6 +25,45 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+CLASSES = {
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+    "glm": "Glm",
+    "glm4": "Glm4",
+    "glm4_moe": "Glm4Moe",
+    "glm4_moe_lite": "Glm4MoeLite",
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
+    "mixtral": "Mixtral",
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1}
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 12, "q_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}
+GROUPS = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 4, "routed_scaling_factor": 1.5}
+HUB = {"moe_layer_freq": 1}  # which SGLang reads, as the models on the hub name it
+SIGMOID = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+SOFTMAX = {"topk_method": "group_limited_greedy", "scoring_func": "softmax"}
+# What a family's config class is given beside the common sizes; head_dim None leaves it to the class. The first layer is dense if it can.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "qwen2": {"head_dim": None},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    "glm": {"attention_bias": True},
+    "glm4": {"attention_bias": True},
+    "glm4_moe": {**EXPERTS, "attention_bias": True, "use_qk_norm": True, "routed_scaling_factor": 1.5},
+    "glm4_moe_lite": {
+        **{name: value for name, value in EXPERTS.items() if name != "first_k_dense_replace"},
+        **LATENT,
+        "head_dim": None,
+        "mlp_layer_types": ["dense", "sparse"],
+        "first_k_dense_replace": 1,  # which SGLang reads
+    },
+    "deepseek_v2": {**EXPERTS, **LATENT, **GROUPS, **HUB, **SOFTMAX, "head_dim": None},
+    "deepseek_v3": {**EXPERTS, **LATENT, **GROUPS, **HUB, **SIGMOID, "head_dim": None},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
 
 def make_tiny(
     path: str | Path,
@@ -42,14 +81,15 @@ def make_tiny(
     max_shard_size: str = "1GB",
     **config: Any,
 ) -> Path:
-    """Write a model directory (qwen3 or llama) through transformers and return its path. Norms are random too, so that none can be
-    mistaken for another. `config` goes to the family's config class, e.g. rope_parameters=LLAMA3. The tokenizer knows the first
-    characters of CHARACTERS that fit the vocabulary beside SPECIAL; the default vocabulary holds all of them."""
+    """Write a model directory of a family through transformers and return its path. Norms, biases and the routers' choosing biases are
+    random too, so that none can be mistaken for another or be left out. `config` goes to the family's config class, e.g.
+    rope_parameters=LLAMA3. The tokenizer knows the first characters of CHARACTERS that fit the vocabulary beside SPECIAL; the default
+    vocabulary holds all of them."""
     import_torchvision()
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
-    classes = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
-    config_class, model_class = classes[family]
+    name = CLASSES[family]
+    config_class, model_class = getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM")
     settings = {
         "vocab_size": vocab,
         "hidden_size": hidden,
@@ -64,14 +104,16 @@ def make_tiny(
         "eos_token_id": SPECIAL.index(EOS),
         "pad_token_id": SPECIAL.index(PAD),
         "initializer_range": 0.1,
+        **SETTINGS.get(family, {}),
     }
     before = torch.random.get_rng_state()
     torch.manual_seed(seed)
-    model = model_class(config_class(**{**settings, **config}))
+    chosen = {name: value for name, value in {**settings, **config}.items() if value is not None or name not in ("head_dim",)}
+    model = model_class(config_class(**chosen))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "norm" in name or name.endswith(("bias", "correction_bias")):
+                tensor.add_(torch.randn_like(tensor) * 0.1)
     torch.random.set_rng_state(before)
     model.to(DTYPES[dtype]).save_pretrained(path, max_shard_size=max_shard_size)
     make_tokenizer(path, vocab)

@@ -53,6 +53,13 @@ class ConfigJson:
             raise self.error(name, "a positive whole number is needed")
         return value
 
+    def whole(self, name: str, default: int) -> int:
+        """A whole number, 0 or larger; `default` where the field is absent or null."""
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self.error(name, "a whole number is needed")
+        return value
+
     def number(self, name: str, default: float | None = None) -> float:
         """A positive number; `default` as for `integer`."""
         value = self._get(name, default)
@@ -66,6 +73,15 @@ class ConfigJson:
         if not isinstance(value, bool):
             raise self.error(name, "true or false is needed")
         return value
+
+    def spelled(self, *names: str) -> str:
+        """The one of several spellings of a field that is there; the first where none is. Raises ValueError where two contradict."""
+        self._seen.update(names)
+        there = [name for name in names if self.values.get(name) is not None]
+        for name in there[1:]:
+            if self.values[name] != self.values[there[0]]:
+                raise self.error(name, f"contradicts {there[0]}; keep one of them")
+        return there[0] if there else names[0]
 
     def raw(self, name: str) -> Any:
         """The value as read, None where the field is absent."""

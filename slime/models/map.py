@@ -1,12 +1,14 @@
 """ModelMap: what megatron-core has to be told of a Hugging Face model, and where each of its tensors goes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import lcm
 from typing import Any
 
 from slime.layout import Layout, Move, Shape
+from slime.models.parts.feed_forward import Groups
+from slime.models.rope import Rope
 
 
 @dataclass(frozen=True)
@@ -16,20 +18,31 @@ class ModelMap:
 
     family: str
     hf_config: dict[str, Any]  # config.json as read
-    transformer: dict[str, Any]  # values for megatron.core's TransformerConfig, without parallel sizes and dtypes; functions by name
+    transformer: dict[str, Any]  # values for megatron.core's (MLA)TransformerConfig, without parallel sizes and dtypes; functions by name
     gpt: dict[str, Any]  # keyword values for megatron.core.models.gpt.GPTModel; vocab_size is the padded one
     vocab_size: int  # rows of the HF embedding; logits of ids at and above it belong to padding and must be masked
     layouts: Mapping[str, Layout]  # parameter name -> its layout, in the order of the model's forward pass
     shared: Mapping[str, str]  # parameter that is a copy of another (tied output layer on the last pipeline stage) -> that other
+    rope: Rope
+    groups: Groups | None  # of experts that the router chooses within
+    sandwich: bool  # norms after attention and after the MLP too
+    unserved: str  # why SGLang cannot serve it, where that is so
+    kept: tuple[str, ...]  # patterns of HF tensors that are carried along untrained (MTP heads)
+    spare: tuple[str, ...]  # patterns of HF tensors that follow from the others or from config.json
+    kept_shapes: Mapping[str, Shape] = field(default_factory=dict)  # those of `kept` that the checkpoint holds
 
     def parameters(self) -> dict[str, Layout]:
-        """Every parameter that owns its HF tensors, by name; exporting all of them writes each HF tensor once."""
+        """Every parameter (and buffer, a router's bias) that owns its HF tensors; exporting all of them writes each HF tensor once."""
         return dict(self.layouts)
 
     @cached_property
     def hf_shapes(self) -> dict[str, Shape]:
-        """Every tensor of the HF checkpoint, in the order of `parameters()`."""
+        """Every trained tensor of the HF checkpoint, in the order of `parameters()`."""
         return {t.name: t.shape for layout in self.layouts.values() for t in layout.sources}
+
+    @property
+    def has_experts(self) -> bool:
+        return "num_moe_experts" in self.transformer
 
     def layout(self, name: str) -> Layout:
         """The layout of a parameter, shared copies included. Raises ValueError for a name that the family does not have."""
@@ -37,6 +50,14 @@ class ModelMap:
         if owner not in self.layouts:
             raise ValueError(f"model.family={self.family}: megatron-core has a parameter {name!r} that the family's map does not place")
         return self.layouts[owner]
+
+    def is_expert(self, name: str) -> bool:
+        """Whether a parameter belongs to a routed expert, whose ranks are divided in their own way."""
+        return ".mlp.experts." in name
+
+    def is_router_bias(self, name: str) -> bool:
+        """Whether it is the bias that a router chooses experts with: a buffer in fp32, not a parameter."""
+        return name.endswith(".router.expert_bias")
 
     def moves(self, name: str, tp_rank: int, tp_size: int) -> tuple[Move, ...]:
         """The moves of one rank's shard of a parameter."""
