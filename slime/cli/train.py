@@ -15,6 +15,7 @@ from rich.text import Text
 from slime.cli.endings import exiting
 from slime.cli.help import train_help
 from slime.config import SlimeConfig
+from slime.config.check_files import is_hub_id
 from slime.config.checks import check
 from slime.config.exits import ConfigError
 from slime.config.load import VERSION_BASE, Recipe, check_hydra, check_interpolations, compose, compose_tree, finish
@@ -24,6 +25,7 @@ from slime.config.plan_view import show
 from slime.config.recipes import RECIPES, recipe_folders, recipe_names
 from slime.config.sweep import check_directories, split
 from slime.engine import arguments, settings
+from slime.models.check_layout import check_model
 
 
 def main(argv: list[str]) -> None:
@@ -78,7 +80,8 @@ def check_composition(argv: list[str]) -> None:
 
 
 def check_options(cfg: SlimeConfig) -> None:
-    """SGLang's and megatron-core's own options against their own lists; each list is slow to read, so only where an option is given."""
+    """SGLang's and megatron-core's own options against their own lists, each slow to read, so only where an option is given; and of a dry
+    run, whether the model can be divided as asked."""
     try:
         if cfg.trainer.megatron:
             with warnings.catch_warnings(action="ignore"):  # of kernels that megatron-core would use where they are installed
@@ -87,6 +90,8 @@ def check_options(cfg: SlimeConfig) -> None:
         if cfg.rollout.sglang:
             arguments.check(cfg.rollout.sglang, arguments.known_arguments(cfg.rollout.engine_python))
             settings.check_deterministic(cfg)
+        if cfg.run.dry_run and not is_hub_id(cfg.model.path):  # a run checks its model with its data
+            check_model(cfg, headers=False)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -10,6 +10,7 @@ FROM_KNOBS = {  # SGLang's argument -> the knob that slime sets it from, see sli
     "tp_size": "rollout.tensor_parallel",
     "device": "cluster.device",
     "random_seed": "run.seed",
+    "enable_return_routed_experts": "rollout.replay_experts",
 }
 
 

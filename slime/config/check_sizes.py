@@ -1,12 +1,14 @@
 """Sizes that must divide: devices into parallel groups, prompts into updates, answers over ranks."""
 
-from slime.config import SlimeConfig
+from slime.config import SlimeConfig, TrainerConfig
 from slime.config.exits import ConfigError
+from slime.config.parallel import EMBEDDING, EXPERT_TENSOR, FIRST, LAST, LOSS, VIRTUAL, ParallelSizes, flag, parallel_sizes, whole
 from slime.config.roles import needed_roles, samples_per_prompt
 
 
 def check_sizes(cfg: SlimeConfig) -> None:
-    """Raise ConfigError for the first sizes that do not divide; it names both knobs."""
+    """Raise ConfigError for the first sizes that do not divide; it names the knobs. What the model's own sizes must divide by is in
+    `slime.models.check_layout`."""
     needed = needed_roles(cfg)
     if "actor" in needed:
         _trainer(cfg)
@@ -16,22 +18,62 @@ def check_sizes(cfg: SlimeConfig) -> None:
 
 def _trainer(cfg: SlimeConfig) -> None:
     devices, trainer = cfg.cluster.roles["actor"].devices, cfg.trainer
-    if devices % trainer.tensor_parallel:
-        raise ConfigError(
-            f"cluster.roles.actor.devices={devices} does not divide by trainer.tensor_parallel={trainer.tensor_parallel}: "
-            "make the devices a multiple of it"
-        )
+    sizes = parallel_sizes(trainer)
+    _stages(trainer, sizes)
+    _experts(trainer, sizes)
+    _devices(devices, trainer, sizes)
     prompts, updates = cfg.rollout.prompts_per_step, trainer.updates_per_batch
     if prompts % updates:
         raise ConfigError(
             f"rollout.prompts_per_step={prompts} does not divide by trainer.updates_per_batch={updates}: make the prompts a multiple of it"
         )
-    replicas, samples = devices // trainer.tensor_parallel, prompts // updates * samples_per_prompt(cfg)
+    replicas, samples = sizes.data(devices), prompts // updates * samples_per_prompt(cfg)
     if samples < replicas:
         raise ConfigError(
-            f"one update has {samples} samples and there are {replicas} data-parallel ranks (cluster.roles.actor.devices / "
-            "trainer.tensor_parallel): raise rollout.prompts_per_step, or lower cluster.roles.actor.devices or trainer.updates_per_batch"
+            f"one update has {samples} samples and there are {replicas} data-parallel ranks (cluster.roles.actor.devices={devices}, "
+            f"{sizes.copy} for each copy of the model): raise rollout.prompts_per_step, or lower cluster.roles.actor.devices or "
+            "trainer.updates_per_batch"
         )
+
+
+def _stages(trainer: TrainerConfig, sizes: ParallelSizes) -> None:
+    """Options of pipeline stages that need several, or that exclude each other."""
+    given = {f"{VIRTUAL}={sizes.virtual}": sizes.virtual > 1}
+    given |= {f"{name}={size}": True for name in (FIRST, LAST) if (size := whole(trainer, name))}
+    given |= {f"{name}=true": flag(trainer, name, False) for name in (EMBEDDING, LOSS)}
+    wanted = [option for option, is_set in given.items() if is_set]
+    if wanted and sizes.pipeline == 1:
+        raise ConfigError(f"trainer.megatron.{wanted[0]} needs trainer.pipeline_parallel above 1: raise it, or remove the option")
+    outer = [option for option in wanted if option.startswith((FIRST, LAST))]
+    counted = [option for option in wanted if option.startswith((EMBEDDING, LOSS))]
+    if outer and counted:
+        raise ConfigError(f"trainer.megatron.{outer[0]} and trainer.megatron.{counted[0]} exclude each other: remove one")
+
+
+def _experts(trainer: TrainerConfig, sizes: ParallelSizes) -> None:
+    """megatron-core reduces gradients of experts among themselves only under expert parallelism; without it, it takes their groups to be
+    those of all other parameters."""
+    if sizes.expert == 1 and sizes.expert_tensor != sizes.tensor:
+        raise ConfigError(
+            f"trainer.megatron.{EXPERT_TENSOR}={sizes.expert_tensor} differs from trainer.tensor_parallel={sizes.tensor}, which needs "
+            "trainer.expert_parallel above 1: raise it, or remove the option"
+        )
+
+
+def _devices(devices: int, trainer: TrainerConfig, sizes: ParallelSizes) -> None:
+    """Whole copies of the model, and whole copies of its experts."""
+    tensor, pipeline = ("trainer.tensor_parallel", sizes.tensor), ("trainer.pipeline_parallel", sizes.pipeline)
+    split = (f"trainer.megatron.{EXPERT_TENSOR}", sizes.expert_tensor) if whole(trainer, EXPERT_TENSOR) else tensor
+    copies = {
+        "": (tensor, pipeline, ("trainer.context_parallel", sizes.context)),
+        ", the ranks that hold all experts once": (split, ("trainer.expert_parallel", sizes.expert), pipeline),
+    }
+    for what, factors in copies.items():
+        ranks = factors[0][1] * factors[1][1] * factors[2][1]
+        if devices % ranks:
+            said = " x ".join(f"{knob}={size}" for knob, size in factors if size > 1)
+            mend = f"make the devices a multiple of {ranks if ' x ' in said else 'it'}"
+            raise ConfigError(f"cluster.roles.actor.devices={devices} does not divide by {said}{what}: {mend}")
 
 
 def _engines(cfg: SlimeConfig) -> None:

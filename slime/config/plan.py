@@ -1,35 +1,14 @@
-"""What a recipe will occupy, by arithmetic alone: devices by role, the batch, memory of a rank and of an engine.
+"""What a recipe will occupy, by arithmetic alone: devices by role, the batch, memory of a rank and of an engine (`plan_memory`)."""
 
-Memory of a rank, in bytes a parameter of its tensor-parallel share, for the distributed optimizer over `d` data-parallel ranks
-(megatron-core, "Distributed Optimizer": theoretical memory):
-
-    bf16    2 parameter + 4 gradient (fp32) + (4 main parameter + 8 Adam moments) / d
-    fp32    4 parameter + 4 gradient        +  8 Adam moments / d
-
-Activations of one micro-batch: 34 x hidden x layers bytes a token in bf16, twice that in fp32, over the tensor-parallel ranks
-(Korthikanti et al. 2022, equation 2 without attention scores, which are never stored); an estimate, recomputation lowers it.
-
-Logits of one micro-batch and their gradient: 2 x tokens x vocabulary / tensor-parallel ranks, in the model's dtype. Log-probs are
-computed from them in fp32, a chunk of at most 2^24 values at a time; the backward pass holds at most five such chunks.
-
-An engine's device holds its share of the weights and, a token, 2 x layers x kv_heads x head_dim values of KV cache.
-"""
-
-import json
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from slime.config import SlimeConfig
 from slime.config.check_files import model_config
-from slime.config.exits import ConfigError
+from slime.config.parallel import parallel_sizes
+from slime.config.plan_memory import EngineMemory, RankMemory, count_parameters, engine_memory, longest, rank_memory
 from slime.config.roles import RoleNeed, role_needs, samples_per_prompt
-
-BYTES = {"bf16": 2, "fp32": 4}
-CHUNK_ELEMENTS = 1 << 24  # of slime.trainer.logprobs
-CHUNKS = 5  # fp32 arrays of a chunk alive at once in its backward pass: logits, probabilities, their gradient, two intermediate results
 
 
 @dataclass(frozen=True)
@@ -39,7 +18,7 @@ class UpdatePlan:
     optimizer_steps: int  # on one batch
     samples: int  # in one optimizer step
     data_parallel: int
-    samples_per_rank: int  # in one optimizer step, about: work is balanced by tokens
+    samples_per_rank: int  # in one optimizer step, about: work is balanced by tokens. Ranks of one copy of the model count as one
     tokens_per_rank: int  # of that many samples
     micro_batches: int  # of that many samples
 
@@ -54,36 +33,11 @@ class BatchPlan:
 
 
 @dataclass(frozen=True)
-class RankMemory:
-    """Bytes on one device of the trainer."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int  # with their gradient
-    logprobs: int  # fp32 chunks
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.logprobs
-
-
-@dataclass(frozen=True)
-class EngineMemory:
-    """Bytes on one device of an engine."""
-
-    weights: int
-    kv_per_token: int
-    kv_wanted: int  # for every request that may be in flight, at full length
-
-
-@dataclass(frozen=True)
 class MemoryPlan:
     """`rank` is None where the recipe starts no trainer, `engine` where it starts no engine."""
 
     parameters: int  # of the whole model
-    rank: RankMemory | None
+    rank: RankMemory | None  # of the pipeline stage that takes the most
     engine: EngineMemory | None
 
 
@@ -103,11 +57,6 @@ def plan(cfg: SlimeConfig) -> Plan:
     return Plan(roles, batch, memory_plan(cfg, roles, batch))
 
 
-def longest(cfg: SlimeConfig) -> int:
-    """Tokens of the longest prompt with the longest answer."""
-    return cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens
-
-
 def batch_plan(cfg: SlimeConfig, roles: dict[str, RoleNeed]) -> BatchPlan:
     """Prompts x samples, divided into optimizer steps, ranks and micro-batches."""
     prompts = cfg.rollout.prompts_per_step
@@ -117,69 +66,28 @@ def batch_plan(cfg: SlimeConfig, roles: dict[str, RoleNeed]) -> BatchPlan:
 
 def update_plan(cfg: SlimeConfig, samples: int, devices: int) -> UpdatePlan:
     """A batch of `samples` over the actor's devices."""
-    trainer = cfg.trainer
-    replicas = devices // trainer.tensor_parallel
+    trainer, sizes = cfg.trainer, parallel_sizes(cfg.trainer)
+    replicas = sizes.data(devices)
     per_step = samples // trainer.updates_per_batch
     per_rank = math.ceil(per_step / replicas)
-    fit = max(1, trainer.max_tokens_per_rank // longest(cfg))
+    fit = max(1, trainer.max_tokens_per_rank * sizes.context // longest(cfg))
+    rounds = sizes.pipeline if sizes.virtual > 1 else 1  # interleaved stages take micro-batches in rounds
     return UpdatePlan(
         optimizer_steps=trainer.updates_per_batch * trainer.epochs_per_batch,
         samples=per_step,
         data_parallel=replicas,
         samples_per_rank=per_rank,
         tokens_per_rank=per_rank * longest(cfg),
-        micro_batches=math.ceil(per_rank / fit),
+        micro_batches=math.ceil(math.ceil(per_rank / fit) / rounds) * rounds,
     )
 
 
 def memory_plan(cfg: SlimeConfig, roles: dict[str, RoleNeed], batch: BatchPlan) -> MemoryPlan | None:
-    """The formulas of this file's head, for the model in model.path."""
+    """The formulas of `plan_memory`, for the model in model.path."""
     config = model_config(cfg)
     if config is None:
         return None
-    parameters = count_parameters(Path(cfg.model.path))
-    rank = rank_memory(cfg, config, parameters, batch.update.data_parallel) if batch.update else None
-    return MemoryPlan(parameters, rank, engine_memory(cfg, config, parameters, batch.samples) if "rollout" in roles else None)
-
-
-def rank_memory(cfg: SlimeConfig, config: dict[str, Any], parameters: int, data_parallel: int) -> RankMemory:
-    width, ranks = BYTES[cfg.model.dtype], cfg.trainer.tensor_parallel
-    share = parameters / ranks
-    layers, hidden, vocab = (_size(cfg, config, name) for name in ("num_hidden_layers", "hidden_size", "vocab_size"))
-    tokens = max(cfg.trainer.max_tokens_per_rank, longest(cfg))
-    columns = math.ceil(vocab / ranks)
-    chunk = min(tokens, max(1, CHUNK_ELEMENTS // columns)) * columns
-    return RankMemory(
-        weights=int(share * width),
-        gradients=int(share * 4),
-        optimizer=int(share * (12 if cfg.model.dtype == "bf16" else 8) / data_parallel),
-        activations=17 * width * hidden * layers * tokens // ranks,
-        logits=2 * width * columns * tokens,
-        logprobs=CHUNKS * 4 * chunk,
-    )
-
-
-def engine_memory(cfg: SlimeConfig, config: dict[str, Any], parameters: int, samples: int) -> EngineMemory:
-    width, served = BYTES[cfg.model.dtype], cfg.rollout.tensor_parallel
-    layers, hidden, heads = (_size(cfg, config, name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or hidden // heads
-    in_flight = min(cfg.rollout.max_in_flight, samples) / cfg.rollout.engines
-    kv_per_token = 2 * layers * head_dim * width * math.ceil(kv_heads / served)
-    return EngineMemory(parameters * width // served, kv_per_token, kv_per_token * math.ceil(in_flight) * longest(cfg))
-
-
-def _size(cfg: SlimeConfig, config: dict[str, Any], name: str) -> int:
-    if not isinstance(config.get(name), int):
-        raise ConfigError(f"model.path={cfg.model.path}: its config.json has no {name}")
-    return config[name]
-
-
-def count_parameters(model_dir: Path) -> int:
-    """Elements of all tensors in a directory's safetensors, from their headers (8 bytes of length, then JSON)."""
-    total = 0
-    for path in sorted(model_dir.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return total
+    parameters = count_parameters(Path(cfg.model.path), config)
+    rank = rank_memory(cfg, config, parameters, batch.update.micro_batches) if batch.update else None
+    engine = engine_memory(cfg, config, parameters.total, batch.samples) if "rollout" in roles else None
+    return MemoryPlan(parameters.total, rank, engine)

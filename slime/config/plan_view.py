@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from slime.config import SlimeConfig
+from slime.config.parallel import ParallelSizes, parallel_sizes
 from slime.config.plan import BatchPlan, MemoryPlan, Plan
 
 
@@ -15,7 +16,7 @@ def show(cfg: SlimeConfig, plan: Plan, console: Console) -> None:
         console.print(f"\nmemory: known once {cfg.model.path} is downloaded", highlight=False)
     else:
         title = f"memory of one device, estimated ({plan.memory.parameters:,} parameters, {cfg.model.dtype})"
-        _print(console, title, _memory(plan.memory))
+        _print(console, title, _memory(plan.memory, cfg.trainer.pipeline_parallel))
 
 
 def _print(console: Console, title: str, table: Table) -> None:
@@ -42,7 +43,7 @@ def _table(*columns: str) -> Table:
 def _roles(cfg: SlimeConfig, plan: Plan) -> Table:
     update = plan.batch.update
     made_of = {
-        "actor": f"{update.data_parallel} data-parallel x {cfg.trainer.tensor_parallel} tensor-parallel ranks" if update else "",
+        "actor": layout(parallel_sizes(cfg.trainer), update.data_parallel) if update else "",
         "rollout": f"{cfg.rollout.engines} engines x {cfg.rollout.tensor_parallel} tensor-parallel",
     }
     table = _table("role", "devices", "CPUs a device", "made of")
@@ -56,6 +57,16 @@ def _roles(cfg: SlimeConfig, plan: Plan) -> Table:
     return table
 
 
+def layout(sizes: ParallelSizes, data: int) -> str:
+    """How the actor's devices are divided: 2 data x 2 tensor x 2 pipeline (x 2 virtual); experts over 4 x 2 tensor. A size of 1 is not
+    said, but for `data`, the copies of the model."""
+    stages = f" (x {sizes.virtual} virtual)" if sizes.virtual > 1 else ""
+    groups = {"tensor": sizes.tensor, f"pipeline{stages}": sizes.pipeline, "context": sizes.context}
+    copies = " x ".join([f"{data} data", *(f"{size} {name}" for name, size in groups.items() if size > 1)])
+    split = f" x {sizes.expert_tensor} tensor" if sizes.expert_tensor > 1 else ""
+    return f"{copies}; experts over {sizes.expert}{split}" if sizes.expert > 1 else copies
+
+
 def _batch(batch: BatchPlan) -> Table:
     table = _table()
     table.add_row("batch", f"{batch.prompts} prompts, {batch.samples} samples")
@@ -66,16 +77,18 @@ def _batch(batch: BatchPlan) -> Table:
     return table
 
 
-def _memory(memory: MemoryPlan) -> Table:
+def _memory(memory: MemoryPlan, stages: int) -> Table:
     table = _table()
     if (rank := memory.rank) is not None:
         table.add_row("rank: weights", size(rank.weights))
         table.add_row("rank: gradients", size(rank.gradients))
         table.add_row("rank: optimizer state", size(rank.optimizer))
-        table.add_row("rank: activations of a micro-batch", size(rank.activations))
-        table.add_row("rank: its logits and their gradient", size(rank.logits))
-        table.add_row("rank: log-probs of a chunk, in fp32", size(rank.logprobs))
-        table.add_row("rank: together", size(rank.total))
+        table.add_row(f"rank: activations of {'a micro-batch' if stages == 1 else 'micro-batches in flight'}", size(rank.activations))
+        if rank.logits:
+            table.add_row("rank: logits of a micro-batch and their gradient", size(rank.logits))
+            table.add_row("rank: log-probs of a chunk, in fp32", size(rank.logprobs))
+        where = f", on pipeline stage {rank.stage + 1} of {stages}, which takes the most" if stages > 1 else ""
+        table.add_row(f"rank: together{where}", size(rank.total))
     if (engine := memory.engine) is not None:
         table.add_row("engine: weights", size(engine.weights))
         table.add_row("engine: KV cache of a token", size(engine.kv_per_token))

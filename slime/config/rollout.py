@@ -44,6 +44,8 @@ class RolloutConfig:
     """Name of the environment variable that holds the API and admin key of rollout.external_urls."""
     engine_python: str | None = None
     """Interpreter that serves; by default the one that runs slime."""
+    replay_experts: bool = True
+    """Of a mixture of experts: the trainer sends each token to the experts that the engine sent it to (routing replay, R3)."""
     start_timeout_s: float = number(300.0, above=0)
     """Deadline for an engine to become healthy."""
     request_timeout_s: float = number(600.0, above=0)

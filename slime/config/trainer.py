@@ -29,7 +29,13 @@ class TrainerConfig:
     clip_grad: float = number(1.0, low=0)
     """Largest global gradient norm; 0 does not clip."""
     tensor_parallel: int = number(1, low=1)
-    """Ranks that share one copy of the model; the rest of the actor's devices are data parallel."""
+    """Ranks that share each layer; what tensor, pipeline and context parallel leave of the actor's devices is data parallel."""
+    pipeline_parallel: int = number(1, low=1)
+    """Stages that the layers are divided into; megatron.virtual_pipeline_model_parallel_size interleaves them."""
+    context_parallel: int = number(1, low=1)
+    """Ranks that share each sequence."""
+    expert_parallel: int = number(1, low=1)
+    """Ranks that share the experts of a layer; megatron.expert_tensor_parallel_size splits each expert (by default tensor_parallel)."""
     max_tokens_per_rank: int = number(8192, low=1)
     """Token budget of one micro-batch; a single longer sequence gets a micro-batch of its own."""
     updates_per_batch: int = number(1, low=1)

@@ -209,8 +209,45 @@ BAD_COMBINATIONS = {
     "trainer.updates_per_batch=5": "rollout.prompts_per_step=32 does not divide by trainer.updates_per_batch=5: "
     "make the prompts a multiple of it",
     "rollout.prompts_per_step=1 rollout.samples_per_prompt=2 cluster.roles.actor.devices=4": "one update has 2 samples and there are 4 "
-    "data-parallel ranks (cluster.roles.actor.devices / trainer.tensor_parallel): raise rollout.prompts_per_step, "
+    "data-parallel ranks (cluster.roles.actor.devices=4, 1 for each copy of the model): raise rollout.prompts_per_step, "
     "or lower cluster.roles.actor.devices or trainer.updates_per_batch",
+}
+
+BAD_PARALLEL = {
+    "cluster.roles.actor.devices=6 trainer.tensor_parallel=2 trainer.pipeline_parallel=2": "cluster.roles.actor.devices=6 does not divide by "
+    "trainer.tensor_parallel=2 x trainer.pipeline_parallel=2: make the devices a multiple of 4",
+    "cluster.roles.actor.devices=4 trainer.context_parallel=3": "cluster.roles.actor.devices=4 does not divide by trainer.context_parallel=3: "
+    "make the devices a multiple of it",
+    "cluster.roles.actor.devices=6 trainer.expert_parallel=4": "cluster.roles.actor.devices=6 does not divide by trainer.expert_parallel=4, "
+    "the ranks that hold all experts once: make the devices a multiple of it",
+    "cluster.roles.actor.devices=6 trainer.tensor_parallel=2 trainer.expert_parallel=2": "cluster.roles.actor.devices=6 does not divide by "
+    "trainer.tensor_parallel=2 x trainer.expert_parallel=2, the ranks that hold all experts once: make the devices a multiple of 4",
+    "cluster.roles.actor.devices=2 trainer.expert_parallel=2 trainer.megatron.expert_tensor_parallel_size=2": "cluster.roles.actor.devices=2 "
+    "does not divide by trainer.megatron.expert_tensor_parallel_size=2 x trainer.expert_parallel=2, the ranks that hold all experts once: "
+    "make the devices a multiple of 4",
+    "cluster.roles.actor.devices=2 trainer.tensor_parallel=2 trainer.megatron.expert_tensor_parallel_size=1": "trainer.megatron."
+    "expert_tensor_parallel_size=1 differs from trainer.tensor_parallel=2, which needs trainer.expert_parallel above 1: raise it, "
+    "or remove the option",
+    "trainer.megatron.expert_tensor_parallel_size=two": "trainer.megatron.expert_tensor_parallel_size=two: takes a whole number, >= 1, or null",
+    "trainer.megatron.virtual_pipeline_model_parallel_size=0": "trainer.megatron.virtual_pipeline_model_parallel_size=0: "
+    "takes a whole number, >= 1, or null",
+    "trainer.megatron.virtual_pipeline_model_parallel_size=true": "trainer.megatron.virtual_pipeline_model_parallel_size=True: "
+    "takes a whole number, >= 1, or null",
+    "trainer.megatron.num_layers_in_last_pipeline_stage=1.5": "trainer.megatron.num_layers_in_last_pipeline_stage=1.5: "
+    "takes a whole number, >= 1, or null",
+    "trainer.megatron.sequence_parallel=null": "trainer.megatron.sequence_parallel=null: takes true or false",
+    "trainer.megatron.account_for_loss_in_pipeline_split=1": "trainer.megatron.account_for_loss_in_pipeline_split=1: takes true or false",
+    "trainer.megatron.virtual_pipeline_model_parallel_size=2": "trainer.megatron.virtual_pipeline_model_parallel_size=2 needs "
+    "trainer.pipeline_parallel above 1: raise it, or remove the option",
+    "trainer.megatron.num_layers_in_first_pipeline_stage=2": "trainer.megatron.num_layers_in_first_pipeline_stage=2 needs "
+    "trainer.pipeline_parallel above 1: raise it, or remove the option",
+    "trainer.megatron.account_for_embedding_in_pipeline_split=true": "trainer.megatron.account_for_embedding_in_pipeline_split=true needs "
+    "trainer.pipeline_parallel above 1: raise it, or remove the option",
+    "trainer.pipeline_parallel=2 trainer.megatron.num_layers_in_last_pipeline_stage=2 trainer.megatron.account_for_loss_in_pipeline_split=true": "trainer.megatron."
+    "num_layers_in_last_pipeline_stage=2 and trainer.megatron.account_for_loss_in_pipeline_split=true exclude each other: remove one",
+    "rollout.prompts_per_step=1 rollout.samples_per_prompt=2 cluster.roles.actor.devices=8 trainer.context_parallel=2": "one update has 2 "
+    "samples and there are 4 data-parallel ranks (cluster.roles.actor.devices=8, 2 for each copy of the model): raise "
+    "rollout.prompts_per_step, or lower cluster.roles.actor.devices or trainer.updates_per_batch",
 }
 
 
@@ -225,7 +262,7 @@ def test_one_bad_override(override: str, text: str, workdir) -> None:
     assert error_of([override]) == text.replace("{cwd}", str(workdir)).replace("{home}", str(Path.home()))
 
 
-@pytest.mark.parametrize(("overrides", "text"), (INERT | BAD_COMBINATIONS).items())
+@pytest.mark.parametrize(("overrides", "text"), (INERT | BAD_COMBINATIONS | BAD_PARALLEL).items())
 def test_overrides_that_do_not_go_together(overrides: str, text: str, workdir) -> None:
     assert error_of(re.split(r" (?=[\w.]+=)", overrides)) == text
 
@@ -255,6 +292,12 @@ def test_overrides_that_do_not_go_together(overrides: str, text: str, workdir) -
         "trainer.schedule=wsd trainer.warmup_steps=50 trainer.decay_steps=50",
         "trainer.schedule=wsd trainer.warmup_steps=90",
         "cluster.roles.actor.devices=4 trainer.tensor_parallel=2 cluster.roles.rollout.devices=4 rollout.engines=2 rollout.tensor_parallel=2",
+        "cluster.roles.actor.devices=8 trainer.pipeline_parallel=2 trainer.context_parallel=2 trainer.tensor_parallel=2",
+        "cluster.roles.actor.devices=4 trainer.tensor_parallel=2 trainer.expert_parallel=4 trainer.megatron.expert_tensor_parallel_size=1",
+        "cluster.roles.actor.devices=2 trainer.pipeline_parallel=2 trainer.megatron.virtual_pipeline_model_parallel_size=2",
+        "trainer.megatron.virtual_pipeline_model_parallel_size=1 trainer.megatron.account_for_loss_in_pipeline_split=false",
+        "run.only=rollout rollout.dump=true trainer.pipeline_parallel=4",
+        "model.family=qwen3_moe",
         "data.eval.h.path=p.jsonl data.eval.h.samples=4 data.eval.h.temperature=1",
         "model.path=Qwen/Qwen3-0.6B",
     ],

@@ -1,15 +1,21 @@
 """The resource plan's arithmetic against numbers worked out by hand."""
 
 import io
+import json
+import struct
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from slime.config.exits import ConfigError
 from slime.config.load import compose
-from slime.config.plan import CHUNK_ELEMENTS, count_parameters, plan
-from slime.config.plan_view import show, size
+from slime.config.parallel import ParallelSizes
+from slime.config.plan import MemoryPlan, plan
+from slime.config.plan_memory import CHUNK_ELEMENTS, Parameters, RankMemory, count_parameters
+from slime.config.plan_view import layout, show, size
 from slime.trainer import logprobs
+from tests.config.conftest import MODEL
 
 GOOD = ["model.path=model", "data.train=[{path: p.jsonl}]", "data.max_prompt_tokens=24", "rollout.max_response_tokens=8"]
 PARALLEL = [
@@ -22,7 +28,7 @@ PARALLEL = [
 
 
 def test_parameters_are_counted_from_headers(workdir) -> None:
-    assert count_parameters(workdir / "model") == 10 * 64 + 36
+    assert count_parameters(workdir / "model", MODEL) == Parameters(0, 0, 0, 10 * 64 + 36, 0)
 
 
 def test_batch_of_a_parallel_run(workdir) -> None:
@@ -62,6 +68,137 @@ def test_memory_by_the_documented_formula(dtype: str, width: int, optimizer: int
     assert engine.kv_wanted == engine.kv_per_token * 128 * 32  # half of 256 samples, 32 tokens each
 
 
+SPARSE = {
+    **MODEL,
+    "num_hidden_layers": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+}
+DIVIDED = ["cluster.roles.actor.devices=8", "trainer.tensor_parallel=2", "trainer.pipeline_parallel=2", "trainer.max_tokens_per_rank=100"]
+LATENT = {"kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 10}
+
+
+def write_model(workdir: Path, config: dict, tied: bool = False) -> None:
+    """4 layers, the first of them dense, the others with 4 experts, and a head for further tokens."""
+    layers = {f"model.layers.{layer}.self_attn.q_proj.weight": [64, 64] for layer in range(5)}
+    experts = {f"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight": [32, 64] for layer in range(1, 5) for expert in range(4)}
+    ends = {"model.embed_tokens.weight": [100, 64], "lm_head.weight": [100, 64]}
+    header = json.dumps({name: {"dtype": "F32", "shape": shape} for name, shape in {**layers, **experts, **ends}.items()}).encode()
+    (workdir / "model" / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    (workdir / "model" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
+
+
+def memory_of(*overrides: str) -> MemoryPlan:
+    memory = plan(compose(overrides=[*GOOD, *overrides]).cfg).memory
+    assert memory is not None
+    return memory
+
+
+def rank_of(*overrides: str) -> RankMemory:
+    rank = memory_of(*overrides).rank
+    assert rank is not None
+    return rank
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_by_what_divides_them(tied: bool, workdir) -> None:
+    write_model(workdir, SPARSE, tied)
+    found = count_parameters(workdir / "model", {**SPARSE, "tie_word_embeddings": tied})
+    assert found == Parameters(6400, 0 if tied else 6400, 3 * 4 * 2048, 4 * 4096, 3)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_memory_of_experts_in_pipeline_stages(tied: bool, workdir) -> None:
+    """Both stages hold equally much, a tied output layer too; the first holds activations of two micro-batches, the last has logits."""
+    write_model(workdir, SPARSE, tied)
+    rank = rank_of(*DIVIDED, "trainer.expert_parallel=2", "trainer.megatron.expert_tensor_parallel_size=1")
+    plain, experts = (2 * 4096 + 6400) // 2, 3 * 4 * 2048 // 2 // 2
+    assert (rank.weights, rank.gradients) == (2 * (plain + experts), 4 * (plain + experts))
+    assert rank.optimizer == 12 * (plain // 2 + experts // 2)  # two copies of either on 8 ranks
+    dense, sparse = 34 * 64 // 2, (15 * 64 + 2 * (2 * (2 * 64 + 3 * 16) + 3 * 16)) // 2
+    assert rank.activations == (dense + 3 * sparse) // 4 * 2 * 100 * 2  # on average, 2 layers, 100 tokens
+    assert rank.logits == rank.logprobs == 0
+
+
+def test_memory_of_experts_that_are_split_themselves(workdir) -> None:
+    """Each of two ranks holds half of every expert, and every token of both that goes there."""
+    write_model(workdir, SPARSE)
+    rank = rank_of("cluster.roles.actor.devices=2", "trainer.tensor_parallel=2", "trainer.max_tokens_per_rank=100")
+    assert rank.weights == 2 * (4 * 4096 + 2 * 6400 + 3 * 4 * 2048) // 2
+    dense, sparse = 34 * 64 // 2, (15 * 64 + 2 * (2 * (2 * 2 * 64 + 3 * 16) + 3 * 16)) // 2
+    assert rank.activations == (dense + 3 * sparse) * 100
+
+
+def test_memory_of_interleaved_stages(workdir) -> None:
+    """Five of the 2 x 2 chunks are in flight on the first stage, each of one layer."""
+    (workdir / "model" / "config.json").write_text(json.dumps({**MODEL, "num_hidden_layers": 4}))
+    rank = rank_of(*DIVIDED, "trainer.tensor_parallel=1", "trainer.megatron.virtual_pipeline_model_parallel_size=2")
+    assert rank.activations == 34 * 64 * 100 * 5
+
+
+def test_memory_of_uneven_stages(workdir) -> None:
+    """The last of two stages has 3 of 4 layers, and the logits."""
+    write_model(workdir, SPARSE)
+    first = "trainer.megatron.num_layers_in_first_pipeline_stage=1"
+    rank = rank_of("cluster.roles.actor.devices=2", "trainer.pipeline_parallel=2", "model.dtype=fp32", first)
+    assert rank.weights == 4 * (3 * (4 * 4096 + 3 * 4 * 2048) // 4 + 6400)
+    assert rank.logits == 2 * 4 * 100 * 8192
+
+
+def test_memory_with_whole_rows_on_tensor_parallel_ranks(workdir) -> None:
+    rank = rank_of(*PARALLEL, "trainer.max_tokens_per_rank=100", "trainer.megatron.sequence_parallel=false")
+    assert rank.activations == (10 + 24 // 2) * 64 * 2 * 100
+
+
+@pytest.mark.parametrize(("config", "gathered"), [(MODEL, 2 * 2 * 16), (MODEL | LATENT, 4 * (6 + 8 + 10))])
+def test_memory_of_shared_sequences(config: dict, gathered: int, workdir) -> None:
+    """A rank's half of the longest sequence, 32 tokens, and the keys and values of the other half."""
+    (workdir / "model" / "config.json").write_text(json.dumps(config))
+    rank = rank_of("cluster.roles.actor.devices=4", "trainer.context_parallel=2", "trainer.max_tokens_per_rank=10")
+    assert rank.activations == (34 * 64 + 2 * gathered) * 2 * 16
+    assert rank.logits == 2 * 2 * 100 * 16
+    assert rank.optimizer == 12 * 676 // 4  # over data and context
+
+
+def test_cache_of_latent_attention_is_whole_on_every_device(workdir) -> None:
+    (workdir / "model" / "config.json").write_text(json.dumps(MODEL | LATENT))
+    engine = memory_of(*PARALLEL).engine
+    assert engine is not None and engine.kv_per_token == 2 * (12 + 8) * 2
+
+
+def test_micro_batches_of_shared_sequences_in_interleaved_stages(workdir) -> None:
+    (workdir / "model" / "config.json").write_text(json.dumps({**MODEL, "num_hidden_layers": 4}))
+    cfg = compose(overrides=[*GOOD, *DIVIDED, "trainer.tensor_parallel=1", "trainer.context_parallel=2", "trainer.max_tokens_per_rank=64",
+                             "rollout.samples_per_prompt=9", "trainer.megatron.virtual_pipeline_model_parallel_size=2"]).cfg  # fmt: skip
+    update = plan(cfg).batch.update
+    assert update is not None and (update.data_parallel, update.samples_per_rank) == (2, 144)
+    assert update.micro_batches == 36  # four sequences in two ranks' 128 tokens
+    cfg.rollout.samples_per_prompt = 8
+    cfg.rollout.prompts_per_step = 33
+    assert (update := plan(cfg).batch.update) is not None and update.samples_per_rank == 132
+    assert update.micro_batches == 34  # 33, in rounds of two
+
+
+def test_stages_that_do_not_divide(workdir) -> None:
+    with pytest.raises(ConfigError, match=r"^the model's 2 layers do not divide into trainer\.pipeline_parallel=4 stages: "):
+        rank_of("cluster.roles.actor.devices=4", "trainer.pipeline_parallel=4")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "data", "words"),
+    [
+        ((1, 1, 1, 1, 1, 1), 1, "1 data"),
+        ((2, 1, 1, 1, 2, 1), 4, "4 data x 2 tensor"),
+        ((2, 2, 2, 1, 2, 2), 1, "1 data x 2 tensor x 2 pipeline (x 2 virtual) x 2 context"),
+        ((2, 2, 1, 4, 1, 1), 2, "2 data x 2 tensor x 2 pipeline; experts over 4"),
+        ((1, 1, 4, 2, 2, 1), 1, "1 data x 4 context; experts over 2 x 2 tensor"),
+    ],
+)
+def test_layout_in_words(sizes: tuple[int, ...], data: int, words: str) -> None:
+    assert layout(ParallelSizes(*sizes, sequence=False), data) == words
+
+
 def test_log_probs_are_computed_in_chunks(workdir) -> None:
     memory = plan(compose(overrides=[*GOOD, "trainer.max_tokens_per_rank=1000000"]).cfg).memory
     assert memory is not None and memory.rank is not None
@@ -90,9 +227,19 @@ def test_shown_plan(workdir) -> None:
     cfg = compose(overrides=[*GOOD, "algorithm.name=sft"]).cfg
     show(cfg, plan(cfg), Console(file=shown, width=120))
     text = shown.getvalue()
-    assert "1 data-parallel x 1 tensor-parallel ranks" in text and "none needed" in text
+    assert "1 data" in text and "none needed" in text
     assert "32 prompts, 32 samples" in text and "676 parameters, bf16" in text
     assert "about 32 samples, 1024 tokens at full length, 1 micro-batches" in text and "engine" not in text
+
+
+def test_shown_plan_of_pipeline_stages(workdir) -> None:
+    write_model(workdir, SPARSE)
+    cfg = compose(overrides=[*GOOD, *DIVIDED, "trainer.expert_parallel=2"]).cfg
+    show(cfg, plan(cfg), Console(file=(shown := io.StringIO()), width=160))
+    text = shown.getvalue()
+    assert "2 data x 2 tensor x 2 pipeline; experts over 2 x 2 tensor" in text
+    assert "rank: activations of micro-batches in flight" in text and "logits" not in text
+    assert "rank: together, on pipeline stage 1 of 2, which takes the most" in text
 
 
 def test_model_config_without_sizes(workdir) -> None:

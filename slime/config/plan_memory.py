@@ -1,0 +1,204 @@
+"""Memory of a rank and of an engine, by arithmetic on config.json, the headers of the safetensors and the parallel sizes.
+
+A rank of pipeline stage s holds, of the parameters of its layers (which are taken to be alike), of the embedding on the first stage and
+of the output layer on the last (tied: a copy of the embedding), 1 / tensor; of its layers' experts, 1 / (expert x expert_tensor). The
+stage that takes the most is reported. In bytes a parameter held, for the distributed optimizer over `d` ranks that hold the same (data x
+context; for experts, expert data parallel), after megatron-core's "Distributed Optimizer", theoretical memory:
+
+    bf16    2 parameter + 4 gradient (fp32) + (4 main parameter + 8 Adam moments) / d
+    fp32    4 parameter + 4 gradient        +  8 Adam moments / d
+
+Activations of a layer and token, in bytes in bf16, twice that in fp32, t tensor-parallel ranks (Korthikanti et al. 2022, arXiv:2205.05198,
+section 4, without attention scores, which are never stored); an estimate, recomputation lowers it:
+
+    34 x hidden / t                    dense, split along the sequence; (10 + 24 / t) x hidden where it is not
+    (15 x hidden + 2 x (k x (2 x e x hidden + 3 x inner) + 3 x shared)) / t
+                                       with experts: k of width `inner` a token, evenly chosen, each split e-fold, beside shared ones
+    + 2 x (context - 1) x kv / t       with context parallelism: keys and values (kv values a token) of the row's other ranks
+
+A rank has at most max_tokens_per_rank tokens of a micro-batch, or its 1 / context of one longer sequence. Of p stages, stage s holds
+p - s micro-batches at once (one-forward-one-backward); v-fold interleaved, (2 (p - s - 1) + (v - 1) p + 1) / v (ibid., appendix C).
+
+Logits of one micro-batch and their gradient, on the last stage: 2 x tokens x vocabulary / t, in the model's dtype. Log-probs are
+computed from them in fp32, a chunk of at most 2^24 values at a time; the backward pass holds at most five such chunks.
+
+An engine's device holds its share of the weights and, a token and layer, 2 x kv_heads x head_dim values of KV cache over its
+tensor-parallel ranks; with latent attention kv_lora_rank + qk_rope_head_dim values, on every rank.
+"""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slime.config import SlimeConfig
+from slime.config.exits import ConfigError
+from slime.config.parallel import ParallelSizes, parallel_sizes, stage_layers
+
+BYTES = {"bf16": 2, "fp32": 4}
+ADAM_BYTES = {"bf16": 12, "fp32": 8}
+CHUNK_ELEMENTS = 1 << 24  # of slime.trainer.logprobs
+CHUNKS = 5  # fp32 arrays of a chunk alive at once in its backward pass: logits, probabilities, their gradient, two intermediate results
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Elements of a model's tensors by what divides them. Heads that predict further tokens, neither trained nor served, are left out."""
+
+    embedding: int
+    output: int  # 0 where it is tied to the embedding
+    experts: int  # routed ones
+    others: int
+    sparse_layers: int  # layers with experts
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.embedding + self.output + self.experts + self.others
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one device of the trainer."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # of the micro-batches in flight
+    logits: int  # with their gradient
+    logprobs: int  # fp32 chunks
+    stage: int  # its pipeline stage, from 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.logprobs
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Bytes on one device of an engine."""
+
+    weights: int
+    kv_per_token: int
+    kv_wanted: int  # for every request that may be in flight, at full length
+
+
+def longest(cfg: SlimeConfig) -> int:
+    """Tokens of the longest prompt with the longest answer."""
+    return cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens
+
+
+def count_parameters(model_dir: Path, config: dict[str, Any]) -> Parameters:
+    """The tensors of a directory's safetensors, by their headers; `config` is its config.json."""
+    layers, found, sparse = config.get("num_hidden_layers"), dict.fromkeys(("embedding", "output", "experts", "others"), 0), set()
+    for name, elements in _tensors(model_dir):
+        layer = LAYER.match(name)
+        further = layer is not None and isinstance(layers, int) and int(layer[1]) >= layers
+        if further or (name == OUTPUT and config.get("tie_word_embeddings")):
+            continue
+        kind = {EMBEDDING: "embedding", OUTPUT: "output"}.get(name, "experts" if ".experts." in name else "others")
+        found[kind] += elements
+        if kind == "experts":
+            sparse.add(name.partition(".experts.")[0])
+    return Parameters(**found, sparse_layers=len(sparse))
+
+
+def _tensors(model_dir: Path) -> Iterator[tuple[str, int]]:
+    """Name and number of elements of every tensor: a file begins with 8 bytes of length, then JSON."""
+    for path in sorted(model_dir.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        yield from ((name, math.prod(entry["shape"])) for name, entry in header.items() if name != "__metadata__")
+
+
+def rank_memory(cfg: SlimeConfig, config: dict[str, Any], parameters: Parameters, micro_batches: int) -> RankMemory:
+    """What a rank of the largest pipeline stage holds. Raises ConfigError for layers that do not divide into stages."""
+    layers = stage_layers(size_of(cfg, config, "num_hidden_layers"), cfg.trainer)
+    stages = [_stage_memory(cfg, config, parameters, micro_batches, layers, stage) for stage in range(len(layers))]
+    return max(stages, key=lambda memory: memory.total)
+
+
+def _stage_memory(
+    cfg: SlimeConfig, config: dict[str, Any], parameters: Parameters, micro_batches: int, layers: list[int], stage: int
+) -> RankMemory:
+    sizes, width, devices = parallel_sizes(cfg.trainer), BYTES[cfg.model.dtype], cfg.cluster.roles["actor"].devices
+    part, is_first, is_last = layers[stage] / sum(layers), stage == 0, stage == len(layers) - 1
+    output = parameters.output or (0 if is_first else parameters.embedding)
+    plain = (parameters.others * part + parameters.embedding * is_first + output * is_last) / sizes.tensor
+    experts = parameters.experts * part / (sizes.expert * sizes.expert_tensor)
+    optimizer = plain / (sizes.data(devices) * sizes.context) + experts / sizes.expert_data(devices)
+    tokens = max(cfg.trainer.max_tokens_per_rank, math.ceil(longest(cfg) / sizes.context))
+    columns = math.ceil(size_of(cfg, config, "vocab_size") / sizes.tensor)
+    held = tokens * layers[stage] * _in_flight(sizes, stage, micro_batches)
+    return RankMemory(
+        weights=int((plain + experts) * width),
+        gradients=int((plain + experts) * 4),
+        optimizer=int(optimizer * ADAM_BYTES[cfg.model.dtype]),
+        activations=int(_activations(cfg, config, sizes, parameters.sparse_layers / sum(layers)) * width / 2 * held),
+        logits=2 * width * columns * tokens * is_last,
+        logprobs=CHUNKS * 4 * min(tokens, max(1, CHUNK_ELEMENTS // columns)) * columns * is_last,
+        stage=stage,
+    )
+
+
+def _in_flight(sizes: ParallelSizes, stage: int, micro_batches: int) -> float:
+    """Micro-batches whose activations a stage holds at once."""
+    if sizes.virtual == 1:
+        return min(sizes.pipeline - stage, micro_batches)
+    chunks = 2 * (sizes.pipeline - stage - 1) + (sizes.virtual - 1) * sizes.pipeline + 1
+    return min(chunks / sizes.virtual, micro_batches)
+
+
+def _activations(cfg: SlimeConfig, config: dict[str, Any], sizes: ParallelSizes, sparse: float) -> float:
+    """Bytes in bf16 of a token in a layer, on average; `sparse` is the fraction of layers with experts."""
+    hidden, ranks = size_of(cfg, config, "hidden_size"), sizes.tensor
+    dense = 34 * hidden / ranks if sizes.sequence else (10 + 24 / ranks) * hidden
+    gathered = 2 * (sizes.context - 1) * _key_value_channels(cfg, config) / ranks if sizes.context > 1 else 0
+    if not sparse:
+        return dense + gathered
+    chosen, inner = size_of(cfg, config, "num_experts_per_tok"), config.get("moe_intermediate_size")
+    inner = inner if isinstance(inner, int) else size_of(cfg, config, "intermediate_size")
+    shared = (config.get("n_shared_experts") or 0) * inner
+    routed = chosen * (2 * sizes.expert_tensor * hidden + 3 * inner)
+    return (1 - sparse) * dense + sparse * (15 * hidden + 2 * (routed + 3 * shared)) / ranks + gathered
+
+
+def _key_value_channels(cfg: SlimeConfig, config: dict[str, Any]) -> int:
+    """Keys and values of a token in a layer, as attention computes with them."""
+    if "kv_lora_rank" not in config:
+        return 2 * math.prod(_key_value_heads(cfg, config))
+    head = sum(size_of(cfg, config, name) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    return size_of(cfg, config, "num_attention_heads") * head
+
+
+def _key_value_heads(cfg: SlimeConfig, config: dict[str, Any]) -> tuple[int, int]:
+    """Heads of keys and of values, and the width of one."""
+    hidden, heads = size_of(cfg, config, "hidden_size"), size_of(cfg, config, "num_attention_heads")
+    return config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
+
+
+def engine_memory(cfg: SlimeConfig, config: dict[str, Any], parameters: int, samples: int) -> EngineMemory:
+    """What a device of an engine holds, with `samples` of a batch asked of all engines."""
+    width, served = BYTES[cfg.model.dtype], cfg.rollout.tensor_parallel
+    if "kv_lora_rank" in config:
+        values = size_of(cfg, config, "kv_lora_rank") + size_of(cfg, config, "qk_rope_head_dim")
+    else:
+        heads, head_dim = _key_value_heads(cfg, config)
+        values = 2 * head_dim * math.ceil(heads / served)
+    in_flight = min(cfg.rollout.max_in_flight, samples) / cfg.rollout.engines
+    kv_per_token = size_of(cfg, config, "num_hidden_layers") * values * width
+    return EngineMemory(parameters * width // served, kv_per_token, kv_per_token * math.ceil(in_flight) * longest(cfg))
+
+
+def size_of(cfg: SlimeConfig, config: dict[str, Any], name: str) -> int:
+    """A whole number of config.json. Raises ConfigError where there is none."""
+    if not isinstance(config.get(name), int):
+        raise ConfigError(f"model.path={cfg.model.path}: its config.json has no {name}")
+    return config[name]

@@ -1,0 +1,70 @@
+"""Whether a model can be divided as the recipe asks: what megatron-core would refuse in every rank, or get wrong."""
+
+from pathlib import Path
+
+from slime.config import SlimeConfig, TrainerConfig
+from slime.config.parallel import EXPERT_TENSOR, SEQUENCE, ParallelSizes, parallel_sizes, stage_layers, whole
+from slime.config.roles import generates, needed_roles
+from slime.models.map import ModelMap
+from slime.models.registry import load_map, read_map
+
+
+def check_model(cfg: SlimeConfig, headers: bool = True) -> None:
+    """Read the model in model.path, a directory (config.json and the headers of its weights, or not), and check how the recipe divides
+    it, where it trains.
+
+    Raises ValueError for what `load_map` and `check_layout` refuse.
+    """
+    trains = "actor" in needed_roles(cfg)
+    read = load_map if headers else read_map
+    model = read(Path(cfg.model.path), cfg.model.family, cfg.trainer.tensor_parallel if trains else 1)
+    if model.unserved and generates(cfg):
+        raise ValueError(
+            f"model.path={cfg.model.path}: {model.family} can be trained but not served ({model.unserved}): train on demonstrations "
+            "(algorithm.name=sft), or take a later model of its line"
+        )
+    if trains:
+        check_layout(model, parallel_sizes(cfg.trainer), cfg.trainer)
+
+
+def check_layout(model: ModelMap, sizes: ParallelSizes, trainer: TrainerConfig) -> None:
+    """Raises ValueError for sizes that do not divide the model's layers or experts, that its layers cannot be computed with, or that
+    have nothing to divide. `load_map` checks what tensor parallelism divides."""
+    stage_layers(model.transformer["num_layers"], trainer)
+    if model.has_experts:
+        _experts(model, sizes, trainer)
+    else:
+        _no_experts(model, sizes, trainer)
+    if sizes.tensor > 1 and not sizes.sequence:
+        _whole_rows(model, sizes)
+
+
+def _experts(model: ModelMap, sizes: ParallelSizes, trainer: TrainerConfig) -> None:
+    count, inner = model.transformer["num_moe_experts"], model.transformer["moe_ffn_hidden_size"]
+    if count % sizes.expert:
+        raise ValueError(f"trainer.expert_parallel={sizes.expert} does not divide the model's {count} experts: choose one that does")
+    if inner % sizes.expert_tensor:
+        knob = f"trainer.megatron.{EXPERT_TENSOR}" if whole(trainer, EXPERT_TENSOR) else "trainer.tensor_parallel"
+        mend = "choose one that does" + ("" if whole(trainer, EXPERT_TENSOR) else f", or set trainer.megatron.{EXPERT_TENSOR}")
+        raise ValueError(f"{knob}={sizes.expert_tensor} does not divide the {inner} channels of the model's experts: {mend}")
+
+
+def _no_experts(model: ModelMap, sizes: ParallelSizes, trainer: TrainerConfig) -> None:
+    if sizes.expert > 1:
+        raise ValueError(f"trainer.expert_parallel={sizes.expert}: {model.family} has no experts to divide; set it to 1")
+    if (given := whole(trainer, EXPERT_TENSOR)) is not None:
+        raise ValueError(f"trainer.megatron.{EXPERT_TENSOR}={given}: {model.family} has no experts to divide; remove it")
+
+
+def _whole_rows(model: ModelMap, sizes: ParallelSizes) -> None:
+    """Parts that all tensor-parallel ranks hold whole: each must see its own tokens, or its gradient would be counted several times."""
+    parts = {
+        "its router": model.has_experts,
+        "the down-projections of its latent attention": model.transformer.get("multi_latent_attention", False),
+    }
+    for part, there in parts.items():
+        if there:
+            raise ValueError(
+                f"trainer.megatron.{SEQUENCE}=false with trainer.tensor_parallel={sizes.tensor}: {model.family} needs activations that are "
+                f"split along the sequence, for {part}; remove it"
+            )
