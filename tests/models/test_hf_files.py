@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slime.layout import Block
-from slime.models import hf_headers
+from slime.models import hf_files, hf_headers
 from slime.models.hf_files import INDEX, SINGLE, HFReader, HFWriter
 from slime.models.registry import load_map
 from tests.tiny import load_hf_model, make_tiny
@@ -44,10 +44,7 @@ def export(source: Path, target: Path, dtype: torch.dtype | None = None, **optio
     return contents(target)
 
 
-def test_one_file_and_shards_read_alike(single: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[str] = []
-    real = hf_headers.safe_open
-    monkeypatch.setattr(hf_headers, "safe_open", lambda path, framework: opened.append(path.name) or real(path, framework=framework))
+def test_one_file_and_shards_read_alike(single: Path, sharded: Path) -> None:
     for path, dtype in ((single, torch.bfloat16), (sharded, torch.float32)):
         expected = contents(path)
         with HFReader(path) as reader:
@@ -55,7 +52,71 @@ def test_one_file_and_shards_read_alike(single: Path, sharded: Path, monkeypatch
             for name, tensor in expected.items():
                 assert reader.shape(name) == tuple(tensor.shape) and reader.dtype(name) == dtype
                 assert same_bits(reader.read(name), tensor)
-    assert len(opened) == len(set(opened)) == 1 + len(list(sharded.glob("*.safetensors")))
+
+
+def test_a_checkpoint_of_a_hundred_files_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its index and headers are read once, however often it is loaded; each file is then mapped once by a reader."""
+    path = tmp_path / "many"
+    export(make_tiny(tmp_path / "one", "qwen3", layers=10, hidden=16, intermediate=16), path, max_shard_bytes=1)
+    files = sorted(file.name for file in path.glob("*.safetensors"))
+    assert len(files) > 100
+    opened: list[tuple[str, str]] = []
+    real, read_text = hf_headers.safe_open, Path.read_text
+    texts: list[Path] = []
+    monkeypatch.setattr(hf_headers, "safe_open", lambda path, framework: opened.append((framework, path.name)) or real(path, framework))
+    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: texts.append(self) or read_text(self, *a, **k))
+    shapes = load_map(path).hf_shapes
+    for _ in range(2):
+        with HFReader(path) as reader:
+            for name in shapes:
+                reader.read(name)
+            first = opened[:]
+    assert texts.count(path / INDEX) == 1
+    assert sorted(name for kind, name in opened if kind == "numpy") == files
+    assert sorted(name for kind, name in first if kind == "pt")[::2] == files, "once by each of the two readers"
+
+
+def test_a_file_that_was_replaced_is_read_again(tmp_path: Path) -> None:
+    for size in (2, 3):
+        save_file({"a": torch.ones(size)}, tmp_path / SINGLE)
+        with HFReader(tmp_path) as reader:
+            assert reader.shape("a") == (size,) and reader.read("a").tolist() == [1] * size
+
+
+def test_files_are_mapped_anew_after_a_window(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, mapped = contents(sharded), []
+    real = hf_files.open_safetensors
+    monkeypatch.setattr(hf_files, "open_safetensors", lambda path, framework: mapped.append(path.name) or real(path, framework))
+    monkeypatch.setattr(hf_files, "WINDOW_BYTES", 30_000)
+    with HFReader(sharded) as reader:
+        read = {name: reader.read(name) for name in reader.names}
+        total = sum(tensor.nbytes for tensor in read.values())
+        assert all(same_bits(read[name], expected[name]) for name in expected)
+    assert total / 30_000 < len(mapped) <= 2 * len(expected)
+
+
+def test_a_file_ends_where_a_tensor_would_lie_badly_or_the_header_is_full(single: Path, tmp_path: Path) -> None:
+    tensors = {
+        "odd": torch.arange(3).to(torch.bfloat16),
+        "wide": torch.arange(3.0),  # cannot begin after 6 bytes
+        "scalar": torch.tensor(7.0),
+        "empty": torch.zeros(0, 4),
+        "n" * 70_000: torch.ones(2),
+        "m" * 70_000: torch.zeros(2),  # a second name of this length does not fit
+    }
+    with HFWriter(tmp_path, single) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    written = contents(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    assert written.keys() == tensors.keys() and all(torch.equal(tensors[name], written[name]) for name in tensors)
+
+
+def test_config_says_the_dtype_of_most_weights(single: Path, tmp_path: Path) -> None:
+    with HFWriter(tmp_path, single) as writer:
+        writer.write("bias", torch.zeros(3))
+        writer.write("weight", torch.zeros(4, 4, dtype=torch.float16))
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float16"
 
 
 def test_blocks_of_any_shape(tmp_path: Path) -> None:
@@ -143,7 +204,7 @@ def test_an_export_that_is_not_whole_is_not_published(single: Path, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
-def test_tensors_are_copied_when_they_are_written(single: Path, tmp_path: Path) -> None:
+def test_tensors_are_written_at_once(single: Path, tmp_path: Path) -> None:
     """Gather buffers are reused, and views of one buffer share storage."""
     buffer = torch.arange(6, dtype=torch.float32)
     with HFWriter(tmp_path, single) as writer:
