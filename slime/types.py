@@ -31,6 +31,7 @@ import numpy as np
 Messages = list[dict[str, Any]]
 LOGPROB_SLACK = 1e-3  # by which rounding may lift a log-prob above 0
 NO_VERSION = -1  # of a sample that no policy drew
+NOT_RECORDED = -1  # in the experts of a token for which no engine named any
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -98,6 +99,8 @@ class Sample:
     weight_versions: list[VersionSpan] = field(default_factory=list)
     finish_reason: str = ""  # stop | length | abort
     seed: int | None = None  # sampling seed, set in deterministic mode
+    # int16 [n, layers, k], of the first n tokens of prompt and response: the experts that each went to; of the last one no engine knows
+    experts: np.ndarray | None = None
 
     @property
     def truncated(self) -> bool:
@@ -120,6 +123,10 @@ class Sample:
         wrong = [m for m in self.loss_mask if m not in (0, 1)]
         if wrong:
             raise ValueError(f"{where} has {wrong[0]!r} in loss_mask; give 1 where a token is trained on and 0 elsewhere")
+        if self.experts is not None and len(self.experts) > len(self.prompt_ids) + n:
+            raise ValueError(
+                f"{where} has the experts of {len(self.experts)} tokens but {len(self.prompt_ids) + n} tokens; give those of the first ones"
+            )
         at = bad_logprob(self.rollout_logprobs)
         if at is not None:
             raise ValueError(
@@ -167,6 +174,7 @@ class Batch:
     rewards: np.ndarray  # float64 [N]
     group: np.ndarray  # int64 [N], ordinal of each sample's prompt
     version: np.ndarray  # int64 [N], number of the oldest weights that drew a token of it; -1 where no policy drew any
+    experts: np.ndarray | None = None  # int16 [T, layers, k], where engines named any: what each token went to, or NOT_RECORDED
 
     def __len__(self) -> int:
         return len(self.cu_seqlens) - 1
@@ -187,10 +195,16 @@ class Batch:
         """int64 [T], which sample a token belongs to."""
         return np.repeat(np.arange(len(self)), self.lengths)
 
+    def columns(self) -> dict[str, np.ndarray]:
+        """The arrays by name; without experts where there are none."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: column for name, column in columns.items() if column is not None}
+
     def save(self, path: Path) -> None:
         """Write every column to an .npz file, bit for bit."""
+        columns: dict[str, Any] = self.columns()
         with path.open("wb") as file:
-            np.savez(file, **{f.name: getattr(self, f.name) for f in fields(self)})
+            np.savez(file, **columns)
 
     @classmethod
     def load(cls, path: Path) -> "Batch":
@@ -224,14 +238,19 @@ class Batch:
             rewards=np.array([r for g in groups for r in g.rewards], np.float64),
             group=np.array([s.group for s in samples], np.int64),
             version=np.array([s.oldest_version for s in samples], np.int64),
+            experts=_experts(samples, lengths),
         )
 
     @classmethod
     def concatenate(cls, parts: list["Batch"]) -> "Batch":
         """One batch of these, in the order given: what `from_groups` makes of all their groups together."""
-        columns = {f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls) if f.name != "cu_seqlens"}
+        others = [f.name for f in fields(cls) if f.name not in ("cu_seqlens", "experts")]
         lengths = np.concatenate([part.lengths for part in parts])
-        return cls(cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), **columns)
+        return cls(
+            cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            experts=_stack([(part.experts, len(part.tokens)) for part in parts]),
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in others},
+        )
 
     def select(self, samples: np.ndarray) -> "Batch":
         """The batch of the samples at these positions (int64 [M]), in that order."""
@@ -245,7 +264,29 @@ class Batch:
             rewards=self.rewards[samples],
             group=self.group[samples],
             version=self.version[samples],
+            experts=None if self.experts is None else self.experts[at],
         )
+
+
+def _experts(samples: list[Sample], lengths: list[int]) -> np.ndarray | None:
+    """The column of a batch."""
+    parts: list[tuple[np.ndarray | None, int]] = []
+    for sample, length in zip(samples, lengths, strict=True):
+        known = 0 if sample.experts is None else len(sample.experts)
+        parts += [(sample.experts, known), (None, length - known)]
+    return _stack(parts)
+
+
+def _stack(parts: list[tuple[np.ndarray | None, int]]) -> np.ndarray | None:
+    """(experts int16 [n, layers, k] or None, n) one after another, NOT_RECORDED for None; None where all are."""
+    shapes = {part.shape[1:] for part, _ in parts if part is not None}
+    if not shapes:
+        return None
+    if len(shapes) > 1:
+        found = ", ".join(map(str, sorted(shapes)))
+        raise ValueError(f"samples name experts of {len(shapes)} shapes [layers, k]: {found}; keep the engine's")
+    (shape,) = shapes
+    return np.concatenate([np.full((n, *shape), NOT_RECORDED, np.int16) if part is None else part for part, n in parts])
 
 
 @dataclass(slots=True)

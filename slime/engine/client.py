@@ -13,7 +13,7 @@ import aiohttp
 from slime.engine.control import Control
 from slime.engine.endpoint import Endpoint
 from slime.engine.errors import EngineError, EngineLost, StaleWeights
-from slime.engine.generation import Generation, Sampling, check_ids, parse
+from slime.engine.generation import Generation, Routing, Sampling, check_ids, parse
 from slime.engine.routing import Router
 from slime.engine.versions import Facts, facts
 
@@ -62,9 +62,16 @@ class EngineClient:
             raise StaleWeights(f"{', '.join(stale)}; expected {label}")
 
     async def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, *, rid: str | None = None, session: int | None = None
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        rid: str | None = None,
+        session: int | None = None,
+        routing: Routing | None = None,
     ) -> Generation:
-        """One answer. Requests of one `session` go to one engine, whose cache holds what they have in common.
+        """One answer. Requests of one `session` go to one engine, whose cache holds what they have in common. With `routing`, the answer
+        says which experts every token went to.
 
         `rid` is 32 hexadecimal digits, made here by default. Raises ValueError for ids outside the vocabulary, TimeoutError naming
         rollout.request_timeout_s, EngineLost where the connection broke, EngineError for a refusal, StaleWeights for other weights.
@@ -74,11 +81,13 @@ class EngineClient:
         if not RID.fullmatch(rid):
             raise ValueError(f"rid={rid}: a request id is 32 hexadecimal digits")
         body = {"rid": rid, "input_ids": list(prompt_ids), "sampling_params": sampling.to_sglang(), "return_logprob": True}
+        if routing is not None:
+            body["return_routed_experts"] = True
         async with self._slots:
             while True:
                 engine = self.router.acquire(session)
                 try:
-                    return await self._ask(engine, body)
+                    return await self._ask(engine, body, routing)
                 except aiohttp.ClientConnectorError as error:
                     self.router.dead(engine, f"it does not accept connections at {self.endpoints[engine].url} ({error.os_error})")
                     log.warning("%s does not accept connections; its requests go to the others", self.endpoints[engine].name)
@@ -94,7 +103,7 @@ class EngineClient:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _ask(self, engine: int, body: dict[str, Any]) -> Generation:
+    async def _ask(self, engine: int, body: dict[str, Any], routing: Routing | None) -> Generation:
         endpoint, started_s = self.endpoints[engine], time.time()
         try:
             async with self._session.post(endpoint.url + "/generate", json=body, headers=endpoint.headers) as response:
@@ -112,7 +121,7 @@ class EngineClient:
         except aiohttp.ClientError as error:
             self.router.dead(engine, f"its connection broke ({error or type(error).__name__})")
             raise EngineLost(f"{endpoint.name} at {endpoint.url} was lost while it generated: {error or type(error).__name__}") from error
-        generation = parse(answer, self._facts[engine].version_spans, endpoint.name, started_s, time.time())
+        generation = parse(answer, self._facts[engine].version_spans, endpoint.name, started_s, time.time(), routing)
         self._check_versions(engine, generation)
         return generation
 

@@ -1,8 +1,12 @@
 """A request to an engine and its answer, as records and as SGLang's JSON."""
 
+import base64
+import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from slime.engine.errors import EngineError
 from slime.types import VersionSpan, bad_logprob
@@ -28,8 +32,17 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Routing:
+    """What a mixture of experts has: each token goes to `chosen` of `experts` in every one of `layers` (0 to 0 in dense ones)."""
+
+    layers: int
+    chosen: int
+    experts: int
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
-    """One answer. R response tokens; times in seconds since 1970."""
+    """One answer to P prompt tokens. R response tokens; times in seconds since 1970."""
 
     output_ids: list[int]  # [R], with the end token where there is one
     logprobs: list[float]  # [R], natural log, of the drawn tokens under softmax(logits / temperature); top-p does not change them
@@ -43,6 +56,7 @@ class Generation:
     finished_s: float  # the answer had arrived
     engine_s: float  # what the engine says it took, see `parse`
     response_sent_s: float  # when the engine says it sent the answer
+    experts: np.ndarray | None = None  # int16 [P + R - 1, layers, chosen], where asked for: the last token went nowhere
 
     @property
     def e2e_s(self) -> float:
@@ -59,13 +73,16 @@ def check_ids(prompt_ids: Sequence[int], vocab_size: int) -> None:
         raise ValueError(f"token id {wrong} is outside the model's vocabulary [0, {vocab_size}): does the tokenizer belong to the model?")
 
 
-def parse(answer: dict[str, Any], has_spans: bool, engine: str, started_s: float, finished_s: float) -> Generation:
-    """SGLang's answer of /generate with return_logprob.
+def parse(
+    answer: dict[str, Any], has_spans: bool, engine: str, started_s: float, finished_s: float, routing: Routing | None = None
+) -> Generation:
+    """SGLang's answer of /generate with return_logprob, and return_routed_experts where `routing` is given.
 
     `engine_s` is the time from the request's arrival to the answer, less what it waited in SGLang's queue, which SGLang tells only with
     rollout.sglang.enable_metrics=true (`queue_time`); without it the wait counts as work.
 
-    Raises EngineError where ids and log-probs do not belong together, and for a value that no log-prob can have.
+    Raises EngineError where ids and log-probs do not belong together, for a value that no log-prob can have, and for experts that are
+    missing or not those of the model.
     """
     meta, ids = answer["meta_info"], answer["output_ids"]
     triples = meta["output_token_logprobs"]
@@ -93,4 +110,25 @@ def parse(answer: dict[str, Any], has_spans: bool, engine: str, started_s: float
         finished_s=finished_s,
         engine_s=max(0.0, meta["e2e_latency"] - meta.get("queue_time", 0.0)),
         response_sent_s=meta["response_sent_to_client_ts"],
+        experts=_experts(meta, len(ids), routing, engine) if routing else None,
     )
+
+
+def _experts(meta: dict[str, Any], answered: int, routing: Routing, engine: str) -> np.ndarray:
+    """int16 [P + R - 1, layers, chosen] from the base64 of int32."""
+    encoded = meta.get("routed_experts")
+    if not encoded:
+        raise EngineError(
+            f"{engine} returned no routed_experts: start it with --enable-return-routed-experts, or set rollout.replay_experts=false"
+        )
+    try:
+        values = np.frombuffer(base64.b64decode(encoded, validate=True), np.int32)
+    except (binascii.Error, ValueError) as error:
+        raise EngineError(f"{engine} returned routed_experts that are not base64 of int32 values ({error})") from error
+    tokens = meta["prompt_tokens"] + answered - 1
+    if values.size != tokens * routing.layers * routing.chosen or (values.size and not 0 <= values.min() <= values.max() < routing.experts):
+        raise EngineError(
+            f"{engine} returned {values.size} routed_experts for {tokens} tokens, not {routing.layers} layers x {routing.chosen} of "
+            f"{routing.experts} experts each: does it serve another model?"
+        )
+    return values.astype(np.int16).reshape(tokens, routing.layers, routing.chosen)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from slime.config import SlimeConfig
 from slime.config.check_serving import longest_answers
 from slime.cpu import serving
+from slime.models.registry import has_experts
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 MOST_RUNNING = 256
@@ -57,6 +58,8 @@ def server_arguments(cfg: SlimeConfig, device: Device) -> dict[str, Any]:
         "random_seed": cfg.run.seed,
         "log_level_http": "warning",
     }
+    if cfg.rollout.replay_experts and has_experts(cfg.model):
+        chosen["enable_return_routed_experts"] = True
     if device == "cpu":
         chosen |= serving.arguments(cfg.run.deterministic) | cpu_pool(cfg)
     chosen |= cfg.rollout.sglang
@@ -122,9 +125,11 @@ def kv_bytes_per_token(cfg: SlimeConfig) -> int:
     if not path.exists():
         return 1
     hf = json.loads(path.read_text())
+    width = {"fp32": 4, "bf16": 2}[cfg.model.dtype]
+    if hf.get("kv_lora_rank"):  # latent attention: one latent for all heads, on every device
+        return hf["num_hidden_layers"] * (hf["kv_lora_rank"] + hf["qk_rope_head_dim"]) * width
     heads = hf.get("num_key_value_heads") or hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-    width = {"fp32": 4, "bf16": 2}[cfg.model.dtype]
     return max(1, 2 * hf["num_hidden_layers"] * heads * head_dim * width // cfg.rollout.tensor_parallel)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from slime.engine.client import EngineClient, Generation, Sampling
 from slime.engine.errors import EngineError
+from slime.engine.generation import Routing
 from slime.types import Sample
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ class RolloutClient:
     engines: EngineClient
     tokenizer: "PreTrainedTokenizerBase"
     sampling: Sampling  # defaults of this rollout
+    routing: Routing | None = None  # where the experts of every token are wanted
     generations: list[Generation] = field(default_factory=list)
 
     async def generate(
@@ -35,7 +37,7 @@ class RolloutClient:
             stop=self.sampling.stop if stop is None else tuple(stop),
             seed=sample.seed,
         )
-        answer = await self.engines.generate(list(token_ids), sampling, session=sample.group)
+        answer = await self.engines.generate(list(token_ids), sampling, session=sample.group, routing=self.routing)
         if answer.finish_reason == "abort":
             raise EngineError(f"{answer.engine} aborted a request after {len(answer.output_ids)} tokens; its log says why")
         self.generations.append(answer)

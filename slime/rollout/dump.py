@@ -5,10 +5,11 @@ rollouts/step_0000003.npz holds the columns of the batch, bit for bit; step_0000
 
 import json
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-from slime.types import Batch, Group, RolloutSummary
+from slime.types import Batch, Group, RolloutSummary, Sample
 
 FOLDER = "rollouts"
 
@@ -20,7 +21,12 @@ def write_rollout(run_dir: Path, batch: Batch, summary: RolloutSummary, groups: 
     batch.save(base.with_suffix(".npz"))
     with base.with_suffix(".jsonl").open("w") as text:
         text.write(json.dumps(summary.to_dict()) + "\n")
-        text.writelines(json.dumps(asdict(s), default=str) + "\n" for g in groups for s in g.samples)
+        text.writelines(json.dumps(_readable(s), default=str) + "\n" for g in groups for s in g.samples)
+
+
+def _readable(sample: Sample) -> dict[str, Any]:
+    """A sample without its experts, which the columns hold."""
+    return {name: value for name, value in asdict(replace(sample, experts=None)).items() if name != "experts"}
 
 
 def read_rollout(folder: Path, step: int) -> tuple[Batch, RolloutSummary]:

@@ -5,6 +5,8 @@ comes, or copies of it (dataclasses.replace): its `group` stays. `weight_version
 `append_answer` keeps them; a sample without any counts as one that no policy drew. Nothing here may block: await, or asyncio.to_thread.
 """
 
+import numpy as np
+
 from slime.config import RolloutConfig
 from slime.engine.generation import Generation
 from slime.rollout.client import RolloutClient
@@ -26,6 +28,9 @@ def append_answer(sample: Sample, answer: Generation) -> None:
     sample.text += answer.text
     sample.finish_reason = answer.finish_reason
     sample.weight_versions += [VersionSpan(s.version, begin + s.start, begin + s.end) for s in answer.versions]
+    if answer.experts is not None:
+        known = sample.experts  # what was said of a token first is what its successor was drawn with
+        sample.experts = answer.experts if known is None else np.concatenate([known, answer.experts[len(known) :]])
 
 
 def append_observation(sample: Sample, token_ids: list[int], text: str) -> None:

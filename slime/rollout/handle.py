@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from slime.cluster import deadline
 from slime.config import SlimeConfig
 from slime.engine.endpoint import Endpoint
+from slime.engine.generation import Routing
 from slime.observe.trace import Span
 from slime.types import EvalResult, RolloutSummary, WeightVersion
 
@@ -145,10 +146,10 @@ class Rollout:
         actor: Any = ray.remote(RolloutManager).options(num_cpus=0, scheduling_strategy=here, max_concurrency=8)
         return cls(cfg, actor.remote(cfg, str(run_dir)))
 
-    def connect(self, endpoints: list[Endpoint], vocab_size: int) -> None:
+    def connect(self, endpoints: list[Endpoint], vocab_size: int, routing: Routing | None = None) -> None:
         """Wait for the manager and give it the engines. Raises ValueError naming the knob of what it cannot use."""
         deadline.get(self._opened, self._cfg.cluster.start_timeout_s, "the rollout manager to start", "cluster.start_timeout_s")
-        deadline.get(self._manager.connect.remote(endpoints, vocab_size), MANAGER_S, "the rollout manager to take the engines")
+        deadline.get(self._manager.connect.remote(endpoints, vocab_size, routing), MANAGER_S, "the rollout manager to take the engines")
 
     def expect(self, version: WeightVersion) -> None:
         """From here on every answer must come from these weights. Raises StaleWeights naming an engine that holds others."""

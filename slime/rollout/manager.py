@@ -20,6 +20,7 @@ from slime.data.source import PromptSource, eval_prompts
 from slime.data.template import load_tokenizer, tokenize
 from slime.engine.client import EngineClient, Sampling
 from slime.engine.endpoint import Endpoint
+from slime.engine.generation import Routing
 from slime.observe.trace import Span
 from slime.rollout.client import RolloutClient
 from slime.rollout.draw import Draw
@@ -55,9 +56,10 @@ class RolloutManager:
             for name, (s, _) in self.eval_sets.items()
         }
 
-    async def connect(self, endpoints: list[Endpoint], vocab_size: int) -> None:
-        """Take these engines."""
+    async def connect(self, endpoints: list[Endpoint], vocab_size: int, routing: Routing | None = None) -> None:
+        """Take these engines; with `routing`, they say which experts the tokens of a rollout went to."""
         cfg = self.cfg.rollout
+        self.routing = routing
         self.engines = EngineClient(endpoints, vocab_size=vocab_size, timeout_s=cfg.request_timeout_s, max_in_flight=cfg.max_in_flight)
 
     async def expect(self, label: str) -> None:
@@ -75,7 +77,7 @@ class RolloutManager:
         or an unfit answer of rollout.generate, RuntimeError for an engine that is dead or answers with other weights than expected.
         """
         begun, begun_cpu, cfg = time.time(), time.process_time(), self.cfg.rollout
-        maker = self._maker(self._client(cfg.temperature, cfg.top_p, cfg.max_response_tokens), self.judge)
+        maker = self._maker(self._client(cfg.temperature, cfg.top_p, cfg.max_response_tokens, self.routing), self.judge)
         surplus = max(1, round(cfg.oversample * cfg.prompts_per_step)) if cfg.select == "arrival" else 0
         draw = Draw(first_ordinal, cfg.prompts_per_step, surplus)
         filled = await self._fill(draw, maker)
@@ -105,9 +107,9 @@ class RolloutManager:
             spans += busy_spans(maker.client.generations, maker.judging)
         return results, spans
 
-    def _client(self, temperature: float, top_p: float, max_new_tokens: int) -> RolloutClient:
+    def _client(self, temperature: float, top_p: float, max_new_tokens: int, routing: Routing | None = None) -> RolloutClient:
         sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, stop=tuple(self.cfg.rollout.stop))
-        return RolloutClient(self.engines, self.tokenizer, sampling)
+        return RolloutClient(self.engines, self.tokenizer, sampling, routing)
 
     def _maker(self, client: RolloutClient, judge: Judge, eval_set: str | None = None) -> GroupMaker:
         return GroupMaker(self.cfg, client, judge, self.generate_fn, eval_set)

@@ -1,16 +1,20 @@
 """SGLang's answer as a record, without a server."""
 
+import base64
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from slime.engine.errors import EngineError
-from slime.engine.generation import Generation, parse
+from slime.engine.generation import Generation, Routing, parse
 from slime.types import LOGPROB_SLACK
 
+ROUTING = Routing(layers=3, chosen=2, experts=8)
 
-def parsed(logprobs: list[Any], ids: list[int] | None = None, **meta: Any) -> Generation:
+
+def parsed(logprobs: list[Any], ids: list[int] | None = None, routing: Routing | None = None, **meta: Any) -> Generation:
     ids = ids or [5, 6, 1]
     known = {
         "finish_reason": {"type": "stop"},
@@ -21,7 +25,7 @@ def parsed(logprobs: list[Any], ids: list[int] | None = None, **meta: Any) -> Ge
         "e2e_latency": 2.0,
         "response_sent_to_client_ts": 100.0,
     }
-    return parse({"output_ids": [5, 6, 1], "text": "ab", "meta_info": known | meta}, True, "engine 3", 97.0, 101.0)
+    return parse({"output_ids": [5, 6, 1], "text": "ab", "meta_info": known | meta}, True, "engine 3", 97.0, 101.0, routing)
 
 
 @pytest.mark.parametrize(("value", "shown"), [(None, "NaN"), (math.nan, "nan"), (-math.inf, "-inf"), (2 * LOGPROB_SLACK, "0.002")])
@@ -46,3 +50,31 @@ def test_time_in_the_queue_is_left_out_where_it_is_told() -> None:
     assert parsed([-0.1] * 3).engine_s == 2.0
     assert parsed([-0.1] * 3, queue_time=1.5).engine_s == 0.5
     assert parsed([-0.1] * 3, queue_time=2.5).engine_s == 0.0
+
+
+def encoded(values: np.ndarray) -> str:
+    return base64.b64encode(values.astype(np.int32).tobytes()).decode()
+
+
+def test_experts_of_every_token_but_the_last() -> None:
+    experts = np.random.default_rng(0).integers(0, 8, (4 + 3 - 1, 3, 2))
+    found = parsed([-0.1] * 3, routing=ROUTING, routed_experts=encoded(experts)).experts
+    assert found is not None and found.dtype == np.int16
+    np.testing.assert_array_equal(found, experts)
+    assert parsed([-0.1] * 3).experts is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "engine 3 returned no routed_experts: start it with --enable-return-routed-experts, or set rollout.replay_experts=false"),
+        ("????", "engine 3 returned routed_experts that are not base64 of int32 values"),
+        ("AAAA", "engine 3 returned routed_experts that are not base64 of int32 values"),
+        (encoded(np.zeros((7, 3, 2))), "returned 42 routed_experts for 6 tokens, not 3 layers x 2 of 8 experts each: .*another model"),
+        (encoded(np.full((6, 3, 2), 8)), "returned 36 routed_experts for 6 tokens, not 3 layers x 2 of 8 experts"),
+        (encoded(np.full((6, 3, 2), -1)), "returned 36 routed_experts for 6 tokens"),
+    ],
+)
+def test_experts_that_cannot_be_the_model_s(value: str | None, text: str) -> None:
+    with pytest.raises(EngineError, match=text):
+        parsed([-0.1] * 3, routing=ROUTING, routed_experts=value)

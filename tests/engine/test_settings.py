@@ -21,8 +21,8 @@ from slime.engine.settings import (
 
 @pytest.fixture
 def cfg(tmp_path: Path) -> SlimeConfig:
-    hf = {"num_hidden_layers": 4, "num_key_value_heads": 2, "num_attention_heads": 4, "head_dim": 32, "hidden_size": 128}
-    (tmp_path / "config.json").write_text(json.dumps(hf))
+    heads = {"num_key_value_heads": 2, "num_attention_heads": 4, "head_dim": 32}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "num_hidden_layers": 4, "hidden_size": 128, **heads}))
     made = SlimeConfig()
     made.model.path, made.model.dtype = str(tmp_path), "fp32"
     made.data.max_prompt_tokens, made.rollout.max_response_tokens = 31, 8
@@ -118,3 +118,18 @@ def test_environment_of_a_cpu_server(cfg: SlimeConfig, monkeypatch: pytest.Monke
     assert mine == "/mine" and (Path(shims) / "sitecustomize.py").exists()
     assert environment["OMP_NUM_THREADS"] == "2" and environment["SGLANG_CPU_OMP_THREADS_BIND"] == "0|1"
     assert environment["SLIME_CPU_BATCH_INVARIANT"] == "1" and environment["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_engines_of_a_mixture_of_experts_say_which_they_chose(cfg: SlimeConfig) -> None:
+    assert "enable_return_routed_experts" not in server_arguments(cfg, "cpu")
+    config = Path(cfg.model.path) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "qwen3_moe"}))
+    assert server_arguments(cfg, "cpu")["enable_return_routed_experts"] is True
+    cfg.rollout.replay_experts = False
+    assert "enable_return_routed_experts" not in server_arguments(cfg, "cpu")
+
+
+def test_the_pool_of_latent_attention_holds_latents(cfg: SlimeConfig) -> None:
+    config = Path(cfg.model.path) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"kv_lora_rank": 24, "qk_rope_head_dim": 8}))
+    assert kv_bytes_per_token(cfg) == 4 * (24 + 8) * 4

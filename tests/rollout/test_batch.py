@@ -1,14 +1,13 @@
 """Samples as a batch: what is refused, and which weights drew them."""
 
 import math
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from slime.types import LOGPROB_SLACK, Batch, Group, Sample, VersionSpan, WeightVersion
+from slime.types import LOGPROB_SLACK, NOT_RECORDED, Batch, Group, Sample, VersionSpan, WeightVersion
 
 
 def sample(*spans: VersionSpan, group: int = 41, **fields: Any) -> Sample:
@@ -68,9 +67,10 @@ def test_groups_packed_one_by_one_make_the_batch_of_all():
         Group(8, [sample(VersionSpan("r/0/6", 0, 2), group=8, reward=0.5)]),
     ]
     whole, joined = Batch.from_groups(groups), Batch.concatenate([Batch.from_groups([group]) for group in groups])
-    for column in fields(Batch):
-        expected, found = getattr(whole, column.name), getattr(joined, column.name)
-        assert found.dtype == expected.dtype and found.tobytes() == expected.tobytes(), column.name
+    assert whole.columns().keys() == joined.columns().keys()
+    for name, expected in whole.columns().items():
+        found = joined.columns()[name]
+        assert found.dtype == expected.dtype and found.tobytes() == expected.tobytes(), name
 
 
 @pytest.mark.parametrize("value", [math.nan, None, math.inf, -math.inf, 2 * LOGPROB_SLACK])
@@ -105,3 +105,40 @@ def test_a_label_that_is_no_version(label: str):
 def test_a_version_is_read_from_its_label():
     version = WeightVersion(2, 17, "ab/12")
     assert WeightVersion.parse(version.label) == version
+
+
+def experts(tokens: int, first: int = 0) -> np.ndarray:
+    return np.arange(first, first + 4 * tokens, dtype=np.int16).reshape(tokens, 2, 2)
+
+
+def test_experts_are_a_column_with_holes_where_no_engine_named_any(tmp_path: Path):
+    made = batch(sample(experts=experts(5)), sample(), sample(experts=experts(2, 50)))
+    assert made.experts is not None and made.experts.shape == (18, 2, 2) and made.experts.dtype == np.int16
+    np.testing.assert_array_equal(made.experts[:5], experts(5))
+    np.testing.assert_array_equal(made.experts[12:14], experts(2, 50))
+    assert (made.experts[5:12] == NOT_RECORDED).all() and (made.experts[14:] == NOT_RECORDED).all()
+    made.save(tmp_path / "b.npz")
+    again = Batch.load(tmp_path / "b.npz").experts
+    assert again is not None and np.array_equal(again, made.experts)
+    picked = made.select(np.array([2, 0])).experts
+    assert picked is not None and np.array_equal(picked, np.concatenate([made.experts[12:], made.experts[:6]]))
+
+
+def test_a_batch_without_experts_has_no_such_column(tmp_path: Path):
+    made = batch(sample())
+    made.save(tmp_path / "b.npz")
+    assert made.experts is None and Batch.load(tmp_path / "b.npz").experts is None and made.select(np.array([0])).experts is None
+
+
+def test_batches_with_and_without_experts_are_one():
+    some, none = batch(sample(experts=experts(5))), batch(sample())
+    both = Batch.concatenate([none, some, none]).experts
+    assert both is not None and np.array_equal(both[6:11], experts(5)) and (both[11:] == NOT_RECORDED).all()
+    assert Batch.concatenate([none, none]).experts is None
+
+
+def test_experts_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="sample 0 of group 41 has the experts of 7 tokens but 6 tokens"):
+        batch(sample(experts=experts(7)))
+    with pytest.raises(ValueError, match=r"experts of 2 shapes \[layers, k\]: \(2, 2\), \(4, 1\)"):
+        batch(sample(experts=experts(5)), sample(experts=experts(5).reshape(5, 4, 1)))

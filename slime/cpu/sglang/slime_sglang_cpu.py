@@ -4,6 +4,8 @@ What serving on a CPU needs beyond stock SGLang:
 
     processes              forked from the first one, which has imported everything; spawned ones import it all again, for 10 to 20 s
     host buffers           plain tensors, where SGLang would register them with CUDA
+    latent attention       absorbed (queries meet the cached latents) for torch_native too, whose cache holds nothing else; and without
+                           rotary scaling, where SGLang's CPU form takes DeepSeek's scaled one only
     torch.cuda.synchronize nothing to wait for
     decode attention       one call a batch instead of one a sequence, except in deterministic mode
     deterministic mode     torch_native counts as a deterministic backend, and SGLang's batch-invariant mode is ours
@@ -21,6 +23,7 @@ def register():
     torch.cuda.synchronize = lambda device=None: None
     _fork()
     _plain_host_buffers()
+    _latent_attention()
     if os.environ.get(BATCH_INVARIANT) == "1":
         _deterministic()
     else:
@@ -42,6 +45,22 @@ def _plain_host_buffers():
         return torch.empty(dims, dtype=dtype, device=device)
 
     common.ALLOC_MEMORY_FUNCS["cpu"] = allocate
+
+
+def _latent_attention():
+    from sglang.srt.layers.rotary_embedding import factory
+    from sglang.srt.models.deepseek_common import attention_backend_handler as handlers
+
+    handlers.AttentionBackendRegistry.register("torch_native", lambda attention, batch: handlers.AttnForwardMethod.MLA)
+
+    scaled = factory.get_rope_cpu
+
+    def get_rope_cpu(head_size, rotary_dim, max_position, base, is_neox_style=True, rope_scaling=None, dtype=None, *rest):
+        if rope_scaling is None:
+            return factory.get_rope(head_size, rotary_dim, max_position, base, is_neox_style, None, dtype, *rest[:1])
+        return scaled(head_size, rotary_dim, max_position, base, is_neox_style, rope_scaling, dtype, *rest)
+
+    factory.get_rope_cpu = get_rope_cpu
 
 
 def _deterministic():
