@@ -12,6 +12,7 @@ from slime.config.tree import nearest
 
 COMMANDS = {
     "train": "run a recipe: rollouts, updates, weight sync, evaluation, checkpoints, export",
+    "convert": "a Hugging Face directory into a megatron-core checkpoint or back, proven to the bit",
     "report": "write a run's report.html again",
 }
 
