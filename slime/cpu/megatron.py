@@ -7,6 +7,8 @@ megatron-core names CUDA in about 25 places of the training path. `install()` an
     Tensor.type() compared with "torch.cuda.FloatTensor"     a function mode, on within `scope()`
     the CUDA RNG tracker                                     a tracker over torch's CPU generator
     the MoE dispatcher's device-to-host stream               nothing to copy
+    gathers of unequal parts between tensor-parallel         gloo has none: gathered padded; summed whole, then cut
+    ranks that share experts, and their reduce-scatters
     torch.compile of small helpers                           off: no compiler is needed
 
 Where the CPU has no bf16 instructions, bf16 matrix products are computed in fp32 and rounded, which is what their emulation
@@ -42,6 +44,7 @@ def install() -> None:
     _stay_in_scope_backward()
     _use_cpu_rng()
     _use_host_splits_in_moe()
+    _exchange_unequal_parts()
 
 
 @contextlib.contextmanager
@@ -135,3 +138,27 @@ def _use_host_splits_in_moe() -> None:
 
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = CPU  # anything but None: no torch.cuda.Stream() is made
     MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = to_host
+
+
+def _exchange_unequal_parts() -> None:
+    """Tensor-parallel ranks of an expert hold different numbers of its tokens; gloo's collectives take equal parts only."""
+    import megatron.core.tensor_parallel.mappings as mappings
+
+    gather_equal, scatter_equal = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(x: torch.Tensor, group: Any, sizes: list[int] | None = None, use_global_buffer: bool = False) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return gather_equal(x, group, None, use_global_buffer)
+        sizes, padded = [int(size) for size in sizes], x.new_zeros(max(sizes), *x.shape[1:])
+        padded[: len(x)] = x
+        parts = gather_equal(padded, group).view(len(sizes), *padded.shape)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def scatter(x: torch.Tensor, group: Any, sizes: list[int] | None = None, use_global_buffer: bool = False) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return scatter_equal(x, group, None, use_global_buffer)
+        whole = x.contiguous().clone()
+        torch.distributed.all_reduce(whole, group=group)
+        return whole.split([int(size) for size in sizes])[group.rank()].contiguous()
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, scatter

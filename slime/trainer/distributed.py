@@ -10,27 +10,36 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from slime.config.parallel import ParallelSizes
 from slime.trainer.device import Device
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """Where a rank stands. `tp` share one copy of the model; `dp` hold the same shard and see different sequences."""
+    """Where a rank stands. `tp`, `pp` and `cp` share one copy of the model: layers, stages, sequences; `dp` hold the same shard and see
+    other sequences. Experts lie on `ep` x `etp` ranks, of which `expert_dp` hold the same."""
 
     rank: int
     world: int
+    sizes: ParallelSizes
     tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    cp: dist.ProcessGroup
     dp: dist.ProcessGroup
+    dp_cp: dist.ProcessGroup
+    ep: dist.ProcessGroup
+    etp: dist.ProcessGroup
+    expert_dp: dist.ProcessGroup
 
     @property
     def is_leader(self) -> bool:
-        """The first rank of its copy of the model, which writes and sends what the copy gathers."""
-        return self.tp.rank() == 0
+        """The rank that writes and sends what the others hand it."""
+        return self.rank == 0
 
     @property
-    def is_first_copy(self) -> bool:
-        """Whether this copy of the model is the one that is exported."""
-        return self.dp.rank() == 0
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes logits."""
+        return self.pp.rank() == self.pp.size() - 1
 
 
 def open_store(address: str, timeout_s: float) -> dist.TCPStore:
@@ -43,19 +52,32 @@ def join_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
     return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s))
 
 
-def join_groups(device: Device, store: dist.Store, rank: int, world: int, tensor_parallel: int, seed: int, timeout_s: float) -> Parallel:
+def join_groups(device: Device, store: dist.Store, rank: int, world: int, sizes: ParallelSizes, seed: int, timeout_s: float) -> Parallel:
     """Meet the other ranks, divide them into groups, seed this rank. A collective that takes longer than `timeout_s` fails."""
     dist.init_process_group(device.backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_parallel, distributed_timeout_minutes=max(1, round(timeout_s / 60))
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        virtual_pipeline_model_parallel_size=sizes.virtual if sizes.virtual > 1 else None,
+        context_parallel_size=sizes.context,
+        expert_model_parallel_size=sizes.expert,
+        expert_tensor_parallel_size=sizes.expert_tensor,
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return Parallel(
         rank=rank,
         world=world,
+        sizes=sizes,
         tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        ep=parallel_state.get_expert_model_parallel_group(),
+        etp=parallel_state.get_expert_tensor_parallel_group(),
+        expert_dp=parallel_state.get_expert_data_parallel_group(),
     )
 
 

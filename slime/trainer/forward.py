@@ -24,22 +24,23 @@ def run_micro_batches(
     device: torch.device,
     temperature: float,
     tp: torch.distributed.ProcessGroup,
+    cp_size: int = 1,
     forward_only: bool = False,
 ) -> list[Any]:
-    """Run all micro-batches and return what `on_logprobs` collected, in order.
+    """Run all micro-batches and return what `on_logprobs` collected, in order; on ranks of the last pipeline stage, nothing on others.
 
     Unless `forward_only`, the sum of the losses is differentiated and gradients are reduced over ranks, ready for the optimizer.
     All ranks call this together with equally many micro-batches.
     """
 
-    def forward_step(rows: Iterator[MicroBatch], ddp: Any) -> tuple[Tensor, Callable]:
+    def forward_step(rows: Iterator[MicroBatch], stage: Any) -> tuple[Tensor, Callable]:
         micro_batch = next(rows)
-        logits = ddp(
+        packing = PackedSequences.of(micro_batch.lengths, device, _experts_of_rank(model, micro_batch, device, tp))
+        logits = stage(
             torch.from_numpy(micro_batch.tokens)[None].to(device),
             torch.from_numpy(micro_batch.positions)[None].to(device),
             None,
-            packed_seq_params=PackedSequences.of(micro_batch.lengths, device),
-            **model.forward_options,
+            packed_seq_params=packing,
         )
 
         def loss_of(logits: Tensor) -> tuple[Tensor, Tensor, Any]:
@@ -50,13 +51,23 @@ def run_micro_batches(
 
         return logits, loss_of
 
+    several = len(model.stages) > 1
     with torch.set_grad_enabled(not forward_only):
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=[model.ddp],
+            data_iterator=[iter(micro_batches) for _ in model.stages] if several else iter(micro_batches),
+            model=model.stages,
             num_microbatches=len(micro_batches),
-            seq_length=max(len(m.tokens) for m in micro_batches),
+            seq_length=max(len(m.tokens) for m in micro_batches) * cp_size,
             micro_batch_size=1,
             forward_only=forward_only,
         )
+
+
+def _experts_of_rank(model: Model, micro_batch: MicroBatch, device: torch.device, tp: torch.distributed.ProcessGroup) -> Tensor | None:
+    """int64 [layers, tokens, k], recorded for the tokens that this rank's routers see: of tensor-parallel ranks, each sees a stretch."""
+    if micro_batch.experts is None:
+        return None
+    seen = len(micro_batch.tokens) // tp.size() if model.config.sequence_parallel else len(micro_batch.tokens)
+    first = seen * tp.rank() if model.config.sequence_parallel else 0
+    return torch.from_numpy(micro_batch.experts[first : first + seen]).to(device).long().transpose(0, 1)

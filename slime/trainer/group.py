@@ -13,7 +13,7 @@ from slime.cluster import deadline
 from slime.cluster.placement import RolePlacement
 from slime.config import SlimeConfig
 from slime.observe.trace import Span
-from slime.trainer.rank import Place, Rank
+from slime.trainer.rank import Rank
 from slime.types import Batch, WeightVersion
 
 log = logging.getLogger(__name__)
@@ -32,9 +32,7 @@ class TrainerGroup:
     def __init__(self, cfg: SlimeConfig, ranks: list[Any]) -> None:
         """Takes over Ray handles of `Rank`; see `start`."""
         self.cfg = cfg
-        self._ranks = ranks
-        self._exporters: list[int] = []  # ranks of the copy of the model that is exported
-        self._leader = 0  # the one of them that holds what they gather
+        self._ranks = ranks  # the first is the leader
 
     @classmethod
     def start(cls, cfg: SlimeConfig, placement: RolePlacement) -> "TrainerGroup":
@@ -69,11 +67,9 @@ class TrainerGroup:
     def _build(self) -> None:
         timeout_s = self.cfg.cluster.start_timeout_s
         address, port = deadline.get(self._ranks[0].open_store.remote(), timeout_s, "trainer rank 0 to start", START_KNOB)
-        places: list[Place] = self._together(
+        self._together(
             [rank.build.remote(address, port) for rank in self._ranks], "the trainer ranks to build the model", timeout_s, START_KNOB
         )
-        self._exporters = [i for i, place in enumerate(places) if place.is_first_copy]
-        self._leader = next(i for i in self._exporters if places[i].is_leader)
 
     def update(self, batch: "ray.ObjectRef | Batch") -> dict[str, float]:
         """Train one batch: one or more optimizer steps. Returns train/*, mismatch/*, offpolicy/*, staleness/*, advantage/*, perf/*,
@@ -93,11 +89,10 @@ class TrainerGroup:
         """The current weights, labelled `version` in errors: references to buckets list[(HF name, torch.Tensor)] of at most about
         `bucket_bytes`, in a fixed order. A bucket is gathered when it is asked for and lives as long as its reference."""
         timeout_s, what = self.cfg.cluster.step_timeout_s, f"the trainer to gather weights {version.label}"
-        plan = deadline.get(self._ranks[self._leader].plan_buckets.remote(bucket_bytes), timeout_s, what, STEP_KNOB)
+        plan = deadline.get(self._ranks[0].plan_buckets.remote(bucket_bytes), timeout_s, what, STEP_KNOB)
         for names in plan:
-            refs = {i: self._ranks[i].gather_bucket.remote(names) for i in self._exporters}
-            bucket = refs.pop(self._leader)
-            self._together(list(refs.values()), what)
+            bucket, *others = [rank.gather_bucket.remote(names) for rank in self._ranks]
+            self._together(others, what)
             ready, _ = ray.wait([bucket], timeout=timeout_s, fetch_local=False)
             if not ready:
                 raise TimeoutError(f"waiting for {what}: nothing after {timeout_s:g} s ({STEP_KNOB})")
@@ -113,8 +108,7 @@ class TrainerGroup:
 
     def export_hf(self, directory: Path) -> None:
         """Write a Hugging Face directory that transformers and SGLang load."""
-        refs = [self._ranks[i].export_hf.remote(str(directory)) for i in self._exporters]
-        self._together(refs, f"the trainer to export {directory}")
+        self._together([rank.export_hf.remote(str(directory)) for rank in self._ranks], f"the trainer to export {directory}")
 
     def spans(self) -> list[Span]:
         """What the ranks did since the last call."""

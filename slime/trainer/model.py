@@ -1,6 +1,6 @@
 """From a Hugging Face directory to a trainable megatron-core model on this rank."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from torch import Tensor
 
 from slime.config import SlimeConfig, TrainerConfig
 from slime.models.hf_files import HFReader
 from slime.models.map import ModelMap
 from slime.models.registry import load_map
-from slime.trainer import blocks
+from slime.trainer import blocks, names, rotary, routing
 from slime.trainer.distributed import Parallel
 from slime.trainer.options import Options, sort_options
 from slime.trainer.spec import decoder_spec
@@ -34,14 +34,28 @@ class Model:
 
     map: ModelMap
     config: TransformerConfig
-    gpt: GPTModel
-    ddp: DistributedDataParallel  # around gpt
+    stages: list[DistributedDataParallel]  # around a GPTModel each; several with virtual pipeline stages
     optimizer: ChainedOptimizer
-    forward_options: dict[str, Any]  # further keyword arguments of ddp's forward
+    narrow: dict[str, torch.dtype]  # HF tensors that are exported in their own dtype, not in the one they are held in
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.stages[0].parameters()).device
 
     def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """This rank's parameters by the map's names, in the model's order."""
-        yield from self.gpt.named_parameters()
+        for stage in self.stages:
+            yield from names.parameters(stage.module)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What the map places on this rank: parameters, and the buffers that routers keep."""
+        for stage in self.stages:
+            yield from names.tensors(stage.module)
+
+    def train(self, mode: bool) -> None:
+        """Switch all stages between training and evaluation."""
+        for stage in self.stages:
+            stage.train(mode)
 
 
 def build_model(cfg: SlimeConfig, parallel: Parallel) -> Model:
@@ -50,51 +64,75 @@ def build_model(cfg: SlimeConfig, parallel: Parallel) -> Model:
     Raises ValueError for a model directory or a trainer.megatron option that cannot be used.
     """
     options = sort_options(cfg.trainer.megatron)
-    tp_size = parallel.tp.size()
-    model_map = load_map(cfg.model.path, cfg.model.family, tp_size)
+    model_map = load_map(cfg.model.path, cfg.model.family, parallel.tp.size())
     dtype = DTYPES[cfg.model.dtype]
-    config = _transformer_config(model_map, dtype, tp_size, options)
+    config, bare = build_stages(model_map, dtype, parallel, options)
+    stages = [DistributedDataParallel(config, _ddp_config(options), gpt, disable_bucketing=n > 0) for n, gpt in enumerate(bare)]
+    load_hf(bare, model_map, Path(cfg.model.path), parallel)
+    optimizer = get_megatron_optimizer(_optimizer_config(cfg.trainer, dtype, options), stages)
+    allocate_adam_state(optimizer)
+    hooks = [stage.no_sync for stage in stages]
+    config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
+    config.finalize_model_grads_func = _finalize_sums
+    narrow = {} if config.moe_router_bias_update_rate else _bias_dtypes(model_map, Path(cfg.model.path))
+    model = Model(model_map, config, stages, optimizer, narrow)
+    model.train(True)
+    return model
+
+
+def build_stages(model_map: ModelMap, dtype: torch.dtype, parallel: Parallel, options: Options) -> tuple[TransformerConfig, list[GPTModel]]:
+    """This rank's pipeline stages, their weights still unset, without gradient buffers. All ranks call it together."""
+    config = _transformer_config(model_map, dtype, parallel, options)
+    return config, [_stage(config, model_map, parallel, number) for number in range(parallel.sizes.virtual)]
+
+
+def _stage(config: TransformerConfig, model_map: ModelMap, parallel: Parallel, number: int) -> GPTModel:
+    """One pipeline stage of this rank, its weights still unset."""
+    virtual = number if parallel.sizes.virtual > 1 else None
     gpt = GPTModel(
         config,
-        decoder_spec(config),
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        decoder_spec(config, model_map.sandwich, virtual),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=virtual is None, vp_stage=virtual),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=virtual is None, vp_stage=virtual),
         parallel_output=True,
+        vp_stage=virtual,
         **model_map.gpt,
     )
-    load_hf(gpt, model_map, Path(cfg.model.path), parallel.tp.rank(), tp_size)
-    half = dtype == torch.bfloat16
-    ddp = DistributedDataParallel(config, _ddp_config(options), Float16Module(config, gpt) if half else gpt)
-    optimizer = get_megatron_optimizer(_optimizer_config(cfg.trainer, dtype, options), [ddp])
-    allocate_adam_state(optimizer)
-    config.no_sync_func = ddp.no_sync
-    config.finalize_model_grads_func = _finalize_sums
-    ddp.train()
-    keep_dtype = {"fp32_output": False} if half else {}  # fp32 logits live a chunk at a time, see logprobs.py
-    return Model(model_map, config, gpt, ddp, optimizer, keep_dtype)
+    rotary.install(gpt, model_map.rope)
+    routing.install(gpt, model_map.groups)
+    return gpt
 
 
 def _leave(weight: torch.Tensor) -> None:
     """An initialisation that does nothing."""
 
 
-def _transformer_config(model_map: ModelMap, dtype: torch.dtype, tp_size: int, options: Options) -> TransformerConfig:
+def _transformer_config(model_map: ModelMap, dtype: torch.dtype, parallel: Parallel, options: Options) -> TransformerConfig:
+    sizes = parallel.sizes
     ours = {
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
-        "tensor_model_parallel_size": tp_size,
-        "sequence_parallel": tp_size > 1,
-        "variable_seq_lengths": True,  # rows are packed
-        "moe_token_dispatcher_type": "alltoall",  # variable_seq_lengths demands it, of dense models too
+        "tensor_model_parallel_size": sizes.tensor,
+        "sequence_parallel": sizes.sequence,
+        "pipeline_model_parallel_size": sizes.pipeline,
+        "virtual_pipeline_model_parallel_size": sizes.virtual if sizes.virtual > 1 else None,
+        "context_parallel_size": sizes.context,
+        "expert_model_parallel_size": sizes.expert,
+        "expert_tensor_parallel_size": sizes.expert_tensor,
+        "variable_seq_lengths": sizes.virtual == 1,  # rows are packed; between interleaved stages their shapes could not be told apart
+        "overlap_p2p_comm": sizes.virtual > 1,
+        "batch_p2p_comm": sizes.virtual == 1,
         "batch_p2p_sync": False,
+        "moe_token_dispatcher_type": "alltoall",  # variable_seq_lengths demands it, of dense models too
         "calculate_per_token_loss": True,  # no division by micro-batches or ranks
         # Weights come from model.path. Switching perform_initialization off instead would also leave shards unmarked, and the gradient's
         # norm would then count those of the first tensor-parallel rank only.
         "activation_func": ACTIVATIONS[model_map.transformer["activation_func"]],
         **dict.fromkeys(("init_method", "output_layer_init_method", "embedding_init_method"), _leave),
     }
-    return TransformerConfig(**{**model_map.transformer, **ours, **options.model})
+    kind = MLATransformerConfig if "multi_latent_attention" in model_map.transformer else TransformerConfig
+    return kind(**{**model_map.transformer, **options.model, **ours})
 
 
 def _ddp_config(options: Options) -> DistributedDataParallelConfig:
@@ -123,12 +161,24 @@ def _finalize_sums(model: list[Any], num_tokens: torch.Tensor | None = None, **g
     finalize_model_grads(model, None, **groups)
 
 
-@torch.no_grad()
-def load_hf(gpt: GPTModel, model_map: ModelMap, path: Path, tp_rank: int, tp_size: int) -> None:
-    """Fill this rank's parameters from the slices of the checkpoint that they are made of; padding rows become 0."""
+def _bias_dtypes(model_map: ModelMap, path: Path) -> dict[str, torch.dtype]:
+    """The biases that routers choose with, which are held in fp32 and, unless they are updated, go back in the dtype they came in."""
+    biases = [layout for name, layout in model_map.layouts.items() if model_map.is_router_bias(name)]
     with HFReader(path) as reader:
-        for name, parameter in gpt.named_parameters():
-            moves = model_map.moves(name, tp_rank, tp_size)
-            expected = model_map.local_shape(name, tp_size)
-            assert parameter.shape == expected, f"{name}: megatron-core built {tuple(parameter.shape)}, the map says {expected}"
-            blocks.load(moves, reader.read_block, parameter)
+        return {tensor.name: reader.dtype(tensor.name) for layout in biases for tensor in layout.sources}
+
+
+@torch.no_grad()
+def load_hf(
+    stages: list[GPTModel], model_map: ModelMap, path: Path, parallel: Parallel, loaded: Callable[[str], None] = lambda name: None
+) -> None:
+    """Fill this rank's parameters from the slices of the checkpoint that they are made of; padding rows become 0. `loaded` is told the
+    name of each one that is filled."""
+    with HFReader(path) as reader:
+        for stage in stages:
+            for name, tensor in names.tensors(stage):
+                group = parallel.etp if model_map.is_expert(name) else parallel.tp
+                expected = model_map.local_shape(name, group.size())
+                assert tensor.shape == expected, f"{name}: megatron-core built {tuple(tensor.shape)}, the map says {expected}"
+                blocks.load(model_map.moves(name, group.rank(), group.size()), reader.read_block, tensor)
+                loaded(name)

@@ -33,6 +33,9 @@ TAKEN = (
     "disable_bf16_reduced_precision_matmul", "deterministic_mode",
     "overlap_grad_reduce", "bucket_size", "pad_buckets_for_high_nccl_busbw", "nccl_ub", "disable_symmetric_registration",
     "check_for_nan_in_grad", "check_for_large_grads", "apply_wd_to_qk_layernorm",
+    "sequence_parallel", "expert_tensor_parallel_size", "virtual_pipeline_model_parallel_size",
+    "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "moe_router_bias_update_rate",
 )  # fmt: skip
 
 # What slime sets itself: the reason, or the knob to name instead -> fields (* stands for the rest of a name).
@@ -43,16 +46,30 @@ DECIDED = {
         activation_func_clamp_value glu_linear_offset use_fused_weighted_squared_relu add_bias_linear add_qkv_bias softmax_scale
         softmax_type attention_output_gate window_size window_attn_skip_freq rotary_interleaved mrope_section no_rope_freq
         multi_latent_attention experimental_attention_variant dsa_* linear_* is_hybrid_model mamba_* use_mamba_mem_eff_path mtp_*
-        heterogeneous_block_specs hetereogenous_dist_checkpoint""",
-    "the families that slime maps have no experts": "num_moe_experts moe_*",
+        heterogeneous_block_specs hetereogenous_dist_checkpoint num_moe_experts moe_ffn_hidden_size moe_layer_freq moe_latent_size
+        moe_shared_expert_intermediate_size moe_shared_expert_gate moe_router_topk moe_router_num_groups moe_router_group_topk
+        moe_router_topk_limited_devices moe_router_pre_softmax moe_router_topk_scaling_factor moe_router_score_function
+        moe_router_enable_expert_bias moe_apply_probs_on_input""",
+    "the experts are those that the engine chose, see rollout.replay_experts": """
+        moe_enable_routing_replay moe_router_force_load_balancing moe_input_jitter_eps""",
+    "engines drop no tokens, and log-probs must agree": """
+        moe_token_dropping moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy""",
+    "balancing losses would change what algorithm.name minimises": """
+        moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff moe_per_layer_logging""",
+    "routers compute in fp32": "moe_router_dtype",
+    "tokens go to experts by all-to-all": """
+        moe_token_dispatcher_type moe_enable_deepep moe_flex_dispatcher_backend moe_deepep_num_sms moe_hybridep_num_sms""",
     "it is 0, since log-probs of trainer and engines must agree": "attention_dropout hidden_dropout",
     "engines add residuals in model.dtype, and log-probs must agree": "fp32_residual_connection",
     "use trainer.tensor_parallel": "tensor_model_parallel_size",
-    "it is on whenever trainer.tensor_parallel > 1": "sequence_parallel",
-    "slime arranges tensor and data parallel ranks": """
-        pipeline_model_parallel_* virtual_pipeline_model_parallel_size microbatch_group_size_per_vp_stage num_layers_in_* account_for_*
-        context_parallel_size hierarchical_context_parallel_sizes hybrid_context_parallel max_seqlen_per_dp_cp_rank cp_comm_type
-        expert_model_parallel_size expert_tensor_parallel_size""",
+    "use trainer.pipeline_parallel": "pipeline_model_parallel_size",
+    "use trainer.context_parallel": "context_parallel_size",
+    "use trainer.expert_parallel": "expert_model_parallel_size",
+    "stages are divided evenly, but for num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage": """
+        pipeline_model_parallel_layout pipeline_model_parallel_comm_backend microbatch_group_size_per_vp_stage""",
+    "interleaved stages overlap their exchanges, others do not": "overlap_p2p_comm batch_p2p_comm",
+    "keys and values are gathered from all context-parallel ranks": """
+        hierarchical_context_parallel_sizes hybrid_context_parallel max_seqlen_per_dp_cp_rank cp_comm_type""",
     "use model.dtype": "params_dtype pipeline_dtype bf16 fp16 enable_autocast autocast_dtype",
     "rows are packed, their lengths vary": "variable_seq_lengths *cuda_graph*",
     "weights come from model.path": "perform_initialization use_cpu_initialization *init_method* init_model_with_meta_device",
@@ -90,10 +107,12 @@ INERT = {
     "the norm is torch's": "persist_layer_norm memory_efficient_layer_norm",
     "log-probs are slime's own": "cross_entropy_*",
     "activations are split along the sequence where trainer.tensor_parallel > 1": "distribute_saved_activations",
-    "there are no pipeline stages": """
-        overlap_p2p_comm* batch_p2p_* use_ring_exchange_p2p deallocate_pipeline_outputs defer_embedding_wgrad_compute
+    "it saves nothing where stages exchange packed rows": """
+        overlap_p2p_comm_warmup_flush batch_p2p_sync use_ring_exchange_p2p deallocate_pipeline_outputs defer_embedding_wgrad_compute
         wgrad_deferral_limit num_microbatches_with_partial_activation_checkpoints""",
-    "there are no experts": "overlap_moe_expert_parallel_comm ep_overlap_early_attn_memory_release",
+    "experts are torch's, one after another": """
+        moe_grouped_gemm moe_use_legacy_grouped_gemm moe_permute_fusion moe_router_fusion moe_router_padding_* moe_extended_tp
+        moe_layer_recompute moe_shared_expert_overlap overlap_moe_expert_parallel_comm ep_overlap_early_attn_memory_release""",
     "engines generate, not the trainer": "inference_* use_inference_optimized_layers flash_decode mlp_chunks_for_prefill",
     "bf16 needs no loss scaling": "loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis",
     "slime measures and reports by itself": "log_num_zeros_in_grad barrier_with_L1_time test_mode",

@@ -1,5 +1,8 @@
 """Which sequences go to which rank and micro-batch, and the packed rows they become. Pure numpy: every rank computes the same plan.
 
+With context parallelism, `ranks` ranks share a row. Each sequence is padded at its end to 2 x ranks chunks, and rank r holds chunks r and
+2 x ranks - 1 - r of it, one from the front and one from the back: attention is causal, so that all have the same work.
+
 A row of two sequences, 2 and 5 tokens, on a tensor-parallel size of 4; the last token of the one and the last two of the other are trained:
 
     tokens     [ 4 5 | 7 1 8 2 9 | 0 ]   lengths [2, 5, 1]: in order of length, then padding to a multiple of 4, a sequence of its own
@@ -11,38 +14,41 @@ A row of two sequences, 2 and 5 tokens, on a tensor-parallel size of 4; the last
 """
 
 from dataclasses import dataclass
+from math import lcm
 
 import numpy as np
 
-from slime.types import Batch
+from slime.types import NOT_RECORDED, Batch
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One packed row of L tokens, t of which are predicted and trained."""
+    """A rank's share of one packed row: L tokens (all of the row's without context parallelism), t of which predict a trained one."""
 
     tokens: np.ndarray  # int64 [L]
     positions: np.ndarray  # int64 [L], within the sequence
-    lengths: list[int]  # of the sequences, which cover the row
-    rows: np.ndarray  # int64 [t], ascending: where in the row the logits of each trained token lie
+    lengths: list[int]  # of the sequences, which cover the row of all its ranks
+    rows: np.ndarray  # int64 [t], ascending: where in the share the logits of each trained token lie
     labels: np.ndarray  # int64 [t], the trained tokens
     sample: np.ndarray  # int64 [t], which sequence of the row each belongs to
     trained: np.ndarray  # int64 [t], position of each in the batch
+    source: np.ndarray  # int64 [L], position of each token in the batch; -1: padding
+    experts: np.ndarray | None  # int16 [L, layers, k], see `Batch.experts`
 
 
-def partition(lengths: np.ndarray, ranks: int, budget: int, quadratic_at: int) -> list[list[np.ndarray]]:
+def partition(lengths: np.ndarray, ranks: int, budget: int, quadratic_at: int, multiple: int = 1) -> list[list[np.ndarray]]:
     """Divide sequences (lengths int [N]) into micro-batches: [rank][micro-batch] -> int64 indices, ascending length.
 
     Every sequence lies in exactly one micro-batch; one holds at most `budget` tokens, or a single longer sequence; every rank has the
-    same number of micro-batches, the least for which the heuristic finds room (some may be empty). Work is balanced over micro-batches
-    and ranks, a sequence of n tokens costing n * (1 + n / quadratic_at). The plan depends on the arguments alone.
+    same number of micro-batches, the least multiple of `multiple` for which the heuristic finds room (some may be empty). Work is balanced
+    over micro-batches and ranks, a sequence of n tokens costing n * (1 + n / quadratic_at). The plan depends on the arguments alone.
     """
     assert len(lengths) and lengths.min() > 0 and budget > 0, (len(lengths), budget)
     cost = lengths * (1.0 + lengths / quadratic_at)
     heavy_first = np.lexsort((np.arange(len(lengths)), -lengths))
-    count = max(1, -(-int(np.minimum(lengths, budget).sum()) // (ranks * budget)))
+    count = -(-max(1, -(-int(np.minimum(lengths, budget).sum()) // (ranks * budget))) // multiple) * multiple
     while (bins := _fill(lengths, cost, heavy_first, ranks * count, budget)) is None:
-        count += 1
+        count += multiple
     return [[_by_length(bins[b], lengths) for b in mine] for mine in _deal(bins, cost, ranks)]
 
 
@@ -79,27 +85,54 @@ def _by_length(samples: list[int], lengths: np.ndarray) -> np.ndarray:
     return chosen[np.argsort(lengths[chosen], kind="stable")]
 
 
-def pack(batch: Batch, samples: np.ndarray, multiple: int) -> MicroBatch:
-    """The packed row of these samples (int64 [n]), its length a multiple of `multiple`; padding is a last sequence of its own.
+def padded_lengths(lengths: np.ndarray, cp_size: int) -> np.ndarray:
+    """Lengths of sequences (int [N]) in rows that cp_size ranks share."""
+    chunks = 1 if cp_size == 1 else 2 * cp_size
+    return -(-lengths // chunks) * chunks
+
+
+def pack(batch: Batch, samples: np.ndarray, multiple: int, cp_rank: int = 0, cp_size: int = 1, length: int = 0) -> MicroBatch:
+    """Rank cp_rank's share of the packed row of these samples (int64 [n]), its length a multiple of `multiple` and at least `length`;
+    padding is a last sequence of its own, and the end of each sequence where several ranks share the row.
 
     No samples at all give a row of padding, from which nothing is trained.
     """
-    spans = [np.arange(batch.cu_seqlens[i], batch.cu_seqlens[i + 1]) for i in samples]
-    at = np.concatenate(spans) if spans else np.zeros(0, np.int64)
-    lengths = [len(span) for span in spans]
-    padding = -len(at) % multiple if len(at) else multiple
-    padded = [*lengths, padding] if padding else lengths
-    predicted = np.flatnonzero(batch.loss_mask[at])
     assert not batch.loss_mask[batch.cu_seqlens[:-1]].any(), "the first token of a sequence has no context to be trained from"
+    spans = [np.arange(batch.cu_seqlens[i], batch.cu_seqlens[i + 1]) for i in samples]
+    lengths = [int(n) for n in padded_lengths(np.array([len(span) for span in spans], np.int64), cp_size)]
+    unit = multiple if cp_size == 1 else lcm(2 * cp_size, cp_size * multiple)
+    padding = -(-max(sum(lengths), length * cp_size, 1) // unit) * unit - sum(lengths)
+    lengths += [padding] if padding else []
+    source = [np.pad(span, (0, length - len(span)), constant_values=-1) for span, length in zip(spans, lengths, strict=False)]
+    source += [np.full(padding, -1)] if padding else []
+    row = np.concatenate([source_of[share(len(source_of), cp_rank, cp_size)] for source_of in source])
+    positions = np.concatenate([share(length, cp_rank, cp_size) for length in lengths])
+    sample = np.repeat(np.arange(len(lengths)), [length // cp_size for length in lengths])
+    ends = np.array([span[-1] for span in spans] + [-1] * bool(padding), np.int64)[sample]  # last token of each one's sequence
+    predicts = (row >= 0) & (row != ends)
+    rows = np.flatnonzero(predicts)
+    rows = rows[batch.loss_mask[row[rows] + 1]]
+    trained = row[rows] + 1
     return MicroBatch(
-        tokens=np.concatenate([batch.tokens[at].astype(np.int64), np.zeros(padding, np.int64)]),
-        positions=np.concatenate([np.arange(n) for n in padded]),
-        lengths=padded,
-        rows=predicted - 1,
-        labels=batch.tokens[at][predicted].astype(np.int64),
-        sample=np.repeat(np.arange(len(lengths)), lengths)[predicted],
-        trained=at[predicted],
+        tokens=np.where(row >= 0, batch.tokens[np.maximum(row, 0)], 0).astype(np.int64),
+        positions=positions,
+        lengths=lengths,
+        rows=rows,
+        labels=batch.tokens[trained].astype(np.int64),
+        sample=sample[rows],
+        trained=trained,
+        source=row,
+        experts=None if batch.experts is None else np.where((row >= 0)[:, None, None], batch.experts[row], np.int16(NOT_RECORDED)),
     )
+
+
+def share(length: int, cp_rank: int, cp_size: int) -> np.ndarray:
+    """int64 [length / cp_size], positions of a sequence that a rank holds: a chunk from the front and its counterpart from the back."""
+    if cp_size == 1:
+        return np.arange(length)
+    chunk = length // (2 * cp_size)
+    front = np.arange(cp_rank * chunk, (cp_rank + 1) * chunk)
+    return np.concatenate([front, length - front[::-1] - 1])
 
 
 def split_groups(group: np.ndarray, parts: int) -> list[np.ndarray]:

@@ -5,7 +5,6 @@ The driver imports this module to start ranks; torch and megatron-core, slow to 
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -17,7 +16,7 @@ from slime.observe.trace import Span, Tracer
 from slime.sync.protocol import Bucket
 from slime.types import Batch
 
-EXPORT_BUCKET_BYTES = 256 << 20
+EXPORT_BUCKET_BYTES = 64 << 20  # two are alive at once
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,17 +33,9 @@ def on_device(method: Callable[Concatenate["Rank", P], R]) -> Callable[Concatena
     return scoped
 
 
-@dataclass(frozen=True)
-class Place:
-    """What the driver has to know of a rank."""
-
-    is_first_copy: bool  # its copy of the model is the one that is exported
-    is_leader: bool  # it holds what its copy gathers
-
-
 class Rank:
-    """One trainer rank. `build` comes first; from then on every method is called on all ranks together, in one order, except where it
-    says otherwise."""
+    """One trainer rank; rank 0 is the leader. `build` comes first; from then on every method is called on all ranks together, in one order,
+    except where it says otherwise."""
 
     def __init__(self, cfg: SlimeConfig, rank: int, world: int, kind: str, threads: int) -> None:
         self.cfg, self.rank, self.world, self.kind, self.threads = cfg, rank, world, kind, threads
@@ -58,11 +49,12 @@ class Rank:
         self.store = distributed.open_store(address, self.cfg.cluster.start_timeout_s)
         return address, self.store.port
 
-    def build(self, address: str, port: int) -> Place:
+    def build(self, address: str, port: int) -> None:
         """Meet the other ranks and build the model. Raises ValueError for a model or option that cannot be used, RuntimeError where there
         is no device."""
         from slime.algorithms.registry import build_algorithm
-        from slime.trainer import device, distributed, step
+        from slime.config.parallel import parallel_sizes
+        from slime.trainer import device, distributed, export, step
         from slime.trainer.model import build_model
 
         cfg = self.cfg
@@ -72,11 +64,11 @@ class Rank:
             self.store = distributed.join_store(address, port, cfg.cluster.start_timeout_s)
         with self.device.scope(), self.tracer.span("build"):
             self.parallel = distributed.join_groups(
-                self.device, self.store, self.rank, self.world, cfg.trainer.tensor_parallel, cfg.run.seed, cfg.cluster.step_timeout_s
+                self.device, self.store, self.rank, self.world, parallel_sizes(cfg.trainer), cfg.run.seed, cfg.cluster.step_timeout_s
             )
             model = build_model(cfg, self.parallel)
-        self.trainer = step.Trainer(cfg, self.device, self.parallel, model, build_algorithm(cfg.algorithm), self.tracer)
-        return Place(self.parallel.is_first_copy, self.parallel.is_leader)
+            atlas = export.make_atlas(model, self.parallel)
+        self.trainer = step.Trainer(cfg, self.device, self.parallel, model, atlas, build_algorithm(cfg.algorithm), self.tracer)
 
     @on_device
     def train(self, batch: Batch) -> dict[str, float]:
@@ -99,32 +91,32 @@ class Rank:
 
     @on_device
     def plan_buckets(self, bucket_bytes: int) -> list[list[str]]:
-        """Rank 0 alone: the parameters of each bucket of weights."""
+        """The leader alone: the parameters of each bucket of weights."""
         from slime.trainer import export
 
         model = self.trainer.model
-        return export.plan_buckets(model.map, next(model.gpt.parameters()).element_size(), bucket_bytes)
+        return export.plan_buckets(model.map, model.config.params_dtype.itemsize, bucket_bytes)
 
     @on_device
     def gather_bucket(self, names: list[str]) -> Bucket:
-        """The ranks of the first copy of the model: see `export.gather_bucket`."""
+        """See `export.gather_bucket`."""
         from slime.trainer import export
 
         with self.tracer.span("gather_weights"):
-            return export.gather_bucket(self.trainer.model, self.parallel, names)
+            return export.gather_bucket(self.trainer.model, self.trainer.atlas, names)
 
     @on_device
     def export_hf(self, directory: str) -> None:
-        """The ranks of the first copy of the model: write a Hugging Face directory."""
+        """Write a Hugging Face directory."""
         from slime.models.hf_files import HFWriter
         from slime.trainer import export
 
-        model = self.trainer.model
+        model, atlas = self.trainer.model, self.trainer.atlas
         if not self.parallel.is_leader:
-            export.write_hf(model, self.parallel, None, EXPORT_BUCKET_BYTES)
+            export.write_hf(model, atlas, None, EXPORT_BUCKET_BYTES)
             return
-        with HFWriter(directory, self.cfg.model.path, model.map.hf_shapes) as writer:
-            export.write_hf(model, self.parallel, writer, EXPORT_BUCKET_BYTES)
+        with HFWriter(directory, self.cfg.model.path, {**model.map.hf_shapes, **model.map.kept_shapes}) as writer:
+            export.write_hf(model, atlas, writer, EXPORT_BUCKET_BYTES)
 
     @on_device
     def save(self, directory: str) -> None:

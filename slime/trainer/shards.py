@@ -6,22 +6,28 @@ are loaded where the layout is the one that saved them.
 
 import contextlib
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from slime.trainer.distributed import Parallel
 from slime.trainer.step import Trainer
+
+SHARDING = "fully_reshardable"  # megatron-core's name for an optimizer whose state does not depend on the layout
 
 
 def save(trainer: Trainer, directory: Path) -> None:
@@ -45,12 +51,27 @@ def load(trainer: Trainer, directory: Path) -> None:
     same = dist_checkpointing.load_common_state_dict(str(directory))["layout"] == _layout(trainer)
     with _failing_together(f"the trainer's shards could not be read from {directory}"):
         state = dist_checkpointing.load(_state(trainer, loading=True, with_rng=same), str(directory))
-    trainer.model.gpt.load_state_dict(state["model"])
-    trainer.model.optimizer.load_state_dict(state["optimizer"])
+    for number, stage in enumerate(trainer.model.stages):
+        stage.module.load_state_dict(state[_key(trainer, number)])
     trainer.optimizer_steps, trainer.version = state["optimizer_steps"], state["version"]
-    _restore_recipe(trainer)
+    _load_optimizer(trainer, state["optimizer"])
     if same:
         _set_rng(state["rng"])
+
+
+def save_weights(gpt: GPTModel, parallel: Parallel, directory: Path) -> None:
+    """Write a model without anything that training needs, as `save` does. All ranks call it together. Raises OSError like `save`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with _failing_together(f"the weights could not be written to {directory}"):
+        state = {"model": gpt.sharded_state_dict(metadata=_metadata(parallel))}
+        dist_checkpointing.save(state, str(directory), _InProcessSave("torch_dist", 1, thread_count=1))
+
+
+def load_weights(gpt: GPTModel, parallel: Parallel, directory: Path) -> None:
+    """Fill a model from what `save` or `save_weights` wrote, in whatever layout. All ranks call it together. Raises OSError like `load`."""
+    with _failing_together(f"the weights could not be read from {directory}"):
+        state = dist_checkpointing.load({"model": gpt.sharded_state_dict(metadata=_metadata(parallel))}, str(directory))
+    gpt.load_state_dict(state["model"])
 
 
 @contextlib.contextmanager
@@ -67,25 +88,31 @@ def _failing_together(what: str) -> Iterator[None]:
 
 def _layout(trainer: Trainer) -> dict[str, Any]:
     """What has to agree for a rank's RNG state to be its own."""
+    return {"world": trainer.parallel.world, "sizes": asdict(trainer.parallel.sizes), "device": trainer.device.torch.type}
+
+
+def _key(trainer: Trainer, stage: int) -> str:
+    """The model's name in a checkpoint: megatron-core's, one a virtual stage."""
+    return "model" if len(trainer.model.stages) == 1 else f"model{stage}"
+
+
+def _metadata(parallel: Parallel) -> dict[str, Any]:
+    """How megatron-core is to lay out what it saves."""
     return {
-        "world": trainer.parallel.world,
-        "tensor_parallel": trainer.parallel.tp.size(),
-        "pipeline_parallel": parallel_state.get_pipeline_model_parallel_world_size(),
-        "device": trainer.device.torch.type,
+        "distrib_optim_sharding_type": SHARDING,
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "dp_cp_group": parallel.dp_cp,
     }
 
 
 def _state(trainer: Trainer, loading: bool, with_rng: bool) -> dict[str, Any]:
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-    gpt, optimizer = trainer.model.gpt, trainer.model.optimizer
+    def model() -> dict[str, Any]:
+        stages, metadata = enumerate(trainer.model.stages), _metadata(trainer.parallel)
+        return {_key(trainer, number): stage.module.sharded_state_dict(metadata=metadata) for number, stage in stages}
+
     state = {
-        "model": gpt.sharded_state_dict(metadata=metadata),
-        "optimizer": optimizer.sharded_state_dict(gpt.sharded_state_dict(metadata=metadata), is_loading=loading, metadata=metadata),
+        **model(),
+        "optimizer": _optimizer_state(trainer, model, loading),
         "optimizer_steps": trainer.optimizer_steps,
         "version": trainer.version,
         "layout": _layout(trainer),
@@ -96,11 +123,25 @@ def _state(trainer: Trainer, loading: bool, with_rng: bool) -> dict[str, Any]:
     return state
 
 
-def _restore_recipe(trainer: Trainer) -> None:
-    """A checkpoint carries the optimizer's hyperparameters; those of the recipe count. (Rate and decay are set at every step.)"""
-    cfg = trainer.cfg.trainer
-    for group in trainer.model.optimizer.param_groups:
-        group["betas"], group["eps"] = (cfg.beta1, cfg.beta2), cfg.eps
+def _optimizer_state(trainer: Trainer, model: Callable[[], dict[str, Any]], loading: bool) -> dict[str, Any]:
+    """Main weights and moments, named as their parameters are. Groups of parameters are left out: which there are depends on the layout
+    (experts have an optimizer of their own under expert parallelism), and their rates are the recipe's."""
+    metadata = _metadata(trainer.parallel)
+    states = [part.sharded_state_dict(model(), is_loading=loading, metadata=metadata) for part in _parts(trainer)]
+    return {str(number): state["param_state"] for number, state in enumerate(states)}
+
+
+def _parts(trainer: Trainer) -> list[DistributedOptimizer]:
+    """The optimizers of this rank that have anything to optimize: a pipeline stage may be without experts."""
+    return [part for part in trainer.model.optimizer.chained_optimizers if part.buffers]
+
+
+def _load_optimizer(trainer: Trainer, state: dict[str, Any]) -> None:
+    for number, part in enumerate(_parts(trainer)):
+        own = part.state_dict()
+        for group in own["optimizer"]["param_groups"]:
+            group["step"] = trainer.optimizer_steps
+        part.load_state_dict({**own, "param_state": state[str(number)], "param_state_sharding_type": SHARDING})
 
 
 def _rng() -> dict[str, Any]:

@@ -4,12 +4,19 @@ import copy
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.post_training.modelopt.layers import Linear
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from slime.trainer.attention import PackedAttention
+from slime.trainer.routing import ExpertLayer
 
 
 class TorchNorm(torch.nn.RMSNorm):
@@ -21,20 +28,55 @@ class TorchNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def decoder_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage."""
-    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
-    block.layer_specs = [_ours(copy.deepcopy(layer)) for layer in block.layer_specs]
+class NormedAttention(SelfAttention):
+    """Attention with a norm on what it adds to the residual stream (GLM-4-0414)."""
+
+    def __init__(self, config: TransformerConfig, *args: object, **kwargs: object) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.post_layernorm = TorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, *args: object, **kwargs: object) -> tuple[Tensor, None]:
+        added, bias = super().forward(*args, **kwargs)
+        assert bias is None, "no family has a bias on the output projection"
+        return self.post_layernorm(added), None
+
+
+class NormedMLP(MLP):
+    """An MLP with a norm on what it adds to the residual stream (GLM-4-0414)."""
+
+    def __init__(self, config: TransformerConfig, *args: object, **kwargs: object) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.post_layernorm = TorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, *args: object, **kwargs: object) -> tuple[Tensor, None]:
+        added, bias = super().forward(*args, **kwargs)
+        assert bias is None, "no family has a bias on the MLP"
+        return self.post_layernorm(added), None
+
+
+def decoder_spec(config: TransformerConfig, sandwich: bool, virtual_stage: int | None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage; `sandwich` adds norms after attention and MLP."""
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization, vp_stage=virtual_stage)
+    block.layer_specs = [_ours(copy.deepcopy(layer), sandwich) for layer in block.layer_specs]
     block.layer_norm = TorchNorm
     return block
 
 
-def _ours(layer: ModuleSpec) -> ModuleSpec:
+def _ours(layer: ModuleSpec, sandwich: bool) -> ModuleSpec:
     modules = layer.submodules
     modules.input_layernorm = TorchNorm
     modules.pre_mlp_layernorm = TorchNorm
     attention = modules.self_attention.submodules
     attention.core_attention = PackedAttention
-    if attention.q_layernorm is not IdentityOp:
+    if modules.mlp.module is MoELayer:
+        layer.module = ExpertLayer
+    if sandwich:
+        modules.self_attention.module, modules.mlp.module = NormedAttention, NormedMLP
+    if isinstance(attention, MLASelfAttentionSubmodules):
+        attention.q_layernorm = attention.kv_layernorm = TorchNorm
+        # megatron-core's own splits these over the tensor-parallel ranks and loses a part of their gradient. Replicated, they need the
+        # activations to be split along the sequence.
+        attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
+    elif attention.q_layernorm is not IdentityOp:
         attention.q_layernorm = attention.k_layernorm = TorchNorm
     return layer

@@ -7,7 +7,7 @@ depend on how the update was cut and packed.
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,14 +19,15 @@ from slime.algorithms.aggregation import token_weights
 from slime.algorithms.base import Algorithm, LossInputs
 from slime.config import SlimeConfig
 from slime.observe.trace import Tracer
-from slime.trainer import metrics, performance
+from slime.trainer import metrics, performance, routing
 from slime.trainer.device import Device
 from slime.trainer.distributed import Parallel
+from slime.trainer.export import Atlas
 from slime.trainer.forward import run_micro_batches
 from slime.trainer.model import Model
-from slime.trainer.packing import MicroBatch, pack, partition, split_groups
+from slime.trainer.packing import MicroBatch, pack, padded_lengths, partition, split_groups
 from slime.trainer.schedule import learning_rate
-from slime.types import Batch
+from slime.types import NOT_RECORDED, Batch
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Trainer:
     device: Device
     parallel: Parallel
     model: Model
+    atlas: Atlas
     algorithm: Algorithm
     tracer: Tracer
     optimizer_steps: int = 0  # completed
@@ -52,11 +54,30 @@ class Trainer:
         return self.cfg.rollout.temperature if self.algorithm.needs_rollouts else 1.0
 
     def micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        """This rank's share of a batch, packed."""
-        dp, tp = self.parallel.dp, self.parallel.tp
+        """This rank's share of a batch, packed. Raises ValueError for recorded experts that are not the model's."""
+        self._check_experts(batch)
+        dp, cp, tp = self.parallel.dp, self.parallel.cp, self.parallel.tp
         quadratic_at = 12 * self.model.config.hidden_size  # tokens at which attention costs a layer as much as its projections
-        plan = partition(batch.lengths, dp.size(), self.cfg.trainer.max_tokens_per_rank, quadratic_at)
-        return [pack(batch, samples, tp.size()) for samples in plan[dp.rank()]]
+        budget = self.cfg.trainer.max_tokens_per_rank * cp.size()
+        interleaved = self.parallel.sizes.virtual > 1  # such stages take micro-batches in rounds, and rows of one length
+        multiple = self.parallel.pp.size() if interleaved else 1
+        plan = partition(padded_lengths(batch.lengths, cp.size()), dp.size(), budget, quadratic_at, multiple)[dp.rank()]
+        rows = [pack(batch, samples, tp.size(), cp.rank(), cp.size()) for samples in plan]
+        if not interleaved:
+            return rows
+        longest = max(len(row.tokens) for row in rows)
+        return [pack(batch, samples, tp.size(), cp.rank(), cp.size(), longest) for samples in plan]
+
+    def _check_experts(self, batch: Batch) -> None:
+        if batch.experts is None:
+            return
+        config = self.model.config
+        shape, most = (config.num_layers, config.moe_router_topk), config.num_moe_experts or 0
+        if batch.experts.shape[1:] != shape or not NOT_RECORDED <= batch.experts.min() <= batch.experts.max() < most:
+            raise ValueError(
+                f"the batch names experts up to {batch.experts.max()} of {batch.experts.shape[1:]} layers and choices, the model has "
+                f"{shape} of {most}: replay rollouts of the same model, or set rollout.replay_experts=false"
+            )
 
 
 def log_probs(trainer: Trainer, batch: Batch) -> np.ndarray:
@@ -68,11 +89,11 @@ def log_probs(trainer: Trainer, batch: Batch) -> np.ndarray:
     def keep(micro_batch: MicroBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, tuple[np.ndarray, Tensor]]:
         return logprobs.sum(), (micro_batch.trained, logprobs)
 
-    ddp = trainer.model.ddp.eval()
+    trainer.model.train(False)
     with trainer.tracer.span("logprobs"):
         kept = _run(trainer, trainer.micro_batches(batch), keep, forward_only=True)
         gathered = _gather(trainer, kept, len(batch.tokens))
-    ddp.train()
+    trainer.model.train(True)
     return gathered
 
 
@@ -86,6 +107,8 @@ def train_batch(trainer: Trainer, batch: Batch) -> dict[str, float]:
     """
     begun = time.perf_counter()
     cfg, algorithm, version = trainer.cfg.trainer, trainer.algorithm, trainer.version
+    batch = batch if trainer.cfg.rollout.replay_experts else replace(batch, experts=None)
+    without_replay = _without_replay(trainer, batch)
     several = trainer.steps_per_batch > 1
     advantages = algorithm.advantages(batch)
     old = log_probs(trainer, batch) if several and algorithm.uses_old_logprobs else None
@@ -104,11 +127,36 @@ def train_batch(trainer: Trainer, batch: Batch) -> dict[str, float]:
     return {
         **metrics.mean_of_updates(updates),
         **({**metrics.mismatch(*before, version), **metrics.off_policy(*before)} if algorithm.needs_rollouts else {}),
+        **without_replay,
+        **_changed_experts(trainer, batch),
         **metrics.staleness(batch, version),
         **metrics.advantage_stats(advantages),
         **_speed(trainer, batch, train_s),
         "time/train_s": train_s,
     }
+
+
+def _without_replay(trainer: Trainer, batch: Batch) -> dict[str, float]:
+    """mismatch/logprob_abs_diff_without_replay: what the first samples of a batch, about one micro-batch a rank, would show if the trainer
+    chose the experts itself; at the price of their log-probs."""
+    if batch.experts is None or not trainer.algorithm.needs_rollouts:
+        return {}
+    parallel = trainer.parallel
+    room = trainer.cfg.trainer.max_tokens_per_rank * parallel.dp_cp.size()
+    first = replace(batch.select(np.arange(max(1, int(np.searchsorted(batch.cu_seqlens[1:], room, "right"))))), experts=None)
+    found = metrics.mismatch(log_probs(trainer, first), first, trainer.version)
+    diff = found.get("mismatch/logprob_abs_diff")
+    return {} if diff is None else {"mismatch/logprob_abs_diff_without_replay": diff}
+
+
+def _changed_experts(trainer: Trainer, batch: Batch) -> dict[str, float]:
+    """mismatch/experts_changed_frac: of the tokens x layers whose experts an engine named, those that the trainer would send to others."""
+    if batch.experts is None:
+        return {}
+    counts = torch.tensor(routing.take_counts(trainer.model.stages), dtype=torch.float64, device=trainer.device.torch)
+    dist.all_reduce(counts)
+    replayed, changed = counts.tolist()
+    return {"mismatch/experts_changed_frac": changed / replayed} if replayed else {}
 
 
 def _speed(trainer: Trainer, batch: Batch, train_s: float) -> dict[str, float]:
@@ -175,7 +223,8 @@ def accumulate_gradients(
         sums = {name: (w.double() * values.double()).sum() for name, values in per_token.items()}
         return (w * outputs.loss).sum(), (sums, (at, logprobs.detach()))
 
-    trainer.model.ddp.zero_grad_buffer()
+    for stage in trainer.model.stages:
+        stage.zero_grad_buffer()
     trainer.model.optimizer.zero_grad()
     collected = _run(trainer, micro_batches, loss_of)
     logprobs = _gather(trainer, [kept for _, kept in collected], len(part.tokens))
@@ -190,6 +239,7 @@ def _run(trainer: Trainer, micro_batches: list[MicroBatch], on_logprobs, forward
         device=trainer.device.torch,
         temperature=trainer.temperature,
         tp=trainer.parallel.tp,
+        cp_size=trainer.parallel.cp.size(),
         forward_only=forward_only,
     )
 
@@ -224,13 +274,21 @@ def _gather(trainer: Trainer, kept: list[tuple[np.ndarray, Tensor]], tokens: int
     whole = torch.zeros(tokens, dtype=torch.float32, device=trainer.device.torch)
     for at, values in kept:
         whole[torch.from_numpy(at).to(whole.device)] = values
-    dist.all_reduce(whole, group=trainer.parallel.dp)
+    dist.all_reduce(whole, group=trainer.parallel.dp_cp)
+    dist.all_reduce(whole, group=trainer.parallel.pp)  # only the last stage has any
     return whole.cpu().numpy()
 
 
 def _sum_over_ranks(trainer: Trainer, sums: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Add up the micro-batches' sums, over all data-parallel ranks."""
-    names = sorted(sums[0])
-    total = torch.stack([torch.stack([s[name] for name in names]) for s in sums]).sum(0)
-    dist.all_reduce(total, group=trainer.parallel.dp)
-    return dict(zip(names, total.tolist(), strict=True))
+    """Add up the micro-batches' sums, over all ranks that hold different tokens."""
+    pp = trainer.parallel.pp
+    total: list[dict[str, float] | None] = [None]
+    if trainer.parallel.is_last_stage:
+        names = sorted(sums[0])
+        added = torch.stack([torch.stack([s[name] for name in names]) for s in sums]).sum(0)
+        dist.all_reduce(added, group=trainer.parallel.dp_cp)
+        total = [dict(zip(names, added.tolist(), strict=True))]
+    if pp.size() > 1:
+        dist.broadcast_object_list(total, group=pp, group_src=pp.size() - 1, device=trainer.device.torch)
+    assert total[0] is not None
+    return total[0]

@@ -4,6 +4,7 @@ import multiprocessing
 import traceback
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 from slime.config import SlimeConfig
-from slime.types import Batch
+from slime.config.parallel import ParallelSizes, parallel_sizes
+from slime.engine.generation import Routing
+from slime.types import NOT_RECORDED, Batch
 
 ANSWER_S = 120
 
@@ -77,24 +80,27 @@ class Place:
         self.device, self.rank, self.world, self.store = device, rank, world, store
         self.joined = 0
 
-    def join(self, tensor_parallel: int, seed: int = 0) -> Any:
+    def join(self, sizes: ParallelSizes, seed: int = 0) -> Any:
         """Process groups; a second call leaves the first ones."""
         from slime.trainer import distributed
 
         distributed.leave_groups()
         self.joined += 1
         store = dist.FileStore(f"{self.store}-{self.joined}", self.world)
-        return distributed.join_groups(self.device, store, self.rank, self.world, tensor_parallel, seed, 60.0)
+        return distributed.join_groups(self.device, store, self.rank, self.world, sizes, seed, 60.0)
 
     def trainer(self, cfg: SlimeConfig) -> Any:
         """A trainer built as a rank builds it."""
         from slime.algorithms.registry import build_algorithm
         from slime.observe.trace import Tracer
+        from slime.trainer.export import make_atlas
         from slime.trainer.model import build_model
         from slime.trainer.step import Trainer
 
-        parallel = self.join(cfg.trainer.tensor_parallel, cfg.run.seed)
-        return Trainer(cfg, self.device, parallel, build_model(cfg, parallel), build_algorithm(cfg.algorithm), Tracer(f"rank {self.rank}"))
+        parallel = self.join(parallel_sizes(cfg.trainer), cfg.run.seed)
+        model = build_model(cfg, parallel)
+        tracer = Tracer(f"rank {self.rank}")
+        return Trainer(cfg, self.device, parallel, model, make_atlas(model, parallel), build_algorithm(cfg.algorithm), tracer)
 
 
 def make_cfg(path: Path, dtype: str = "fp32", **trainer: Any) -> SlimeConfig:
@@ -129,19 +135,34 @@ def make_batch(samples: int = 12, vocab: int = 80, seed: int = 0, shortest: int 
     )
 
 
+def with_experts(batch: Batch, routing: Routing, seed: int = 0) -> Batch:
+    """The batch with random experts, as engines would name them: none of each sequence's last token, nor of one sequence in four."""
+    g = np.random.default_rng(seed)
+    tokens = len(batch.tokens)
+    scores = g.random((tokens, routing.layers, routing.experts))
+    experts = np.argsort(scores, -1)[..., : routing.chosen].astype(np.int16)
+    experts[batch.cu_seqlens[1:] - 1] = NOT_RECORDED
+    experts[batch.sample_of_token % 4 == 3] = NOT_RECORDED
+    return replace(batch, experts=experts)
+
+
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
     """The HF tensors, on the leader; nothing elsewhere."""
     from slime.trainer.export import gather_all
 
-    return dict(tensor for bucket in gather_all(trainer.model, trainer.parallel, 1 << 16) for tensor in bucket)
+    return dict(tensor for bucket in gather_all(trainer.model, trainer.atlas, 1 << 16) for tensor in bucket)
 
 
 def gradients(trainer: Any) -> dict[str, torch.Tensor]:
     """The accumulated gradients as HF tensors, on the leader; nothing elsewhere."""
     from slime.trainer.export import gather_hf
 
-    for buffer in trainer.model.ddp.buffers:
-        for bucket in buffer.buckets:  # reduce-scattered: each data-parallel rank holds the sum of its own part
-            part = bucket.grad_data.chunk(trainer.parallel.dp.size())[trainer.parallel.dp.rank()].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, part, group=trainer.parallel.dp)
-    return dict(gather_hf(trainer.model.map, trainer.parallel, {name: p.main_grad for name, p in trainer.model.parameters()}))
+    for stage in trainer.model.stages:
+        for buffers, group in ((stage.buffers, trainer.parallel.dp_cp), (stage.expert_parallel_buffers, trainer.parallel.expert_dp)):
+            for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
+                part = bucket.grad_data.chunk(group.size())[group.rank()].clone()  # reduce-scattered: each rank has the sum of its part
+                dist.all_gather_into_tensor(bucket.grad_data, part, group=group)
+    model = trainer.model
+    found = {name: parameter.main_grad for name, parameter in model.parameters()}
+    names = [name for name in model.map.parameters() if not model.map.is_router_bias(name)]
+    return dict(gather_hf(model.map, trainer.atlas, found, names, model.device, lambda name: torch.float32))

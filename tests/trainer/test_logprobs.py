@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from slime.config import TrainerConfig
+from slime.config.parallel import parallel_sizes
 from slime.trainer import logprobs
 
 VOCAB, PADDED, ROWS, TEMPERATURE = 21, 24, 30, 0.7
@@ -28,7 +30,7 @@ def reference(dtype):
 
 def ours(place, dtype, chunk_elements, use):
     """(log-probs, entropy, this rank's columns of the gradient)."""
-    tp = place.join(place.world).tp
+    tp = place.join(parallel_sizes(TrainerConfig(tensor_parallel=place.world))).tp
     logits, rows, labels, d_logprobs, d_entropy = inputs(dtype)
     local = logits.chunk(place.world, 1)[place.rank].contiguous().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
@@ -69,7 +71,7 @@ def test_bf16_logits_keep_their_dtype_and_give_fp32_results(ranks):
 
 
 def no_rows(place):
-    tp = place.join(1).tp
+    tp = place.join(parallel_sizes(TrainerConfig())).tp
     logits = torch.randn(4, PADDED, requires_grad=True)
     none = torch.zeros(0, dtype=torch.int64)
     picked, _ = logprobs.token_logprobs(logits, none, none, 1.0, VOCAB, tp)

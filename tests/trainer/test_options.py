@@ -43,10 +43,12 @@ def test_every_name_in_the_tables_is_a_field():
         ("rotary_interleaved", True, "is decided by slime: config.json"),
         ("softmax_scale", 0.1, "is decided by slime: config.json"),
         ("mtp_num_layers", 1, "is decided by slime: config.json"),
-        ("num_moe_experts", 8, "is decided by slime: the families that slime maps have no experts"),
-        ("moe_permute_fusion", True, "no experts"),
-        ("virtual_pipeline_model_parallel_size", 2, "tensor and data parallel"),
-        ("expert_tensor_parallel_size", 2, "tensor and data parallel"),
+        ("num_moe_experts", 8, "is decided by slime: config.json"),
+        ("moe_permute_fusion", True, "has no effect in slime: experts are torch's"),
+        ("moe_aux_loss_coeff", 0.1, "balancing losses would change what algorithm.name minimises"),
+        ("moe_token_dispatcher_type", "allgather", "by all-to-all"),
+        ("pipeline_model_parallel_size", 2, r"use trainer\.pipeline_parallel"),
+        ("expert_model_parallel_size", 2, r"use trainer\.expert_parallel"),
         ("perform_initialization", False, "weights come from model.path"),
         ("init_method_std", 0.1, "weights come from model.path"),
         ("sgd_momentum", 0.5, "Adam"),
@@ -65,7 +67,7 @@ def test_an_option_that_slime_decides_or_that_does_nothing_is_refused(name, valu
 def test_what_is_taken_can_be_written_in_a_recipe():
     for name in TAKEN:
         assert refusal_of(name) is None
-        with pytest.raises(ValueError, match=rf"^trainer\.megatron\.{name}=.*: takes (true or false|a whole number|full|uniform|a list)"):
+        with pytest.raises(ValueError, match=rf"^trainer\.megatron\.{name}=.*: takes (true or false|a .*number|full|uniform|a list)"):
             sort_options({name: {}})
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from slime.models.hf_files import HFReader
+from tests.tiny import make_tiny
 from tests.trainer.ranks import make_batch, make_cfg, weights
 
 pytestmark = pytest.mark.e2e
@@ -27,7 +28,7 @@ def test_load_and_export_are_exact(ranks, models, kind, tp):
 
 def with_dropout(trainer):
     """Dropout draws from the RNG states, which have to be resumed too."""
-    for layer in trainer.model.gpt.decoder.layers:
+    for layer in trainer.model.stages[0].module.decoder.layers:
         layer.hidden_dropout = 0.1
     return trainer
 
@@ -78,6 +79,7 @@ def loaded(place, cfg, batch, directory):
     trainer = place.trainer(cfg)
     shards.load(trainer, directory)
     before = weights(trainer)
+    step.train_batch(trainer, batch)
     return before, step.train_batch(trainer, batch)["train/grad_norm"]
 
 
@@ -90,6 +92,42 @@ def test_a_checkpoint_loads_into_another_layout(ranks, models, tmp_path):
         assert all(torch.equal(tensor, read[name]) for name, tensor in written.items())
         norms.append(norm)
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
+
+
+SPARSE_LAYOUTS = [
+    (2, {"tensor_parallel": 2, "expert_parallel": 2, "megatron": {"expert_tensor_parallel_size": 1}}),
+    (2, {"pipeline_parallel": 2}),
+    (2, {"expert_parallel": 2}),
+    (1, {}),
+    (4, {"pipeline_parallel": 2, "expert_parallel": 2}),  # the first stage has no experts
+]
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["of EP2", "of EP1"])
+def test_a_mixture_of_experts_loads_into_any_layout(ranks, tmp_path, first):
+    """Weights to the bit; the optimizer by the gradient norm of the update after the next."""
+    model = make_tiny(tmp_path / "model", "deepseek_v3", vocab=77)
+    batch = make_batch(vocab=77)
+    world, layout = SPARSE_LAYOUTS[first]
+    written = ranks.run(saved, world, make_cfg(model, **layout), batch, tmp_path / "shards")[0]
+    norms = []
+    for world, layout in SPARSE_LAYOUTS:
+        read, norm = ranks.run(loaded, world, make_cfg(model, **layout), batch, tmp_path / "shards")[0]
+        assert all(torch.equal(tensor, read[name]) for name, tensor in written.items()), layout
+        norms.append(norm)
+    assert norms == pytest.approx([norms[0]] * len(norms), rel=1e-5)
+
+
+def test_a_checkpoint_of_virtual_stages_loads_into_any_layout(ranks, tmp_path):
+    model = make_tiny(tmp_path / "model", "qwen3", tied=True, vocab=77, layers=4)
+    batch, norms = make_batch(vocab=77), []
+    virtual = {"pipeline_parallel": 2, "megatron": {"virtual_pipeline_model_parallel_size": 2}}
+    written = ranks.run(saved, 2, make_cfg(model, **virtual), batch, tmp_path / "shards")[0]
+    for world, layout in ((2, virtual), (1, {}), (2, {"tensor_parallel": 2}), (2, {"pipeline_parallel": 2}), (2, {"context_parallel": 2})):
+        read, norm = ranks.run(loaded, world, make_cfg(model, **layout), batch, tmp_path / "shards")[0]
+        assert all(torch.equal(tensor, read[name]) for name, tensor in written.items()), layout
+        norms.append(norm)
+    assert norms == pytest.approx([norms[0]] * len(norms), rel=1e-5)
 
 
 def load_nothing(place, cfg, directory):

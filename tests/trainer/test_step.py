@@ -9,16 +9,11 @@ import torch
 from slime.algorithms.base import Algorithm, LossOutputs
 from slime.types import NO_VERSION, Batch
 from tests.tiny import load_hf_model
-from tests.trainer.ranks import gradients, make_batch, make_cfg, weights
+from tests.trainer.gradients import assert_same, gradient, grpo_cfg, log_probs, noisy_old
+from tests.trainer.ranks import make_batch, make_cfg, weights
 
 pytestmark = pytest.mark.e2e
 KINDS = ["qwen3", "qwen3_tied", "llama"]
-
-
-def grpo_cfg(path, aggregation="sequence", **trainer):
-    cfg = make_cfg(path, **trainer)
-    cfg.algorithm.entropy_coef, cfg.algorithm.aggregation, cfg.rollout.temperature = 0.1, aggregation, 0.8
-    return cfg
 
 
 def reference_logprobs(model, batch: Batch, temperature: float):
@@ -32,12 +27,6 @@ def reference_logprobs(model, batch: Batch, temperature: float):
         entropies.append(torch.cat([zero, -(logp.exp() * logp).sum(-1)]))
     mask = torch.from_numpy(batch.loss_mask)
     return torch.cat(logprobs) * mask, torch.cat(entropies) * mask
-
-
-def log_probs(place, cfg, batch):
-    from slime.trainer import step
-
-    return step.log_probs(place.trainer(cfg), batch)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -57,34 +46,6 @@ def test_bf16_log_probs_are_close(ranks, models):
     with torch.no_grad():
         expected, _ = reference_logprobs(load_hf_model(models["qwen3"]), batch, 1.0)
     assert np.abs(ranks.run(log_probs, 1, cfg, batch)[0] - expected.numpy())[batch.loss_mask].mean() < 0.011
-
-
-def gradient(place, cfg, batch, old, reorder=None):
-    """(loss, HF-space gradient, its norm by the optimizer) of one update; `reorder` packs the sequences at random instead of by plan."""
-    from slime.trainer import step
-    from slime.trainer.packing import pack
-
-    trainer = place.trainer(cfg)
-    micro_batches = trainer.micro_batches(batch)
-    if reorder is not None:
-        parts = np.array_split(np.random.default_rng(reorder).permutation(len(batch)), 3)
-        micro_batches = [pack(batch, part, trainer.parallel.tp.size()) for part in parts]
-    sums, _ = step.accumulate_gradients(trainer, batch, micro_batches, trainer.algorithm.advantages(batch), old)
-    trainer.model.optimizer.prepare_grads()
-    norm = trainer.model.optimizer.get_grad_norm()
-    return sums["loss"], gradients(trainer), norm
-
-
-def assert_same(found, expected):
-    assert found[0] == pytest.approx(expected[0], rel=1e-5, abs=1e-6)
-    assert found[1].keys() == expected[1].keys()
-    for name, want in expected[1].items():
-        assert (found[1][name] - want).norm() <= 1e-5 * want.norm(), name
-    assert found[2] == pytest.approx(expected[2], rel=1e-5)
-
-
-def noisy_old(batch, logprobs):
-    return (logprobs + np.random.default_rng(1).normal(0, 0.2, len(logprobs)) * batch.loss_mask).astype(np.float32)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -267,8 +228,8 @@ def dtypes(place, cfg, batch):
     step.train_batch(trainer, batch)
     mains = [p for group in trainer.model.optimizer.param_groups for p in group["params"]]
     return (
-        {p.dtype for p in trainer.model.gpt.parameters()},
-        {p.main_grad.dtype for p in trainer.model.gpt.parameters()},
+        {p.dtype for p in trainer.model.stages[0].parameters()},
+        {p.main_grad.dtype for p in trainer.model.stages[0].parameters()},
         {p.dtype for p in mains},
     )
 

@@ -1,0 +1,46 @@
+"""One update's loss and gradient, in Hugging Face's names, whatever the layout."""
+
+import numpy as np
+import pytest
+
+from tests.trainer.ranks import gradients, make_cfg
+
+
+def grpo_cfg(path, aggregation="sequence", **trainer):
+    cfg = make_cfg(path, **trainer)
+    cfg.algorithm.entropy_coef, cfg.algorithm.aggregation, cfg.rollout.temperature = 0.1, aggregation, 0.8
+    return cfg
+
+
+def log_probs(place, cfg, batch):
+    from slime.trainer import step
+
+    return step.log_probs(place.trainer(cfg), batch)
+
+
+def gradient(place, cfg, batch, old, reorder=None):
+    """(loss, HF-space gradient, its norm by the optimizer) of one update; `reorder` packs the sequences at random instead of by plan."""
+    from slime.trainer import step
+    from slime.trainer.packing import pack
+
+    trainer = place.trainer(cfg)
+    micro_batches = trainer.micro_batches(batch)
+    if reorder is not None:
+        parts = np.array_split(np.random.default_rng(reorder).permutation(len(batch)), 3)
+        micro_batches = [pack(batch, part, trainer.parallel.tp.size()) for part in parts]
+    sums, _ = step.accumulate_gradients(trainer, batch, micro_batches, trainer.algorithm.advantages(batch), old)
+    trainer.model.optimizer.prepare_grads()
+    norm = trainer.model.optimizer.get_grad_norm()
+    return sums["loss"], gradients(trainer), norm
+
+
+def assert_same(found, expected):
+    assert found[0] == pytest.approx(expected[0], rel=1e-5, abs=1e-6)
+    assert found[1].keys() == expected[1].keys()
+    for name, want in expected[1].items():
+        assert (found[1][name] - want).norm() <= 1e-5 * want.norm(), name
+    assert found[2] == pytest.approx(expected[2], rel=1e-5)
+
+
+def noisy_old(batch, logprobs):
+    return (logprobs + np.random.default_rng(1).normal(0, 0.2, len(logprobs)) * batch.loss_mask).astype(np.float32)
