@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart quickstart-bf16 test test-slow unit lint install clean
+.PHONY: quickstart quickstart-bf16 test test-slow test-gpu unit lint install clean
 
 quickstart: install
 	$(BIN)/python -m examples.quickstart
@@ -24,6 +24,9 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest tests -m slow
+
+test-gpu:  # in an environment with a CUDA build of torch, on a machine with 4 GPUs
+	SLIME_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/trainer/test_layouts.py
 
 unit: install
 	$(BIN)/python -m pytest tests -m "not e2e"

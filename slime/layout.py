@@ -152,15 +152,18 @@ class Whole(Layout):
 
 @dataclass(frozen=True, slots=True)
 class Rows(Layout):
-    """Dimension 0 split over the ranks; weights [out, in] and biases [out]."""
+    """Dimension 0 split over the ranks; weights [out, in] and biases [out]. Of attention it holds `heads`, which stay whole."""
 
     hf: HFTensor
+    heads: int | None = None
 
     @property
     def sources(self) -> tuple[HFTensor, ...]:
         return (self.hf,)
 
     def local_shape(self, tp_size: int) -> Shape:
+        if self.heads is not None:
+            _share(self.heads, tp_size, f"heads of {self.hf.name}")
         return (_share(self.hf.shape[0], tp_size, f"rows of {self.hf.name}"), *self.hf.shape[1:])
 
     def moves(self, tp_rank: int, tp_size: int) -> tuple[Move, ...]:

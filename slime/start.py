@@ -25,10 +25,8 @@ from slime.data.ledger import Ledger
 from slime.data.source import PromptSource, eval_prompts
 from slime.data.template import check_tokenizer
 from slime.engine.fleet import EngineFleet
-from slime.engine.generation import Routing
 from slime.models.check_layout import check_model
 from slime.models.hub import local_directory
-from slime.models.map import ModelMap
 from slime.models.registry import load_map
 from slime.observe import log as log_files
 from slime.observe.console import Console
@@ -249,15 +247,8 @@ def start_parts(cfg: SlimeConfig, directory: Path, version: WeightVersion, place
         return Parts(trainer, fleet, written.result())
     assert fleet is not None and rollout is not None
     model = load_map(cfg.model.path, cfg.model.family)
-    rollout.connect(fleet.endpoints(), model.vocab_size, routing_of(cfg, model))
+    rollout.connect(fleet.endpoints(), model.vocab_size, model.routing if cfg.rollout.replay_experts else None)
     return Parts(trainer, fleet, rollout)
-
-
-def routing_of(cfg: SlimeConfig, model: ModelMap) -> Routing | None:
-    """What engines are asked to say of the experts; nothing of a dense model's."""
-    if not (cfg.rollout.replay_experts and model.has_experts):
-        return None
-    return Routing(*(model.transformer[name] for name in ("num_layers", "moe_router_topk", "num_moe_experts")))
 
 
 def written_batches(cfg: SlimeConfig) -> BatchSource:

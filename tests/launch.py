@@ -37,9 +37,9 @@ class Launched:
         return json.loads((self.run_dir / "summary.json").read_text())
 
 
-def make_inputs(folder: Path) -> Path:
+def make_inputs(folder: Path, family: str = "qwen3", **config: object) -> Path:
     """A tiny model and prompts: folder/model, train.jsonl, eval.jsonl."""
-    make_tiny(folder / "model", "qwen3", vocab=128)
+    make_tiny(folder / "model", family, vocab=128, **config)
     for name, numbers in (("train", range(64)), ("eval", range(64, 72))):
         rows = [{"prompt": f"{i}+1=", "label": str(i + 1)} for i in numbers]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

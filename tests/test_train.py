@@ -124,3 +124,24 @@ def test_rollouts_alone_are_dumped_and_trained_on(inputs: Path):
     assert_done(replayed)
     assert replayed.metrics[1]["mismatch/logprob_abs_diff"] < 1e-4
     assert replayed.metrics[1]["reward/mean"] == dumped.metrics[1]["reward/mean"]
+
+
+EXPERTS = ("trainer.expert_parallel=2", "trainer.max_tokens_per_rank=64", *TWO_RANKS)
+
+
+def test_experts_train_as_the_engine_routed_them(tmp_path: Path):
+    """A mixture of experts with latent attention, over two ranks; then the same run goes on with its layers in two stages."""
+    inputs = make_inputs(tmp_path, "deepseek_v3")
+    run = launch(inputs, "experts", "run.save_every=2", *EXPERTS)
+    assert_done(run)
+    for line in run.metrics[1:]:
+        assert line["mismatch/logprob_abs_diff"] < 1e-5 and line["train/grad_norm"] > 0
+        assert line["mismatch/experts_changed_frac"] == 0 and line["mismatch/logprob_abs_diff_without_replay"] < 1e-5  # fp32
+    before, after = load_file(inputs / "model" / "model.safetensors"), load_file(run.run_dir / "hf" / "model.safetensors")
+    assert set(before) == set(after)
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert {name for name in before if name not in changed} <= {name for name in before if "correction_bias" in name or ".experts." in name}
+    stages = launch(inputs, "experts", "run.save_every=2", "run.steps=3", "trainer.pipeline_parallel=2", *TWO_RANKS)
+    assert_done(stages)
+    assert [line["step"] for line in stages.metrics] == [0, 1, 2, 3]
+    assert stages.metrics[3]["mismatch/logprob_abs_diff"] < 1e-5

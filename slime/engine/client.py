@@ -13,9 +13,10 @@ import aiohttp
 from slime.engine.control import Control
 from slime.engine.endpoint import Endpoint
 from slime.engine.errors import EngineError, EngineLost, StaleWeights
-from slime.engine.generation import Generation, Routing, Sampling, check_ids, parse
+from slime.engine.generation import Generation, Sampling, check_ids, parse
 from slime.engine.routing import Router
 from slime.engine.versions import Facts, facts
+from slime.models.map import Routing
 
 __all__ = ["EngineClient", "Generation", "Sampling"]
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from slime.engine.errors import EngineError
+from slime.models.map import Routing
 from slime.types import VersionSpan, bad_logprob
 
 
@@ -29,15 +30,6 @@ class Sampling:
         if self.seed is not None:
             chosen["sampling_seed"] = self.seed
         return chosen
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """What a mixture of experts has: each token goes to `chosen` of `experts` in every one of `layers` (0 to 0 in dense ones)."""
-
-    layers: int
-    chosen: int
-    experts: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,15 @@ from slime.models.parts.feed_forward import Groups
 from slime.models.rope import Rope
 
 
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Where a mixture of experts sends a token: to `chosen` of `experts` in every one of `layers` (in dense ones to expert 0)."""
+
+    layers: int
+    chosen: int
+    experts: int
+
+
 @dataclass(frozen=True)
 class ModelMap:
     """A model between Hugging Face and megatron-core. Parameter names are megatron-core's of the local (not Transformer Engine) layer
@@ -43,6 +52,13 @@ class ModelMap:
     @property
     def has_experts(self) -> bool:
         return "num_moe_experts" in self.transformer
+
+    @property
+    def routing(self) -> Routing | None:
+        """None of a dense model."""
+        if not self.has_experts:
+            return None
+        return Routing(*(self.transformer[name] for name in ("num_layers", "moe_router_topk", "num_moe_experts")))
 
     def layout(self, name: str) -> Layout:
         """The layout of a parameter, shared copies included. Raises ValueError for a name that the family does not have."""

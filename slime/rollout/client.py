@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from slime.engine.client import EngineClient, Generation, Sampling
 from slime.engine.errors import EngineError
-from slime.engine.generation import Routing
+from slime.models.map import Routing
 from slime.types import Sample
 
 if TYPE_CHECKING:

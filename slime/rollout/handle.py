@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from slime.cluster import deadline
 from slime.config import SlimeConfig
 from slime.engine.endpoint import Endpoint
-from slime.engine.generation import Routing
+from slime.models.map import Routing
 from slime.observe.trace import Span
 from slime.types import EvalResult, RolloutSummary, WeightVersion
 

@@ -20,7 +20,7 @@ from slime.data.source import PromptSource, eval_prompts
 from slime.data.template import load_tokenizer, tokenize
 from slime.engine.client import EngineClient, Sampling
 from slime.engine.endpoint import Endpoint
-from slime.engine.generation import Routing
+from slime.models.map import Routing
 from slime.observe.trace import Span
 from slime.rollout.client import RolloutClient
 from slime.rollout.draw import Draw

@@ -35,7 +35,10 @@ def run_micro_batches(
 
     def forward_step(rows: Iterator[MicroBatch], stage: Any) -> tuple[Tensor, Callable]:
         micro_batch = next(rows)
-        packing = PackedSequences.of(micro_batch.lengths, device, _experts_of_rank(model, micro_batch, device, tp))
+        seen = _seen_by_routers(model, micro_batch, tp)
+        experts = None if micro_batch.experts is None else torch.from_numpy(micro_batch.experts[seen]).to(device).long().transpose(0, 1)
+        padding = torch.from_numpy(micro_batch.source[seen] < 0).to(device)
+        packing = PackedSequences.of(micro_batch.lengths, device, experts, padding)
         logits = stage(
             torch.from_numpy(micro_batch.tokens)[None].to(device),
             torch.from_numpy(micro_batch.positions)[None].to(device),
@@ -64,10 +67,9 @@ def run_micro_batches(
         )
 
 
-def _experts_of_rank(model: Model, micro_batch: MicroBatch, device: torch.device, tp: torch.distributed.ProcessGroup) -> Tensor | None:
-    """int64 [layers, tokens, k], recorded for the tokens that this rank's routers see: of tensor-parallel ranks, each sees a stretch."""
-    if micro_batch.experts is None:
-        return None
-    seen = len(micro_batch.tokens) // tp.size() if model.config.sequence_parallel else len(micro_batch.tokens)
-    first = seen * tp.rank() if model.config.sequence_parallel else 0
-    return torch.from_numpy(micro_batch.experts[first : first + seen]).to(device).long().transpose(0, 1)
+def _seen_by_routers(model: Model, micro_batch: MicroBatch, tp: torch.distributed.ProcessGroup) -> slice:
+    """The tokens of a row that this rank's routers see: of tensor-parallel ranks, each sees a stretch."""
+    if not model.config.sequence_parallel:
+        return slice(None)
+    seen = len(micro_batch.tokens) // tp.size()
+    return slice(seen * tp.rank(), seen * (tp.rank() + 1))

@@ -23,6 +23,8 @@ class ExpertChoice:
     def __init__(self, groups: Groups | None) -> None:
         self.groups = groups
         self.recorded: Tensor | None = None  # int64 [tokens, k], of the forward pass that comes next
+        self.padding: Tensor | None = None  # bool [tokens], of that pass
+        self.of_padding: Tensor | float = 0.0  # [experts], how often that pass chose each for padding
         self.replayed: Tensor | float = 0.0  # tokens that had recorded experts, since the last `take_counts`
         self.changed: Tensor | float = 0.0  # of those, the ones that would have gone to others
 
@@ -39,6 +41,8 @@ class ExpertChoice:
             self.replayed = self.replayed + is_recorded.sum()
             self.changed = self.changed + (is_recorded & differs).sum()
             chosen = torch.where(is_recorded[:, None], self.recorded, chosen)
+        if self.padding is not None:
+            self.of_padding = torch.zeros_like(scores).scatter_(1, chosen, 1.0).mul_(self.padding[:, None]).sum(0)
         return scores.gather(1, chosen), chosen
 
     def _within_groups(self, scores: Tensor) -> Tensor:
@@ -52,11 +56,17 @@ class ExpertChoice:
 
 
 class ExpertLayer(TransformerLayer):
-    """A layer with experts. Its router is told of the recorded choice at every forward pass, so that a recomputed one sees the same."""
+    """A layer with experts. Its router is told of the recorded choice at every forward pass, so that a recomputed one sees the same. The
+    load that moves a router's bias is that of tokens: megatron-core counts padding too, how much of it depends on the layout."""
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        self.mlp.router.router_replay.recorded = kwargs["packed_seq_params"].experts_of(self.layer_number - 1)
-        return super().forward(*args, **kwargs)
+        router, packing = self.mlp.router, kwargs["packed_seq_params"]
+        choice = router.router_replay
+        choice.recorded, choice.padding = packing.experts_of(self.layer_number - 1), packing.padding
+        out = super().forward(*args, **kwargs)
+        if router.expert_bias is not None and torch.is_grad_enabled():  # when megatron-core counts
+            router.local_tokens_per_expert -= choice.of_padding
+        return out
 
 
 def install(model: torch.nn.Module, groups: Groups | None) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from slime.engine.errors import EngineError
-from slime.engine.generation import Generation, Routing, parse
+from slime.engine.generation import Generation, parse
+from slime.models.map import Routing
 from slime.types import LOGPROB_SLACK
 
 ROUTING = Routing(layers=3, chosen=2, experts=8)

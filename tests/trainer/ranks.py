@@ -1,6 +1,10 @@
-"""Real ranks for tests: processes that stay, and a trainer of any layout in them."""
+"""Real ranks for tests: processes that stay, and a trainer of any layout in them.
+
+On the CPU, over gloo; with SLIME_TEST_DEVICE=cuda on a GPU each, over NCCL, as in `make test-gpu`.
+"""
 
 import multiprocessing
+import os
 import traceback
 import uuid
 from collections.abc import Callable
@@ -15,10 +19,11 @@ import torch.distributed as dist
 
 from slime.config import SlimeConfig
 from slime.config.parallel import ParallelSizes, parallel_sizes
-from slime.engine.generation import Routing
+from slime.models.map import Routing
 from slime.types import NOT_RECORDED, Batch
 
 ANSWER_S = 120
+KIND = os.environ.get("SLIME_TEST_DEVICE", "cpu")
 
 
 class Ranks:
@@ -49,6 +54,8 @@ class Ranks:
     def _start(self) -> None:
         ours, theirs = self.context.Pipe()
         process = self.context.Process(target=_serve, args=(theirs,), daemon=True)
+        if KIND == "cuda":
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(len(self.processes))  # a rank sees its own GPU only
         process.start()
         self.pipes.append(ours)
         self.processes.append(process)
@@ -62,7 +69,7 @@ class Ranks:
 def _serve(pipe: Connection) -> None:
     from slime.trainer import device, distributed
 
-    dev = device.set_up("cpu", 1)
+    dev = device.set_up(KIND, 1)
     while True:
         fn, rank, world, store, args = pipe.recv()
         try:
@@ -106,7 +113,7 @@ class Place:
 def make_cfg(path: Path, dtype: str = "fp32", **trainer: Any) -> SlimeConfig:
     """A recipe for a tiny model."""
     cfg = SlimeConfig()
-    cfg.model.path, cfg.model.dtype, cfg.cluster.device = str(path), dtype, "cpu"
+    cfg.model.path, cfg.model.dtype, cfg.cluster.device = str(path), dtype, KIND
     cfg.rollout.max_response_tokens = 40
     for name, value in {"lr": 1e-3, **trainer}.items():
         assert hasattr(cfg.trainer, name)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from slime.models.registry import load_map
-from slime.start import routing_of
 from tests.tiny import make_tiny
 from tests.trainer.ranks import make_batch, make_cfg, weights, with_experts
 
@@ -30,7 +29,7 @@ def updated(place, cfg, batch) -> dict[str, torch.Tensor]:
 def test_the_bias_moves_against_the_load_alike_in_every_layout(ranks, tmp_path) -> None:
     path = make_tiny(tmp_path, "deepseek_v3", vocab=77)
     batch = make_batch(vocab=77)
-    batch = with_experts(batch, routing_of(make_cfg(path), load_map(path)))
+    batch = with_experts(batch, load_map(path).routing)
     before = ranks.run(updated, 1, make_cfg(path), batch)[0][BIAS]
     cfg = make_cfg(path, megatron={"moe_router_bias_update_rate": RATE})
     alone = ranks.run(updated, 1, cfg, batch)[0][BIAS]

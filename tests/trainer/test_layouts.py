@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from slime.models.registry import load_map
-from slime.start import routing_of
 from tests.tiny import CLASSES, make_tiny
 from tests.trainer.gradients import assert_same, gradient, grpo_cfg, log_probs, noisy_old
 from tests.trainer.ranks import make_batch, with_experts
@@ -31,11 +30,21 @@ LAYOUTS = {
     "TP2 x EP2 x ETP1": (2, {"tensor_parallel": 2, "expert_parallel": 2, "megatron": {"expert_tensor_parallel_size": 1}}),
     "TP2 x PP2": (4, {"tensor_parallel": 2, "pipeline_parallel": 2}),
 }
-OF_EXPERTS = {"EP2", "ETP2", "TP2 x EP2 x ETP1"}
+
+
+# Of two families: further products, on 4 ranks, and stages of unequal length.
+PRODUCTS = {
+    "TP2 x CP2": (4, {"tensor_parallel": 2, "context_parallel": 2}),
+    "PP2 x CP2": (4, {"pipeline_parallel": 2, "context_parallel": 2}),
+    "TP2 x PP2 x VPP2": (4, {"tensor_parallel": 2, "pipeline_parallel": 2, "megatron": VIRTUAL}),
+    "PP2 x EP2": (4, {"pipeline_parallel": 2, "expert_parallel": 2}),
+    "CP2 x EP2 x DP2": (4, {"context_parallel": 2, "expert_parallel": 2}),
+    "PP2, 1 + 3 layers": (2, {"pipeline_parallel": 2, "megatron": {"num_layers_in_first_pipeline_stage": 1}}),
+}
 
 
 def applies(family: str, layout: str) -> bool:
-    if layout in OF_EXPERTS:
+    if "EP2" in layout or "ETP2" in layout:
         return family in SPARSE
     return layout != "TP2" or family not in SPARSE  # experts and latent attention need SP beside TP
 
@@ -54,6 +63,7 @@ def case(family: str, layout: str) -> object:
 
 
 CASES = [case(family, layout) for family in CLASSES for layout in LAYOUTS if applies(family, layout)]
+CASES += [case(family, layout) for family in ("qwen3", "deepseek_v3") for layout in PRODUCTS if applies(family, layout)]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +82,7 @@ def alone(ranks, deep) -> dict[str, tuple]:
     def of(family: str) -> tuple:
         if family not in found:
             cfg = grpo_cfg(deep[family])
-            routing = routing_of(cfg, load_map(deep[family]))
+            routing = load_map(deep[family]).routing
             routed = with_experts(batch, routing) if routing else batch
             old = noisy_old(routed, ranks.run(log_probs, 1, cfg, routed)[0])
             found[family] = (routed, old, ranks.run(gradient, 1, cfg, routed, old)[0])
@@ -82,11 +92,12 @@ def alone(ranks, deep) -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
-def test_a_layout_gives_the_gradient_of_one_process(ranks, deep, alone, family: str, layout: str) -> None:
+def test_a_layout_gives_the_gradient_of_one_process(ranks, deep, alone, family: str, layout: str, record_property) -> None:
     batch, old, expected = alone(family)
-    world, knobs = LAYOUTS[layout]
+    world, knobs = {**LAYOUTS, **PRODUCTS}[layout]
     found = ranks.run(gradient, world, grpo_cfg(deep[family], max_tokens_per_rank=60, **knobs), batch, old)
-    assert_same(found[0], expected)
+    record_property("worst gradient", assert_same(found[0], expected))
+    record_property("loss", abs(found[0][0] / expected[0] - 1))
     assert len({(loss, norm) for loss, _, norm in found}) == 1, "ranks report different losses"
     assert not any(hf for _, hf, _ in found[1:])
 

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from slime.engine.client import EngineClient
-from slime.engine.generation import Routing
 from slime.engine.server import Server
+from slime.models.map import Routing
 from slime.models.registry import load_map
 from slime.rollout.generate import append_answer
-from slime.start import routing_of
 from slime.types import Batch, Group, Sample, VersionSpan
 from tests.engine import servers
 from tests.tiny import make_tiny
@@ -52,7 +51,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[
         cfg.model.dtype = "bf16"
         server = servers.start(cfg, root / "server.log")
         try:
-            found[kind] = (model, sampled(server, routing_of(cfg, load_map(model))))
+            found[kind] = (model, sampled(server, load_map(model).routing))
         finally:
             server.stop()
     return found

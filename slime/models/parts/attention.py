@@ -107,15 +107,15 @@ class Latent:
         q_rows = heads * (values["qk_head_dim"] + rotated)
         layouts: dict[str, Layout] = {}
         if q_rank is None:
-            layouts["self_attention.linear_q_proj.weight"] = Rows(hf("self_attn.q_proj.weight", q_rows, hidden))
+            layouts["self_attention.linear_q_proj.weight"] = Rows(hf("self_attn.q_proj.weight", q_rows, hidden), heads)
         else:
             layouts["self_attention.linear_q_down_proj.weight"] = Whole(hf("self_attn.q_a_proj.weight", q_rank, hidden))
             layouts["self_attention.q_layernorm.weight"] = Whole(hf("self_attn.q_a_layernorm.weight", q_rank))
-            layouts["self_attention.linear_q_up_proj.weight"] = Rows(hf("self_attn.q_b_proj.weight", q_rows, q_rank))
+            layouts["self_attention.linear_q_up_proj.weight"] = Rows(hf("self_attn.q_b_proj.weight", q_rows, q_rank), heads)
         kv_rows = heads * (values["qk_head_dim"] + value_dim)
         return layouts | {
             "self_attention.linear_kv_down_proj.weight": Whole(hf("self_attn.kv_a_proj_with_mqa.weight", rank + rotated, hidden)),
             "self_attention.kv_layernorm.weight": Whole(hf("self_attn.kv_a_layernorm.weight", rank)),
-            "self_attention.linear_kv_up_proj.weight": Rows(hf("self_attn.kv_b_proj.weight", kv_rows, rank)),
+            "self_attention.linear_kv_up_proj.weight": Rows(hf("self_attn.kv_b_proj.weight", kv_rows, rank), heads),
             "self_attention.linear_proj.weight": Cols(hf("self_attn.o_proj.weight", hidden, heads * value_dim)),
         }

@@ -95,6 +95,9 @@ class Experts:
         count = config.integer(config.spelled(*self.count))
         if topk > count:
             raise config.error("num_experts_per_tok", f"the model has {count} experts")
+        router = self.router.read(config)
+        if topk == 1 and not router["moe_router_pre_softmax"]:  # megatron-core refuses it after softmax and leaves a sigmoid as it is
+            raise config.error("num_experts_per_tok", "the normalised weight of one expert is always 1, which is not mapped")
         values = {
             "num_moe_experts": count,
             "moe_router_topk": topk,
@@ -105,7 +108,7 @@ class Experts:
             "moe_aux_loss_coeff": 0.0,
             "moe_router_dtype": "fp32",
             "moe_grouped_gemm": False,
-            **self.router.read(config),
+            **router,
         }
         if self.shared:
             values["moe_shared_expert_intermediate_size"] = width * config.integer(self.shared)
