@@ -69,12 +69,14 @@ def mismatch(ranks, model: Path, batch: Batch, dtype: str = "bf16", **trainer) -
     return ranks.run(train, world, make_cfg(model, dtype, **trainer), batch)[0]
 
 
-def test_replay_brings_experts_to_the_mismatch_of_a_dense_model(ranks, drawn) -> None:
+def test_replay_brings_experts_to_the_mismatch_of_a_dense_model(ranks, drawn, record_property) -> None:
     dense = mismatch(ranks, *drawn["dense"])
     assert "mismatch/experts_changed_frac" not in dense and "mismatch/logprob_abs_diff_without_replay" not in dense
     model, batch = drawn["experts"]
     replayed = mismatch(ranks, model, batch)
     own = mismatch(ranks, model, replace(batch, experts=None))
+    for name, found in (("dense", dense), ("replayed", replayed), ("own", own)):
+        record_property(name, (found["mismatch/logprob_abs_diff"], found["mismatch/logprob_abs_diff_max"]))
     assert replayed["mismatch/logprob_abs_diff"] <= 1.2 * dense["mismatch/logprob_abs_diff"]
     assert replayed["mismatch/logprob_abs_diff_max"] <= 2 * dense["mismatch/logprob_abs_diff_max"]
     assert own["mismatch/logprob_abs_diff_max"] > 5 * replayed["mismatch/logprob_abs_diff_max"]
