@@ -20,6 +20,7 @@ from slime.engine.live import LiveEngine
 from slime.engine.ports import free_ports
 from slime.engine.server import Server, ServerSpec
 from slime.engine.versions import facts
+from slime.models.registry import has_experts
 from slime.sync import buckets
 from slime.sync.protocol import Bucket
 
@@ -88,13 +89,19 @@ class EngineActor:
         return self.endpoints()
 
     async def attach(self, urls: Sequence[str]) -> list[Endpoint]:
-        """Use servers that the user started. Raises PreflightError where one does not answer, ValueError for an SGLang that is too old."""
+        """Use servers that the user started. Raises PreflightError where one does not answer, or not as the recipe needs, ValueError for an
+        SGLang that is too old."""
         self._session = open_session()
         for i, url in enumerate(urls):
             try:
                 info = await Control(Endpoint(url.rstrip("/"), self._key, f"engine {i} (rollout.external_urls)"), self._session).info()
             except (EngineError, EngineLost, TimeoutError) as error:
                 raise PreflightError(f"{error}; start the server, or correct the url or rollout.external_key_env") from error
+            if self._cfg.rollout.replay_experts and has_experts(self._cfg.model) and not info.get("enable_return_routed_experts"):
+                raise PreflightError(
+                    f"engine {i} (rollout.external_urls) at {url} does not say which experts tokens go to: start it with "
+                    "--enable-return-routed-experts, or set rollout.replay_experts=false"
+                )
             endpoint = Endpoint(url.rstrip("/"), self._key, f"engine {i}", info["version"])
             self._engines.append(LiveEngine(endpoint, info["tp_size"], self._session))
         return self.endpoints()

@@ -102,7 +102,7 @@ def parse(
         finished_s=finished_s,
         engine_s=max(0.0, meta["e2e_latency"] - meta.get("queue_time", 0.0)),
         response_sent_s=meta["response_sent_to_client_ts"],
-        experts=_experts(meta, len(ids), routing, engine) if routing else None,
+        experts=_experts(meta, len(ids), routing, engine) if routing and meta["finish_reason"]["type"] != "abort" else None,
     )
 
 

@@ -8,6 +8,8 @@ from slime.config.roles import generates, needed_roles
 from slime.models.map import ModelMap
 from slime.models.registry import load_map, read_map
 
+BIAS_RATE = "moe_router_bias_update_rate"
+
 
 def check_model(cfg: SlimeConfig, headers: bool = True) -> None:
     """Read the model in model.path, a directory (config.json and the headers of its weights, or not), and check how the recipe divides
@@ -31,6 +33,7 @@ def check_layout(model: ModelMap, sizes: ParallelSizes, trainer: TrainerConfig) 
     """Raises ValueError for sizes that do not divide the model's layers or experts, that its layers cannot be computed with, or that
     have nothing to divide. `load_map` checks what tensor parallelism divides."""
     stage_layers(model.transformer["num_layers"], trainer)
+    _balancing(model, trainer)
     if model.has_experts:
         _experts(model, sizes, trainer)
     else:
@@ -54,6 +57,15 @@ def _no_experts(model: ModelMap, sizes: ParallelSizes, trainer: TrainerConfig) -
         raise ValueError(f"trainer.expert_parallel={sizes.expert}: {model.family} has no experts to divide; set it to 1")
     if (given := whole(trainer, EXPERT_TENSOR)) is not None:
         raise ValueError(f"trainer.megatron.{EXPERT_TENSOR}={given}: {model.family} has no experts to divide; remove it")
+
+
+def _balancing(model: ModelMap, trainer: TrainerConfig) -> None:
+    """The option that balances the load of experts: a rate, of a bias that the router has."""
+    rate = trainer.megatron.get(BIAS_RATE)
+    if rate and not model.transformer.get("moe_router_enable_expert_bias", False):
+        raise ValueError(f"trainer.megatron.{BIAS_RATE}={rate} has no effect: {model.family} has no router with a bias; remove it")
+    if isinstance(rate, int | float) and rate < 0:
+        raise ValueError(f"trainer.megatron.{BIAS_RATE}={rate}: a negative rate sends tokens to the busiest experts; take one >= 0")
 
 
 def _whole_rows(model: ModelMap, sizes: ParallelSizes) -> None:

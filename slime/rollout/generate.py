@@ -20,8 +20,15 @@ async def single_turn(sample: Sample, client: RolloutClient, cfg: RolloutConfig)
 
 
 def append_answer(sample: Sample, answer: Generation) -> None:
-    """Add what the engine drew: ids as they came, trained on."""
+    """Add what the engine drew: ids as they came, trained on. Raises ValueError where the engine names the experts of other tokens than the
+    sample's: it answered to another text."""
     begin = len(sample.response_ids)
+    asked, answered = len(sample.prompt_ids) + begin, len(answer.output_ids)
+    if answer.experts is not None and len(answer.experts) != asked + answered - 1:
+        raise ValueError(
+            f"an answer to {len(answer.experts) + 1 - answered} tokens is added to a sample of {asked}, whose experts it does not tell: "
+            "ask for an answer to prompt_ids + response_ids, or set rollout.replay_experts=false"
+        )
     sample.response_ids += answer.output_ids
     sample.loss_mask += [1] * len(answer.output_ids)
     sample.rollout_logprobs += answer.logprobs

@@ -15,7 +15,8 @@ def view(tensor: Tensor, block: Block) -> Tensor:
 
 def load(moves: Sequence[Move], read: Callable[[str, Block], Tensor], shard: Tensor) -> None:
     """Fill a contiguous shard; read(name, block) gives a block of an HF tensor. Elements without a source become 0."""
-    shard.zero_()
+    if sum(move.target.size for move in moves) < shard.numel():
+        shard.zero_()
     for move in moves:
         view(shard, move.target).copy_(read(move.hf, move.source))
 

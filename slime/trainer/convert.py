@@ -46,7 +46,7 @@ class MegatronSource:
     model: Path  # a directory with config.json and tokenizer
     map: ModelMap
     kept: Path | None  # whose safetensors hold the tensors that were carried along
-    dtypes: dict[str, torch.dtype]  # HF tensor -> what it is to be; one that is not named stays what the checkpoint holds
+    dtypes: dict[str, torch.dtype]  # HF tensor -> what it is to be, where that loses nothing; others stay what the checkpoint holds
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ class Held:
     gpt: GPTModel
 
     def tensors(self, dtypes: dict[str, torch.dtype]) -> Iterator[tuple[str, Tensor]]:
-        """The HF tensors, in the dtypes that are given, one parameter's at a time."""
+        """The HF tensors, in the dtypes that are given where these lose nothing, one parameter's at a time."""
         for name, tensor in names.tensors(self.gpt):
             if name in self.map.layouts:
                 for hf, whole in assemble(self.map, name, [tensor.data]):
-                    yield hf, _as(hf, whole, dtypes.get(hf, whole.dtype))
+                    yield hf, _narrow(whole, dtypes.get(hf, whole.dtype))
 
 
 def of_convert(path: Path) -> MegatronSource:
@@ -96,7 +96,10 @@ def of_run(trainer: Path, model: Path, family: str) -> MegatronSource:
     """The trainer's folder of a run's checkpoint, and the model that the run began from. Raises ValueError for such a model that cannot
     be used."""
     model_map = load_map(model, family)
-    return MegatronSource(trainer, model, model_map, model if model_map.kept_shapes else None, {})
+    with HFReader(model) as reader:
+        biases = [layout for name, layout in model_map.layouts.items() if model_map.is_router_bias(name)]
+        dtypes = {tensor.name: reader.dtype(tensor.name) for layout in biases for tensor in layout.sources}
+    return MegatronSource(trainer, model, model_map, model if model_map.kept_shapes else None, dtypes)
 
 
 def to_megatron(source: Path, model_map: ModelMap, out: Path, console: Console, logits: bool) -> Converted:
@@ -171,12 +174,10 @@ def _everything(held: Held, source: MegatronSource) -> Iterator[tuple[str, Tenso
                 yield name, reader.read(name)
 
 
-def _as(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In another dtype, which has to hold the same values."""
+def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another dtype, where that holds the same values; as it is where it does not."""
     narrow = tensor.to(dtype)
-    if narrow.dtype != tensor.dtype and not torch.equal(narrow.to(tensor.dtype), tensor):
-        raise ValueError(f"{name}: its values do not fit {dtype}, in which the model had it; they were changed since it was converted")
-    return narrow
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
 
 def _write_companions(source: Path, model_map: ModelMap, reader: HFReader, hf: Path) -> None:

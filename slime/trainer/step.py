@@ -251,7 +251,7 @@ def _apply(trainer: Trainer, lr: float) -> float:
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):
         raise RuntimeError(
-            f"the gradient of optimizer step {trainer.optimizer_steps} has norm {norm}; the step was not taken, the weights are as before: "
+            f"the gradient of optimizer step {trainer.optimizer_steps} has norm {norm}; the step was not taken: "
             f"lower trainer.lr={cfg.lr:g} or trainer.clip_grad={cfg.clip_grad:g}, or look for log-probs or advantages that are not finite"
         )
     if cfg.clip_grad > 0:

@@ -23,6 +23,7 @@ from slime.sync.channel import Channel
 from slime.types import WeightVersion
 from tests.engine import servers
 from tests.engine.test_server import distance, tensors
+from tests.tiny import make_tiny
 
 pytestmark = pytest.mark.e2e
 PROMPT = list(range(5, 25))
@@ -120,6 +121,10 @@ def test_servers_of_the_user_are_used_and_left_alone(
     assert distance(models[1], ask(fleet, "run/4/0"), PROMPT) < 1e-5
     fleet.stop()
     assert server.alive
+    cfg.model.path = str(make_tiny(tmp_path / "experts", "qwen3_moe"))
+    with pytest.raises(PreflightError, match="does not say which experts tokens go to: start it with --enable-return-routed-experts"):
+        EngineFleet.start(cfg, None, tmp_path, "run")
+    cfg.model.path = str(models[0])
     monkeypatch.setenv("ENGINE_KEY", "wrong")
     with pytest.raises(PreflightError, match=r"engine 0 \(rollout.external_urls\) refused /server_info: 401"):
         EngineFleet.start(cfg, None, tmp_path, "run")

@@ -63,6 +63,7 @@ def test_experts_of_every_token_but_the_last() -> None:
     assert found is not None and found.dtype == np.int16
     np.testing.assert_array_equal(found, experts)
     assert parsed([-0.1] * 3).experts is None
+    assert parsed([-0.1] * 3, routing=ROUTING, finish_reason={"type": "abort"}).experts is None  # the abort is what matters
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,17 @@ def test_routers_that_are_spelled_out(changed: Changed, family: str) -> None:
     assert spelled.transformer == plain.transformer and spelled.transformer["moe_router_enable_expert_bias"] is True
 
 
+@pytest.mark.parametrize("family", [*BIASED, "mixtral", "qwen3_moe"])
+def test_the_normalised_weight_of_a_single_expert(changed: Changed, family: str) -> None:
+    """megatron-core would leave a sigmoid's weight as it is, and refuse softmax in every rank."""
+    refused(changed(family, num_experts_per_tok=1), "num_experts_per_tok=1: the normalised weight of one expert is always 1, which is not")
+
+
+def test_a_single_expert_whose_weight_is_not_normalised(changed: Changed) -> None:
+    assert build(changed("qwen3_moe", num_experts_per_tok=1, norm_topk_prob=False)).transformer["moe_router_topk"] == 1
+    assert build(changed("deepseek_v2", num_experts_per_tok=1)).transformer["moe_router_topk"] == 1
+
+
 def test_the_routers_of_softmax(changed: Changed) -> None:
     refused(changed("deepseek_v2", norm_topk_prob=True), "norm_topk_prob=true: only weights that are not normalised are mapped")
     refused(changed("deepseek_v2", scoring_func="sigmoid"), 'scoring_func="sigmoid": only softmax scores are mapped for this family')
@@ -172,6 +183,15 @@ def test_latent_attention(changed: Changed, family: str) -> None:
     refused(changed(family, attention_bias=True), "attention_bias=true: biases of the attention's projections are not mapped")
     refused(changed(family, kv_lora_rank=...), "the field kv_lora_rank is missing")
     refused(changed(family, q_lora_rank=2.5), "q_lora_rank=2.5: a positive whole number is needed")
+
+
+@pytest.mark.parametrize("family", LATENT)
+def test_heads_of_latent_attention_stay_whole(changed: Changed, family: str) -> None:
+    """16 ranks divide the 160 rows of 8 heads, but not the heads."""
+    for rank, name in ((20, "q_b_proj"), (None, "q_proj")):
+        path, text = changed(family, q_lora_rank=rank), rf"tensor_parallel=16 cannot split the 8 heads of model.layers.0.self_attn.{name}.w"
+        with pytest.raises(ValueError, match=text):
+            FAMILIES[family].build(ConfigJson(path), 16)
 
 
 @pytest.mark.parametrize("family", LATENT)

@@ -111,6 +111,21 @@ def check(folder: Path, family: str, tensor: int = 1, pipeline: int = 1, expert:
             "trainer.megatron.sequence_parallel=false with trainer.tensor_parallel=2: qwen3_moe needs activations that are split along the "
             "sequence, for its router; remove it",
         ),
+        (
+            "qwen3",
+            {"moe_router_bias_update_rate": 1e-3},
+            "trainer.megatron.moe_router_bias_update_rate=0.001 has no effect: qwen3 has no router with a bias; remove it",
+        ),
+        (
+            "qwen3_moe",
+            {"moe_router_bias_update_rate": 1e-3},
+            "trainer.megatron.moe_router_bias_update_rate=0.001 has no effect: qwen3_moe has no router with a bias; remove it",
+        ),
+        (
+            "deepseek_v3",
+            {"moe_router_bias_update_rate": -1e-3},
+            "trainer.megatron.moe_router_bias_update_rate=-0.001: a negative rate sends tokens to the busiest experts; take one >= 0",
+        ),
     ],
 )
 def test_what_is_refused(family: str, sizes: dict, text: str, tmp_path: Path) -> None:
@@ -149,7 +164,7 @@ def test_latent_attention_without_experts_needs_split_activations(tmp_path: Path
         ("qwen3", {"pipeline": 3, VIRTUAL: 2, FIRST: 2, LAST: 2}),
         ("qwen3_moe", {"tensor": 2, "expert": 3}),
         ("qwen3_moe", {"tensor": 2, "expert": 6, EXPERT_TENSOR: 1}),
-        ("deepseek_v3", {"tensor": 2, "expert": 4, "pipeline": 2}),
+        ("deepseek_v3", {"tensor": 2, "expert": 4, "pipeline": 2, "moe_router_bias_update_rate": 1e-3}),
     ],
 )
 def test_what_passes(family: str, sizes: dict, tmp_path: Path) -> None:
