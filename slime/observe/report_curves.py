@@ -62,12 +62,23 @@ GROUPS: tuple[tuple[str, tuple[Curve, ...]], ...] = (
         (
             Curve(
                 "Log-prob difference",
-                (("mismatch/logprob_abs_diff", "mean"), ("mismatch/logprob_abs_diff_max", "largest")),
+                (
+                    ("mismatch/logprob_abs_diff", "mean"),
+                    ("mismatch/logprob_abs_diff_max", "largest"),
+                    ("mismatch/logprob_abs_diff_without_replay", "mean without replay"),
+                ),
                 log=True,
                 limit="mismatch_warn",
                 note="same tokens, same weights",
             ),
             Curve("KL(engine, trainer)", (("mismatch/kl", "k3 estimate"),), log=True, note="same tokens, same weights"),
+            Curve(
+                "Experts that replay changed",
+                (("mismatch/experts_changed_frac", "of tokens x layers"),),
+                bounds=FROM_0,
+                write=percent,
+                if_any=True,
+            ),
             Curve("Prefix cache hits", (("engine/cache_hit", "of prompt tokens"),), bounds=(0.0, 1.0), write=percent),
             Curve("Staleness", (("staleness/mean", "mean"), ("staleness/max", "largest")), bounds=FROM_0, note="versions", if_any=True),
             Curve("KL(rollout, trainer)", (("offpolicy/kl", "k3 estimate"),), log=True, note="whole batch, weights as they drew it"),

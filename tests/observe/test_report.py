@@ -126,6 +126,8 @@ def test_curves_are_of_what_was_measured(tmp_path: Path) -> None:
         "Staleness": {"staleness/mean": 1.5, "staleness/max": 3.0},
         "KL(rollout, trainer)": {"offpolicy/kl": 1e-3},
         "Effective sample size": {"offpolicy/ess": 0.9},
+        "Experts that replay changed": {"mismatch/experts_changed_frac": 0.01},
+        "mean without replay": {"mismatch/logprob_abs_diff_without_replay": 6e-3},
         "Tokens per second and GPU": {"perf/tokens_per_s_per_gpu": 900.0},
         "Model FLOPs utilisation": {"perf/mfu": 0.4},
         "Peak GPU memory": {"perf/gpu_mem_gb": 31.0},

@@ -3,6 +3,7 @@
 On the CPU, over gloo; with SLIME_TEST_DEVICE=cuda on a GPU each, over NCCL, as in `make test-gpu`.
 """
 
+import gc
 import multiprocessing
 import os
 import traceback
@@ -78,6 +79,7 @@ def _serve(pipe: Connection) -> None:
         except Exception:  # noqa: BLE001 - raised again by the test that asked
             pipe.send((False, traceback.format_exc()))
         distributed.leave_groups()
+        gc.collect()  # models refer to themselves, and hold their groups, of which each has threads
 
 
 class Place:
