@@ -186,15 +186,20 @@ def _key_value_heads(cfg: SlimeConfig, config: dict[str, Any]) -> tuple[int, int
 
 def engine_memory(cfg: SlimeConfig, config: dict[str, Any], parameters: int, samples: int) -> EngineMemory:
     """What a device of an engine holds, with `samples` of a batch asked of all engines."""
-    width, served = BYTES[cfg.model.dtype], cfg.rollout.tensor_parallel
-    if "kv_lora_rank" in config:
+    in_flight = min(cfg.rollout.max_in_flight, samples) / cfg.rollout.engines
+    kv_per_token = kv_bytes_per_token(cfg, config)
+    weights = parameters * BYTES[cfg.model.dtype] // cfg.rollout.tensor_parallel
+    return EngineMemory(weights, kv_per_token, kv_per_token * math.ceil(in_flight) * longest(cfg))
+
+
+def kv_bytes_per_token(cfg: SlimeConfig, config: dict[str, Any]) -> int:
+    """What an engine keeps of a token in all layers, on one device: keys and values of its heads, or the latent of all heads."""
+    if config.get("kv_lora_rank"):
         values = size_of(cfg, config, "kv_lora_rank") + size_of(cfg, config, "qk_rope_head_dim")
     else:
         heads, head_dim = _key_value_heads(cfg, config)
-        values = 2 * head_dim * math.ceil(heads / served)
-    in_flight = min(cfg.rollout.max_in_flight, samples) / cfg.rollout.engines
-    kv_per_token = size_of(cfg, config, "num_hidden_layers") * values * width
-    return EngineMemory(parameters * width // served, kv_per_token, kv_per_token * math.ceil(in_flight) * longest(cfg))
+        values = 2 * head_dim * math.ceil(heads / cfg.rollout.tensor_parallel)
+    return size_of(cfg, config, "num_hidden_layers") * values * BYTES[cfg.model.dtype]
 
 
 def size_of(cfg: SlimeConfig, config: dict[str, Any], name: str) -> int:

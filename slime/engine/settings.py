@@ -12,13 +12,14 @@ On CUDA, SGLang sizes its pool itself.
 Deterministic mode fixes some arguments; a recipe may not change those.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 from slime.config import SlimeConfig
+from slime.config.check_files import model_config
 from slime.config.check_serving import longest_answers
+from slime.config.plan_memory import kv_bytes_per_token
 from slime.cpu import serving
 from slime.models.registry import has_experts
 
@@ -104,7 +105,8 @@ def cpu_pool(cfg: SlimeConfig) -> dict[str, int]:
     step = cfg.rollout.prompts_per_step * cfg.rollout.samples_per_prompt
     wanted = -(-min(step, cfg.rollout.max_in_flight) // cfg.rollout.engines)
     longest = longest_request(cfg)
-    affordable = POOL_BYTES // (longest * kv_bytes_per_token(cfg))
+    config = model_config(cfg) if (Path(cfg.model.path) / "config.json").exists() else None  # None: the model is not on this host yet
+    affordable = POOL_BYTES // (longest * (kv_bytes_per_token(cfg, config) if config else 1))
     running = max(1, min(wanted, MOST_RUNNING, affordable))
     return {"max_running_requests": running, "max_total_tokens": -(-running * longest // ROUND_TO) * ROUND_TO}
 
@@ -117,20 +119,6 @@ def longest_request(cfg: SlimeConfig) -> int:
 def longest_answer(cfg: SlimeConfig) -> tuple[str, int]:
     """The knob that allows the longest answer, and its tokens."""
     return max(longest_answers(cfg).items(), key=lambda item: item[1])
-
-
-def kv_bytes_per_token(cfg: SlimeConfig) -> int:
-    """Keys and values of one token in all layers, on one device; 1 where the model is not on this host yet."""
-    path = Path(cfg.model.path) / "config.json"
-    if not path.exists():
-        return 1
-    hf = json.loads(path.read_text())
-    width = {"fp32": 4, "bf16": 2}[cfg.model.dtype]
-    if hf.get("kv_lora_rank"):  # latent attention: one latent for all heads, on every device
-        return hf["num_hidden_layers"] * (hf["kv_lora_rank"] + hf["qk_rope_head_dim"]) * width
-    heads = hf.get("num_key_value_heads") or hf["num_attention_heads"]
-    head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-    return max(1, 2 * hf["num_hidden_layers"] * heads * head_dim * width // cfg.rollout.tensor_parallel)
 
 
 def _check_pool(cfg: SlimeConfig, chosen: dict[str, Any]) -> None:

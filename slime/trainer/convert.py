@@ -31,7 +31,7 @@ from slime.trainer import names, proof, shards
 from slime.trainer.alone import alone
 from slime.trainer.distributed import Parallel
 from slime.trainer.export import assemble
-from slime.trainer.model import build_stages, load_hf
+from slime.trainer.model import bias_dtypes, build_stages, load_hf
 from slime.trainer.options import sort_options
 
 HF, KEPT, ORIGIN = "hf", "kept", "origin.json"
@@ -96,10 +96,7 @@ def of_run(trainer: Path, model: Path, family: str) -> MegatronSource:
     """The trainer's folder of a run's checkpoint, and the model that the run began from. Raises ValueError for such a model that cannot
     be used."""
     model_map = load_map(model, family)
-    with HFReader(model) as reader:
-        biases = [layout for name, layout in model_map.layouts.items() if model_map.is_router_bias(name)]
-        dtypes = {tensor.name: reader.dtype(tensor.name) for layout in biases for tensor in layout.sources}
-    return MegatronSource(trainer, model, model_map, model if model_map.kept_shapes else None, dtypes)
+    return MegatronSource(trainer, model, model_map, model if model_map.kept_shapes else None, bias_dtypes(model_map, model))
 
 
 def to_megatron(source: Path, model_map: ModelMap, out: Path, console: Console, logits: bool) -> Converted:

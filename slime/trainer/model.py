@@ -74,7 +74,7 @@ def build_model(cfg: SlimeConfig, parallel: Parallel) -> Model:
     hooks = [stage.no_sync for stage in stages]
     config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
     config.finalize_model_grads_func = _finalize_sums
-    narrow = {} if config.moe_router_bias_update_rate else _bias_dtypes(model_map, Path(cfg.model.path))
+    narrow = {} if config.moe_router_bias_update_rate else bias_dtypes(model_map, Path(cfg.model.path))
     model = Model(model_map, config, stages, optimizer, narrow)
     model.train(True)
     return model
@@ -161,8 +161,9 @@ def _finalize_sums(model: list[Any], num_tokens: torch.Tensor | None = None, **g
     finalize_model_grads(model, None, **groups)
 
 
-def _bias_dtypes(model_map: ModelMap, path: Path) -> dict[str, torch.dtype]:
-    """The biases that routers choose with, which are held in fp32 and, unless they are updated, go back in the dtype they came in."""
+def bias_dtypes(model_map: ModelMap, path: Path) -> dict[str, torch.dtype]:
+    """The biases that routers choose with, by HF name: they are held in fp32 and, unless they are updated, go back in the dtype that they
+    have in the model's directory, which this is."""
     biases = [layout for name, layout in model_map.layouts.items() if model_map.is_router_bias(name)]
     with HFReader(path) as reader:
         return {tensor.name: reader.dtype(tensor.name) for layout in biases for tensor in layout.sources}

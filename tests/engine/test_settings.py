@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from slime.config import EvalSet, SlimeConfig
+from slime.config.plan_memory import kv_bytes_per_token
 from slime.cpu import serving
 from slime.engine.settings import (
     FIXED,
     POOL_BYTES,
     check_deterministic,
     cpu_pool,
-    kv_bytes_per_token,
     longest_request,
     server_arguments,
     server_environment,
@@ -30,6 +30,10 @@ def cfg(tmp_path: Path) -> SlimeConfig:
     return made
 
 
+def read(cfg: SlimeConfig) -> dict:
+    return json.loads((Path(cfg.model.path) / "config.json").read_text())
+
+
 def test_the_pool_holds_every_running_request_at_its_longest(cfg: SlimeConfig) -> None:
     assert longest_request(cfg) == 40
     assert cpu_pool(cfg) == {"max_running_requests": 256, "max_total_tokens": 10240}
@@ -42,7 +46,7 @@ def test_the_pool_holds_every_running_request_at_its_longest(cfg: SlimeConfig) -
 
 
 def test_the_pool_stays_within_its_memory(cfg: SlimeConfig) -> None:
-    assert kv_bytes_per_token(cfg) == 2 * 4 * 2 * 32 * 4
+    assert kv_bytes_per_token(cfg, read(cfg)) == 2 * 4 * 2 * 32 * 4
     cfg.rollout.max_response_tokens = 100_000
     pool = cpu_pool(cfg)
     assert pool["max_running_requests"] == POOL_BYTES // (longest_request(cfg) * 2048) < 256
@@ -132,4 +136,4 @@ def test_engines_of_a_mixture_of_experts_say_which_they_chose(cfg: SlimeConfig) 
 def test_the_pool_of_latent_attention_holds_latents(cfg: SlimeConfig) -> None:
     config = Path(cfg.model.path) / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"kv_lora_rank": 24, "qk_rope_head_dim": 8}))
-    assert kv_bytes_per_token(cfg) == 4 * (24 + 8) * 4
+    assert kv_bytes_per_token(cfg, read(cfg)) == 4 * (24 + 8) * 4

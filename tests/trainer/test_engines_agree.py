@@ -1,5 +1,6 @@
-"""Every family that stock SGLang serves: its log-probs over the whole vocabulary are the trainer's, and its experts are replayed."""
+"""Every family that stock SGLang serves: its log-probs over the whole vocabulary are the trainer's, and it says which experts it chose."""
 
+import base64
 import json
 import urllib.request
 from pathlib import Path
@@ -65,7 +66,8 @@ def test_log_probs_of_the_whole_vocabulary_are_the_engine_s(ranks, tmp_path: Pat
         routing = load_map(path).routing
         if routing is not None:
             answer = ask(server, {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 1}, "return_routed_experts": True})
-            assert len(answer["meta_info"]["routed_experts"]) > 0
+            named = np.frombuffer(base64.b64decode(answer["meta_info"]["routed_experts"]), np.int32)
+            assert len(named) == 3 * routing.layers * routing.chosen and 0 <= named.min() <= named.max() < routing.experts
     finally:
         server.stop()
     ours = ranks.run(logprobs, 1, make_cfg(path), [ids for ids, _ in answers])[0]

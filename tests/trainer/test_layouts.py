@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slime.models.registry import load_map
+from slime.models.parts.feed_forward import Experts
+from slime.models.registry import FAMILIES, load_map
 from tests.tiny import CLASSES, make_tiny
 from tests.trainer.gradients import assert_same, gradient, grpo_cfg, log_probs, noisy_old
 from tests.trainer.ranks import make_batch, with_experts
 
 pytestmark = pytest.mark.e2e
 
-SPARSE = {"qwen3_moe", "glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "mixtral"}
-LATENT = {"glm4_moe_lite", "deepseek_v2", "deepseek_v3"}
+SPARSE = {name for name, family in FAMILIES.items() if isinstance(family.feed_forward, Experts)}
 VIRTUAL = {"virtual_pipeline_model_parallel_size": 2}
 # name -> ranks, knobs of trainer
 LAYOUTS = {
