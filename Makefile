@@ -39,7 +39,7 @@ lint: install
 install: $(INSTALLED)
 
 # The lock is complete, so nothing is resolved; torch comes first and with its own dependencies, which differ between builds.
-$(INSTALLED): constraints/cpu.txt pyproject.toml
+$(INSTALLED): constraints/cpu.txt pyproject.toml slime/sync/native.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints/cpu.txt torch==2.13.0 setuptools
 	$(PIP) --no-deps --requirement constraints/cpu.txt

@@ -21,7 +21,7 @@ from slime.checkpoint.save import iterations
 from slime.config import SlimeConfig
 from slime.config.exits import ConfigError, NothingToDo
 from slime.config.load import UNNAMED
-from slime.observe import summary
+from slime.observe import density, summary
 from slime.observe.files import write_atomic
 from slime.types import WeightVersion
 
@@ -38,7 +38,7 @@ PROMPTS = (
     "data.shuffle",
     "data.max_prompt_tokens",
 )
-METRICS, EXAMPLES, TRACE = "metrics.jsonl", "examples.jsonl", "trace.json.gz"
+METRICS, EXAMPLES, DENSITY, TRACE = "metrics.jsonl", "examples.jsonl", density.NAME, "trace.json.gz"
 
 
 def claim(cfg: SlimeConfig, directory: Path, stack: ExitStack) -> Restored | None:
@@ -98,7 +98,7 @@ def prepare_files(directory: Path, restored: Restored | None) -> None:
     if restored is None:
         if (directory / METRICS).exists():
             log.warning("%s holds no checkpoint: the run begins anew, its earlier records are replaced", directory)
-        for stale in (METRICS, EXAMPLES, TRACE):
+        for stale in (METRICS, EXAMPLES, DENSITY, TRACE):
             (directory / stale).unlink(missing_ok=True)
         return
     metrics = restored.path.parent / METRICS
@@ -106,7 +106,10 @@ def prepare_files(directory: Path, restored: Restored | None) -> None:
         raise ConfigError(f"{metrics} is missing: {restored.path} needs the record of its run beside it; copy it there")
     if not is_own(restored, directory):
         shutil.copy(metrics, directory)
-    elif (examples := directory / EXAMPLES).exists():
+        return
+    if (directory / DENSITY).exists():
+        density.DensityLog(directory / DENSITY).truncate(restored.step)
+    if (examples := directory / EXAMPLES).exists():
         kept = [line for line in examples.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= restored.step]
         write_atomic(examples, "".join(kept))
 

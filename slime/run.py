@@ -1,7 +1,7 @@
 """A run: its directory, what it commits and records, its signals, how it ends. The driver alone owns what is durable.
 
-    runs/<name>/  config.yaml  metrics.jsonl  examples.jsonl  ledger.json  summary.json  report.html  trace.json.gz  logs/
-                  iter_0000010/  latest_checkpointed_iteration.txt  rollouts/  hf/
+    runs/<name>/  config.yaml  metrics.jsonl  examples.jsonl  density.jsonl  ledger.json  summary.json  report.html  trace.json.gz
+                  logs/  iter_0000010/  latest_checkpointed_iteration.txt  rollouts/  hf/
 
 `slime/train.py` drives it; `slime/start.py` builds it.
 """
@@ -24,6 +24,7 @@ from slime.config.exits import GateStopped, SavedRunAgain
 from slime.data.ledger import Ledger
 from slime.engine.fleet import EngineFleet
 from slime.observe.console import Console
+from slime.observe.density import DensityLog
 from slime.observe.files import write_atomic
 from slime.observe.metrics import MetricsLog, read
 from slime.observe.summary import Summary, before_and_after
@@ -54,6 +55,7 @@ class Run:
     channel: Channel
     console: Console
     metrics: MetricsLog
+    density: DensityLog
     trackers: Trackers
     trace: TraceFile
     signal: StopSignal
@@ -98,6 +100,7 @@ class Run:
         """Bring every engine to version `number`, proven. Returns at once where they hold it."""
         with self.tracer.span("publish", version=number):
             self._sync |= self.channel.publish(number)
+            self._record_changes()
             self.rollout.expect(WeightVersion(self.version.epoch, number, self.version.run_id))
         self.published = number
 
@@ -150,6 +153,12 @@ class Run:
         """Line 0: the evaluation, if there is one, of the weights that the run starts from."""
         if self.metrics.next_step == 0:
             self._write(0, self._evaluate(0), [], [])
+
+    def _record_changes(self) -> None:
+        """What the versions that were published changed, tensor by tensor."""
+        for change in self.channel.changes():
+            if change.number > self.density.last_step:
+                self.density.append(change.number, change.changed, self.channel.tensors())
 
     # --- what the verbs do ------------------------------------------------------------------------------------------
 

@@ -28,8 +28,10 @@ from slime.engine.fleet import EngineFleet
 from slime.models.check_layout import check_model
 from slime.models.hub import local_directory
 from slime.models.registry import load_map
+from slime.observe import density
 from slime.observe import log as log_files
 from slime.observe.console import Console
+from slime.observe.density import DensityLog
 from slime.observe.metrics import MetricsLog
 from slime.observe.report import write_report
 from slime.observe.summary import Summary, write_summary
@@ -180,6 +182,8 @@ def build(
     placements = place(cfg, cluster)
     check_run_dir(placements, directory)
     parts = start_parts(cfg, directory, version, placements, stack)
+    channel = Channel(cfg.sync, parts.trainer, parts.fleet, version)
+    channel.open()
     ledger, restored_batch, wall_s = Ledger(), None, 0.0
     metrics = MetricsLog(directory / "metrics.jsonl")
     if restored is not None:
@@ -201,9 +205,10 @@ def build(
         ledger=ledger,
         ranks=parts.trainer,
         rollout=parts.source,
-        channel=Channel(cfg.sync, parts.trainer, parts.fleet, version),
+        channel=channel,
         console=console,
         metrics=metrics,
+        density=DensityLog(directory / density.NAME),
         trackers=trackers,
         trace=TraceFile(directory / "trace.json.gz"),
         signal=signal,

@@ -13,6 +13,7 @@ from slime.config import DataConfig, EvalSet, RolloutConfig, RunConfig, SlimeCon
 from slime.config.exits import GateStopped, SavedRunAgain
 from slime.data.ledger import Ledger
 from slime.observe.console import Console
+from slime.observe.density import DensityLog
 from slime.observe.metrics import MetricsLog, read
 from slime.observe.trace import TraceFile
 from slime.observe.trackers import Trackers
@@ -90,6 +91,9 @@ class World:
     def spans(self) -> list:
         return []
 
+    def changes(self) -> list:
+        return []
+
     def check(self) -> None:
         pass
 
@@ -109,6 +113,7 @@ def make_run(tmp_path: Path, world: World, mode: str = "sync", eval_every: int =
         channel=anything,
         console=Console(steps=3, progress=False),
         metrics=MetricsLog(tmp_path / "metrics.jsonl"),
+        density=DensityLog(tmp_path / "density.jsonl"),
         trackers=Trackers([]),
         trace=TraceFile(tmp_path / "trace.json.gz"),
         signal=StopSignal(60.0),

@@ -5,6 +5,7 @@ import re
 
 from slime.config import EvalSet, SlimeConfig
 from slime.config.check_inert import changed, check_inert
+from slime.config.check_sync import check_sync
 from slime.config.exits import ConfigError
 from slime.config.roles import needed_roles, needs_rollouts
 from slime.config.trainer import decay_length
@@ -25,6 +26,7 @@ def check_combinations(cfg: SlimeConfig) -> None:
     _schedule(cfg)
     _evaluation(cfg)
     _cluster(cfg)
+    check_sync(cfg)
     _observe(cfg)
 
 
@@ -204,8 +206,3 @@ def _cluster(cfg: SlimeConfig) -> None:
             raise ConfigError(f"cluster.roles has no {role}, which this recipe needs: set cluster.roles.{role}.devices")
     if cluster.address is not None and changed(cluster, "object_store_mb"):
         raise _inert(f"cluster.object_store_mb={cluster.object_store_mb}", "cluster.address, whose Ray runs already", "remove it")
-    if cluster.address is None and cfg.sync.bucket_mb > cluster.object_store_mb:
-        raise ConfigError(
-            f"sync.bucket_mb={cfg.sync.bucket_mb} does not fit into cluster.object_store_mb={cluster.object_store_mb}: "
-            "lower the one or raise the other"
-        )

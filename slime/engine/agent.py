@@ -20,9 +20,10 @@ from slime.engine.live import LiveEngine
 from slime.engine.ports import free_ports
 from slime.engine.server import Server, ServerSpec
 from slime.engine.versions import facts
+from slime.engine.weights import HostWeights
 from slime.models.registry import has_experts
-from slime.sync import buckets
-from slime.sync.protocol import Bucket
+from slime.sync.protocol import Answer, Bucket
+from slime.sync.publication import Action
 
 WATCH_S = 0.5
 T = TypeVar("T")
@@ -39,7 +40,7 @@ class Assignment:
 class EngineActor:
     """Runs on the host of its servers. They end when this process does.
 
-    It keeps the tensors of the committed version in host memory: a restarted server begins from them.
+    It keeps the tensors of the committed version in host memory: a restarted server is brought to them, proven, before it gets requests.
     """
 
     def __init__(self, cfg: SlimeConfig, run_dir: str, run_id: str, key: str) -> None:
@@ -47,9 +48,8 @@ class EngineActor:
         self._cfg, self._run_dir, self._key = cfg, Path(run_dir), key
         self._loaded_label = f"{run_id}/loaded"  # weights that a server read from model.path
         self._engines: list[LiveEngine] = []
-        self._pending: list[Bucket] = []
-        self._held: list[Bucket] = []
-        self._label: str | None = None
+        self._weights = HostWeights(cfg, lambda: self._engines)
+        self._labelled: str | None = None  # what the engines were told to call what they loaded themselves
         self._stopping = False
 
     # --- starting -------------------------------------------------------------------------------------------------
@@ -102,6 +102,11 @@ class EngineActor:
                     f"engine {i} (rollout.external_urls) at {url} does not say which experts tokens go to: start it with "
                     "--enable-return-routed-experts, or set rollout.replay_experts=false"
                 )
+            if settings.LOADER not in (info.get("custom_weight_loader") or []):
+                raise PreflightError(
+                    f"engine {i} (rollout.external_urls) at {url} cannot take deltas: start it on this host with --custom-weight-loader "
+                    f"{settings.LOADER} and slime on its PYTHONPATH"
+                )
             endpoint = Endpoint(url.rstrip("/"), self._key, f"engine {i}", info["version"])
             self._engines.append(LiveEngine(endpoint, info["tp_size"], self._session))
         return self.endpoints()
@@ -109,30 +114,39 @@ class EngineActor:
     def endpoints(self) -> list[Endpoint]:
         return [engine.endpoint for engine in self._engines]
 
-    # --- weights --------------------------------------------------------------------------------------------------
+    # --- weights: see HostWeights and sync/protocol.py ------------------------------------------------------------
 
-    async def begin(self) -> None:
-        """Pause every engine and open its update session."""
-        self._pending = []
-        await self._every(LiveEngine.begin)
+    async def adopt(self, spec_json: str, run_id: str, key: bytes) -> list[str]:
+        """Take the model directory as base; the names of the engines that are proven to hold it."""
+        self._labelled = None
+        await self._weights.adopt(spec_json, run_id, key)
+        return await self.live()
 
-    async def load(self, bucket: Bucket, label: str | None, timeout_s: float) -> int:
-        """Load a bucket into every engine; `label` comes with the last one. Returns the bytes sent."""
-        self._pending.append(bucket)
-        payload = await asyncio.to_thread(buckets.serialise, bucket)
-        return sum(await self._every(lambda e: e.load(payload, label, timeout_s)))
+    async def live(self) -> list[str]:
+        """Names of the engines that take part in updates."""
+        return [engine.endpoint.name for engine in self._weights.live()]
 
-    async def commit(self, label: str) -> None:
-        """Finish the update; every engine must report `label` and goes on then."""
-        await self._every(lambda e: e.commit(label))
-        self._held, self._pending, self._label = self._pending, [], label
+    async def offer(self, manifest: str, *parts: bytes) -> None:
+        await self._weights.offer(manifest, parts)
+
+    async def offer_bucket(self, bucket: Bucket) -> int:
+        return await self._weights.offer_bucket(bucket)
+
+    async def offer_whole(self, label: str) -> None:
+        await self._weights.offer_whole(label)
+
+    async def perform(self, actions: list[Action], label: str) -> list[Answer]:
+        return await self._weights.perform(actions, label)
+
+    async def advance(self, label: str) -> None:
+        await self._weights.advance(label)
 
     async def relabel(self, label: str) -> None:
         """Call the weights that the engines loaded themselves `label`."""
         await self._every(lambda e: e.relabel(label))
-        self._label = label
+        self._labelled = label
 
-    async def restart_dead(self, timeout_s: float) -> list[str]:
+    async def restart_dead(self) -> list[str]:
         """Start servers that ended anew, at their old address and with the committed weights. Returns their names."""
         dead = [i for i, e in enumerate(self._engines) if e.server is not None and not e.server.alive]
         for i in dead:
@@ -141,21 +155,11 @@ class EngineActor:
             server.stop()
             engine = self._engines[i] = self._live(server.spec)
             await self._ready(engine)
-            await self._catch_up(engine, timeout_s)
+            if self._labelled is not None:
+                await engine.relabel(self._labelled)
+            elif self._weights.adopted:
+                await self._weights.take_in(engine)
         return [self._engines[i].endpoint.name for i in dead]
-
-    async def _catch_up(self, engine: LiveEngine, timeout_s: float) -> None:
-        """Bring an engine that has just loaded model.path to the committed version."""
-        if self._label is None:
-            return
-        if not self._held:
-            await engine.relabel(self._label)
-            return
-        await engine.begin()
-        for bucket in self._held:
-            label = self._label if bucket is self._held[-1] else None
-            await engine.load(await asyncio.to_thread(buckets.serialise, bucket), label, timeout_s)
-        await engine.commit(self._label)
 
     # --- ending ---------------------------------------------------------------------------------------------------
 
@@ -173,6 +177,7 @@ class EngineActor:
         servers = [e.server for e in self._engines if e.server is not None]
         await asyncio.gather(*(asyncio.to_thread(server.stop) for server in servers))
         self._engines = []
+        self._weights.close()
         await self._session.close()
 
     # --- helpers --------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import aiohttp
 
+from slime.engine import streaming
 from slime.engine.control import Control
 from slime.engine.endpoint import Endpoint
 from slime.engine.errors import EngineError, EngineLost, StaleWeights
@@ -17,6 +18,7 @@ from slime.engine.generation import Generation, Sampling, check_ids, parse
 from slime.engine.routing import Router
 from slime.engine.versions import Facts, facts
 from slime.models.map import Routing
+from slime.types import WeightVersion
 
 __all__ = ["EngineClient", "Generation", "Sampling"]
 
@@ -34,8 +36,11 @@ class EngineClient:
     that does not come, or a connection that breaks, is the caller's to judge.
     """
 
-    def __init__(self, endpoints: Sequence[Endpoint], *, vocab_size: int, timeout_s: float, max_in_flight: int) -> None:
-        """`timeout_s` for one answer; `max_in_flight` requests under way, further ones wait here."""
+    def __init__(
+        self, endpoints: Sequence[Endpoint], *, vocab_size: int, timeout_s: float, max_in_flight: int, pause: str = "drain"
+    ) -> None:
+        """`timeout_s` for one answer; `max_in_flight` requests under way, further ones wait here. `pause` is sync.pause: unless it is
+        drain, an answer may come from several versions, the one that was expected when it was asked for and later ones."""
         self.endpoints = list(endpoints)
         self.router = Router([e.name for e in self.endpoints])
         self._facts: list[Facts] = [facts(e.sglang, e.name) for e in self.endpoints]
@@ -44,6 +49,7 @@ class EngineClient:
         self._slots = asyncio.Semaphore(max_in_flight)
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
         self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=timeout_s))
+        self._pause = pause
         self._expected: str | None = None
 
     async def expect(self, label: str) -> None:
@@ -61,6 +67,12 @@ class EngineClient:
         stale = [f"{e.name} holds weights {found}" for e, found in zip(self.endpoints, held, strict=True) if found != label]
         if stale:
             raise StaleWeights(f"{', '.join(stale)}; expected {label}")
+
+    def add(self, endpoint: Endpoint) -> None:
+        """One more engine; it gets requests after an `expect` that finds the expected weights in it."""
+        self._facts.append(facts(endpoint.sglang, endpoint.name))
+        self.endpoints.append(endpoint)
+        self.router.add(endpoint.name)
 
     async def generate(
         self,
@@ -84,6 +96,8 @@ class EngineClient:
         body = {"rid": rid, "input_ids": list(prompt_ids), "sampling_params": sampling.to_sglang(), "return_logprob": True}
         if routing is not None:
             body["return_routed_experts"] = True
+        if self._pause == "in_place" and self._expected:  # prefixes of older weights stay in the cache: under another name
+            body["extra_key"] = self._expected
         async with self._slots:
             while True:
                 engine = self.router.acquire(session)
@@ -105,12 +119,15 @@ class EngineClient:
         await self.close()
 
     async def _ask(self, engine: int, body: dict[str, Any], routing: Routing | None) -> Generation:
-        endpoint, started_s = self.endpoints[engine], time.time()
+        endpoint, started_s, since = self.endpoints[engine], time.time(), self._expected
+        spans = self._facts[engine].version_spans
+        streams = not spans and self._pause != "drain"
+        body = body | {"stream": streams}
         try:
             async with self._session.post(endpoint.url + "/generate", json=body, headers=endpoint.headers) as response:
                 if response.status != 200:
                     raise EngineError(f"{endpoint.name} refused a request: {response.status} {(await response.text())[:500]}")
-                answer = await response.json()
+                answer = await (streaming.whole(response.content, endpoint.name) if streams else response.json())
         except aiohttp.ClientConnectorError:
             raise
         except asyncio.CancelledError:
@@ -122,16 +139,26 @@ class EngineClient:
         except aiohttp.ClientError as error:
             self.router.dead(engine, f"its connection broke ({error or type(error).__name__})")
             raise EngineLost(f"{endpoint.name} at {endpoint.url} was lost while it generated: {error or type(error).__name__}") from error
-        generation = parse(answer, self._facts[engine].version_spans, endpoint.name, started_s, time.time(), routing)
-        self._check_versions(engine, generation)
+        generation = parse(answer, spans or streams, endpoint.name, started_s, time.time(), routing)
+        self._check_versions(engine, generation, since)
         return generation
 
-    def _check_versions(self, engine: int, generation: Generation) -> None:
-        stale = {span.version for span in generation.versions} - {self._expected}
+    def _check_versions(self, engine: int, generation: Generation, since: str | None) -> None:
+        """`since` is what was expected when the request was sent."""
+        stale = {span.version for span in generation.versions if not self._may_answer(span.version, since)}
         if stale:
-            message = f"{generation.engine} answered with weights {', '.join(sorted(stale))}, expected {self._expected}"
+            message = f"{generation.engine} answered with weights {', '.join(sorted(stale))}, expected {since}"
             self.router.fence(engine, message)
             raise StaleWeights(message)
+
+    def _may_answer(self, label: str, since: str | None) -> bool:
+        if label == since or self._pause == "drain" or since is None:
+            return label == since
+        try:
+            held, asked = WeightVersion.parse(label), WeightVersion.parse(since)
+        except ValueError:  # not a version of ours
+            return False
+        return held.run_id == asked.run_id and held > asked
 
     async def _abort(self, endpoint: Endpoint, rid: str) -> None:
         """Tell the engine that nobody waits for this answer. It may be past hearing."""

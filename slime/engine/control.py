@@ -27,6 +27,11 @@ class Control:
         """Label of the weights that it holds."""
         return (await self._call("GET", "/model_info", None, ASK_S))["weight_version"]
 
+    async def running(self) -> int:
+        """Requests that it works on or has queued."""
+        loads = (await self._call("GET", "/v1/loads", None, ASK_S))["loads"]
+        return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
+
     async def pause(self, mode: str) -> None:
         """Stop decoding; `mode` is abort, retract or in_place."""
         await self._call("POST", "/pause_generation", {"mode": mode})
@@ -51,9 +56,10 @@ class Control:
         """Close the update session."""
         await self._call("POST", "/end_weight_update", {})
 
-    async def update(self, payloads: list[str], label: str | None, flush: bool, timeout_s: float) -> None:
-        """Load tensors: `payloads` hold one serialised bucket for each TP rank (see slime.sync.buckets)."""
-        body = {"serialized_named_tensors": payloads, "flush_cache": flush, "weight_version": label}
+    async def update(self, payloads: list[str], label: str | None, flush: bool, timeout_s: float, loader: str | None = None) -> None:
+        """Load tensors: `payloads` hold one serialised bucket for each TP rank (see slime.sync.buckets). `loader` is the import path of a
+        custom weight loader that takes them."""
+        body = {"serialized_named_tensors": payloads, "flush_cache": flush, "weight_version": label, "load_format": loader}
         await self._call("POST", "/update_weights_from_tensor", body, timeout_s)
 
     async def relabel(self, label: str) -> None:

@@ -2,7 +2,8 @@
 
 import os
 import secrets
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ from slime.config import SlimeConfig
 from slime.engine.agent import Assignment, EngineActor
 from slime.engine.endpoint import Endpoint
 from slime.engine.errors import EngineLost
+from slime.sync.protocol import Answer
+from slime.sync.publication import Action
+from slime.sync.records import ModelSpec
 
 SYNC_KNOB, START_KNOB = "sync.timeout_s", "rollout.start_timeout_s"
 GRACE_S = 30.0  # beyond an agent's own deadline, which explains more
 STOP_S = 20.0
+ASK_S = 60.0
 
 
 class EngineFleet:
@@ -34,6 +39,7 @@ class EngineFleet:
         self._agents = agents
         self._endpoints = endpoints
         self._watches = [agent.watch.remote() for agent in agents]
+        self._hosts: dict[str, Any] = {}  # engine -> its agent
 
     @classmethod
     def start(cls, cfg: SlimeConfig, placement: RolePlacement | None, run_dir: Path, run_id: str) -> "EngineFleet":
@@ -67,17 +73,51 @@ class EngineFleet:
         if ended:
             raise EngineLost(deadline.get(ended[0], 1.0, "a host agent"))
 
-    def begin(self, label: str, timeout_s: float) -> None:
-        """Pause every engine and open its update session."""
-        self._all(lambda agent: agent.begin.remote(), timeout_s, f"every engine to pause for weights {label}")
+    def adopt(self, spec: ModelSpec, run_id: str, key: bytes, timeout_s: float) -> None:
+        """Every engine is proven to hold the model directory's weights, and known tensor by tensor."""
+        found = self._all(
+            lambda agent: agent.adopt.remote(spec.to_json(), run_id, key), timeout_s, "every engine to prove its first weights"
+        )
+        self._hosts = {engine: agent for agent, engines in zip(self._agents, found, strict=True) for engine in engines}
 
-    def load(self, bucket: "ray.ObjectRef", label: str | None, timeout_s: float) -> int:
-        """Load a bucket into every engine; `label` comes with the last one. Returns the bytes sent."""
-        return sum(self._all(lambda agent: agent.load.remote(bucket, label, timeout_s), timeout_s, "every engine to load weights"))
+    def engines(self) -> list[str]:
+        """Names of the engines that take part in updates."""
+        live = self._all(lambda agent: agent.live.remote(), ASK_S, "the host agents to name their engines")
+        self._hosts = {engine: agent for agent, engines in zip(self._agents, live, strict=True) for engine in engines}
+        return list(self._hosts)
 
-    def commit(self, label: str, timeout_s: float) -> None:
-        """Every engine must report `label`, and goes on then."""
-        self._all(lambda agent: agent.commit.remote(label), timeout_s, f"every engine to hold weights {label}")
+    def offer(self, manifest: str, parts: "Sequence[ray.ObjectRef] | None", timeout_s: float) -> None:
+        """A delta, to every host."""
+        what = "every host to decode new weights"
+        self._all(lambda agent: agent.offer.remote(manifest, *(parts or ())), timeout_s, what)
+
+    def offer_bucket(self, bucket: "ray.ObjectRef", timeout_s: float) -> int:
+        """A part of a whole version, to every host; returns its bytes, once for each host."""
+        return sum(self._all(lambda agent: agent.offer_bucket.remote(bucket), timeout_s, "every host to take weights"))
+
+    def offer_whole(self, label: str, timeout_s: float) -> None:
+        """The buckets since the last offer are the version `label`."""
+        self._all(lambda agent: agent.offer_whole.remote(label), timeout_s, f"every host to take weights {label}")
+
+    def perform(self, actions: Sequence[Action], label: str, timeout_s: float) -> list[Answer]:
+        """Do these side by side. A host that does not answer in time, or is gone, has failed in all of its actions."""
+        by_host: dict[Any, list[Action]] = {}
+        for action in actions:
+            by_host.setdefault(self._hosts[action.engine], []).append(action)
+        refs = {agent: agent.perform.remote(mine, label) for agent, mine in by_host.items()}
+        answers: list[Answer] = []
+        until = time.monotonic() + timeout_s
+        for agent, mine in by_host.items():
+            what = f"{', '.join(a.engine for a in mine)} to {mine[0].do} weights {label}"
+            try:
+                answers += deadline.get(refs[agent], max(0.1, until - time.monotonic()), what, SYNC_KNOB)
+            except (TimeoutError, RuntimeError) as error:
+                answers += [Answer(action, failed=str(error)) for action in mine]
+        return answers
+
+    def advance(self, label: str, timeout_s: float) -> None:
+        """Host copies become the version."""
+        self._all(lambda agent: agent.advance.remote(label), timeout_s, f"every host to hold weights {label}")
 
     def relabel(self, label: str, timeout_s: float) -> None:
         """Call the weights that the engines loaded themselves `label`."""
@@ -87,7 +127,7 @@ class EngineFleet:
         """Start servers that ended anew, with the committed weights. Returns their names."""
         timeout_s = self._cfg.rollout.start_timeout_s + self._cfg.sync.timeout_s
         what = "ended engines to start again"
-        names = deadline.get([a.restart_dead.remote(self._cfg.sync.timeout_s) for a in self._agents], timeout_s, what, START_KNOB)
+        names = deadline.get([a.restart_dead.remote() for a in self._agents], timeout_s, what, START_KNOB)
         self._watches = [agent.watch.remote() for agent in self._agents]
         return [name for of_agent in names for name in of_agent]
 

@@ -1,7 +1,16 @@
-"""One engine that takes weights: pause, load, prove, continue; or stay fenced."""
+"""One engine that takes weights: the calls of an update, in their order, and what its ranks say of it.
 
-from collections.abc import AsyncIterator
+Inside the pause SGLang is asked at most five things: pause, begin and end of a session (where this version has them), one update, continue.
+What became of the update is asked of the ranks over their own sockets: SGLang says "Success" whatever happens.
+"""
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import aiohttp
 
@@ -9,85 +18,163 @@ from slime.engine.control import Control
 from slime.engine.endpoint import Endpoint
 from slime.engine.errors import EngineError, EngineLost, StaleWeights
 from slime.engine.server import Server
+from slime.engine.settings import LOADER
 from slime.engine.versions import facts
+from slime.sync import buckets
+from slime.sync.inserver_client import RankClient, RankError, RankReply, command
+from slime.sync.livemap import LiveMap
+from slime.sync.proof import Proof
+from slime.sync.protocol import Bucket
+from slime.sync.records import ModelSpec
+from slime.sync.states import Receiver
+
+IDLE_POLL_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What the ranks found after a write."""
+
+    fingerprints: list[list[int]]  # [rank][move of its live map]
+    errors: list[str]  # of ranks that could not do it, or found what must not be
+    write_s: float
+    audit_s: float
 
 
 class LiveEngine:
-    """A server that answers, ours (`server`) or the user's. `ranks` are its tensor-parallel ranks.
-
-    A failure in any call fences it: it stays paused, so that it answers nothing, until an update succeeds from begin to commit.
-    """
+    """A server that answers, ours (`server`) or the user's. `ranks` are its tensor-parallel ranks. `state` is what it holds."""
 
     def __init__(self, endpoint: Endpoint, ranks: int, session: aiohttp.ClientSession, server: Server | None = None) -> None:
         self.endpoint = endpoint
         self.ranks = ranks
         self.server = server
         self.facts = facts(endpoint.sglang, endpoint.name)
-        self.fenced: str | None = None  # why
+        self.maps: list[LiveMap] = []
+        self.proof: Proof | None = None
+        self.state: Receiver | None = None
+        self._links: list[RankClient] = []
+        self._commands = itertools.count()
         self._control = Control(endpoint, session)
-        self._session_open = False
 
-    async def begin(self) -> None:
-        """Pause, and open an update session where this version has them.
+    # --- the map ----------------------------------------------------------------------------------------------------
 
-        A session that a driver left open when it died is closed first: what it loaded is loaded over, and the label proves it.
+    async def learn(self, spec: ModelSpec, spec_file: Path, run_id: str, socket: Path, timeout_s: float) -> Written:
+        """Let every rank learn where it keeps the tensors, and hash everything.
+
+        Raises ValueError for an engine whose weights cannot be followed, EngineError for one that was not started with the loader or whose
+        sockets are not on this host.
         """
-        async with self._fenced_on_failure():
-            await self._control.pause(self.facts.pause_mode)
-            if self.facts.update_session and not self._session_open:
-                await self._open_session()
-                self._session_open = True
+        self._links = [RankClient(f"{socket}.{rank}", f"{self.endpoint.name} rank {rank}") for rank in range(self.ranks)]
+        await self._control.pause("in_place")
+        try:
+            written = await self._write("learn", None, False, timeout_s, socket=str(socket), spec=str(spec_file), run_id=run_id)
+        finally:
+            await self._control.resume()
+        if written.errors:
+            raise ValueError(f"{self.endpoint.name} cannot follow deltas: {'; '.join(written.errors)}; set sync.mode=full")
+        described = await asyncio.gather(*(link.describe(timeout_s) for link in self._links))
+        self.maps = [found.map for found in described]
+        self.proof = Proof(spec, self.maps, self.endpoint.name)
+        self.state = Receiver(self.endpoint.name, run_id, spec.signature)
+        return written
 
-    async def _open_session(self) -> None:
+    # --- a delta ----------------------------------------------------------------------------------------------------
+
+    async def stage(self, paths: Mapping[str, Path], version: str, parent: str, timeout_s: float) -> int:
+        """Every rank takes its staged file (by the signature of its live map); returns the bytes. Raises EngineError where one refuses."""
+        chosen = [paths[found.signature] for found in self.maps]
+        await asyncio.gather(*(link.stage(str(path), version, parent, timeout_s) for link, path in zip(self._links, chosen, strict=True)))
+        return sum(path.stat().st_size for path in chosen)
+
+    async def drop(self, version: str, timeout_s: float) -> None:
+        """Every rank forgets what it staged."""
+        await asyncio.gather(*(link.drop(version, timeout_s) for link in self._links))
+
+    async def pause(self, how: str, timeout_s: float) -> None:
+        """Stop decoding; `how` is sync.pause."""
+        if how == "drain":
+            deadline = time.monotonic() + timeout_s
+            while await self._control.running():
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{self.endpoint.name} still has requests after {timeout_s:g} s (sync.timeout_s, sync.pause=drain)")
+                await asyncio.sleep(IDLE_POLL_S)
+        await self._control.pause("retract" if how == "retract" else "in_place")
+
+    async def commit(self, version: str, parent: str, opaque: Path | None, flush: bool, timeout_s: float) -> Written:
+        """Write what was staged, paused; `opaque` are tensors that it loads whole."""
+        return await self._write("commit", version, flush, timeout_s, version=version, parent=parent, load=_text(opaque))
+
+    async def undo(self, version: str, parent: str, opaque: Path | None, timeout_s: float) -> Written:
+        """Write the old bits back. Cached prefixes, if there are any, are of these weights."""
+        return await self._write("undo", parent, False, timeout_s, version=version, load=_text(opaque))
+
+    async def resume(self) -> None:
+        """Go on decoding."""
+        await self._control.resume()
+
+    # --- everything -------------------------------------------------------------------------------------------------
+
+    async def load_whole(self, found: Iterable[Bucket], version: str, flush: bool, timeout_s: float) -> Written:
+        """All tensors through SGLang's own update, paused; then hash everything."""
+        async with self._session():
+            for bucket in found:
+                payload = await asyncio.to_thread(buckets.serialise, bucket)
+                await self._control.update([payload] * self.ranks, None, flush=False, timeout_s=timeout_s)
+        return await self._write("audit", version, flush, timeout_s, version=version)
+
+    async def relabel(self, label: str) -> None:
+        """Call the weights that it loaded itself `label`. Raises StaleWeights where it goes on calling them otherwise."""
+        await self._control.relabel(label)
+        held = await self._control.label()
+        if held != label:
+            raise StaleWeights(f"{self.endpoint.name} holds weights {held}, expected {label}")
+
+    # --- helpers ----------------------------------------------------------------------------------------------------
+
+    async def _write(self, op: str, label: str | None, flush: bool, timeout_s: float, **fields: str | None) -> Written:
+        """A command, as an update of one empty tensor that is named by it, and what every rank says of it."""
+        import torch
+
+        number = f"{op}-{next(self._commands)}"
+        payload = buckets.serialise([(command(op, id=number, **fields), torch.empty(0))])
+        async with self._session():
+            await self._control.update([payload] * self.ranks, label, flush, timeout_s, LOADER)
+        try:
+            replies = await asyncio.gather(*(link.result(number, timeout_s) for link in self._links))
+        except RankError as error:
+            raise EngineError(f"{error}; start it on this host with --custom-weight-loader {LOADER}") from error
+        return Written(
+            [list(reply.moves) for reply in replies],
+            [f"rank {rank}: {said}" for rank, reply in enumerate(replies) if (said := _complaint(reply))],
+            max(reply.seconds.get("write_s", 0.0) for reply in replies),
+            max(reply.seconds.get("audit_s", 0.0) for reply in replies),
+        )
+
+    @asynccontextmanager
+    async def _session(self) -> AsyncIterator[None]:
+        """An update session, where this version has them. One that a driver left open when it died is closed first."""
+        if not self.facts.update_session:
+            yield
+            return
         try:
             await self._control.begin()
-        except EngineError as refused:
-            if isinstance(refused, EngineLost) or not await self._close_left_open():
-                raise
-            await self._control.begin()
-
-    async def _close_left_open(self) -> bool:
-        """Close the session that is open; False where none is."""
-        try:
-            await self._control.end()
         except EngineLost:
             raise
         except EngineError:
-            return False
-        return True
-
-    async def load(self, payload: str, label: str | None, timeout_s: float) -> int:
-        """Load a serialised bucket, recording `label` with it. Returns the bytes sent."""
-        async with self._fenced_on_failure():
-            await self._control.update([payload] * self.ranks, label, flush=False, timeout_s=timeout_s)
-        return len(payload) * self.ranks
-
-    async def commit(self, label: str) -> None:
-        """Close the session, drop prefixes of the old weights, and go on if it reports `label`. Raises StaleWeights if not."""
-        async with self._fenced_on_failure():
-            if self._session_open:
-                await self._control.end()
-                self._session_open = False
-            await self._control.flush()
-            await self._prove(label)
-            await self._control.resume()
-        self.fenced = None
-
-    async def relabel(self, label: str) -> None:
-        """Call the weights that it loaded itself `label`."""
-        async with self._fenced_on_failure():
-            await self._control.relabel(label)
-            await self._prove(label)
-
-    async def _prove(self, label: str) -> None:
-        held = await self._control.label()
-        if held != label:
-            raise StaleWeights(f"{self.endpoint.name} holds weights {held}, expected {label}: it is paused and gets no requests")
-
-    @asynccontextmanager
-    async def _fenced_on_failure(self) -> AsyncIterator[None]:
+            await self._control.end()
+            await self._control.begin()
         try:
             yield
-        except (EngineError, TimeoutError) as error:
-            self.fenced = str(error)
-            raise
+        finally:
+            await self._control.end()
+
+
+def _complaint(reply: RankReply) -> str:
+    """What a rank could not do, or what it found."""
+    if reply.error:
+        return reply.error
+    return f"{', '.join(reply.changed[:4])} changed unasked" if reply.changed else ""
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

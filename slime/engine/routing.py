@@ -42,6 +42,10 @@ class Router:
         self.slots = [Slot(name) for name in names]
         self._sessions: OrderedDict[int, int] = OrderedDict()
 
+    def add(self, name: str) -> None:
+        """One more engine, fenced."""
+        self.slots.append(Slot(name))
+
     def ready(self, engine: int) -> None:
         """It answers, and holds the expected weights."""
         self.slots[engine].state, self.slots[engine].reason = State.READY, ""

@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+import slime
 from slime.config import SlimeConfig
 from slime.config.check_files import model_config
 from slime.config.check_serving import longest_answers
@@ -24,6 +25,8 @@ from slime.cpu import serving
 from slime.models.registry import has_experts
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+LOADER = "slime.sync.inserver.load"  # takes the weight channel's commands inside SGLang
+PACKAGE = Path(slime.__path__[0]).parent
 MOST_RUNNING = 256
 POOL_BYTES = 2 << 30
 ROUND_TO = 1024
@@ -64,6 +67,7 @@ def server_arguments(cfg: SlimeConfig, device: Device) -> dict[str, Any]:
     if device == "cpu":
         chosen |= serving.arguments(cfg.run.deterministic) | cpu_pool(cfg)
     chosen |= cfg.rollout.sglang
+    chosen["custom_weight_loader"] = [LOADER, *(cfg.rollout.sglang.get("custom_weight_loader") or [])]
     if device == "cpu":
         _check_pool(cfg, chosen)
     return chosen
@@ -97,7 +101,8 @@ def server_environment(cfg: SlimeConfig, device: Device, cpus: float) -> dict[st
     own = {"OMP_NUM_THREADS": str(threads)}
     if device == "cpu":
         own = serving.environment(cfg.run.deterministic, threads, cfg.rollout.tensor_parallel)
-    return os.environ | own
+    paths = [own.get("PYTHONPATH") or os.environ.get("PYTHONPATH", ""), str(PACKAGE)]  # where LOADER is imported from
+    return os.environ | own | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def cpu_pool(cfg: SlimeConfig) -> dict[str, int]:

@@ -19,10 +19,13 @@ class Facts:
     flush_while_retracted: bool  # /flush_cache works while paused with requests retracted; before, a flush then kills the server
     version_spans: bool  # meta_info.weight_versions tells which tokens came from which weights; before, only the version at the end
 
-    @property
-    def pause_mode(self) -> str:
-        """How to pause before an update: retracted requests are computed again under the new weights, else they are cut short."""
-        return "retract" if self.flush_while_retracted else "abort"
+    def check_pause(self, pause: str, version: str, where: str) -> None:
+        """Raises ValueError for a sync.pause that this version cannot do."""
+        if pause == "retract" and not self.flush_while_retracted:
+            raise ValueError(
+                f"sync.pause=retract: {where} has SGLang {version}, which ends when it flushes with requests retracted (before "
+                "0.5.21); set sync.pause to drain or in_place"
+            )
 
 
 TABLE: tuple[tuple[Release, Facts], ...] = (

@@ -1,16 +1,32 @@
-"""The style of a report: one sheet, light and dark. Charts use the colours c0 to c5."""
+"""The style of a report: one sheet, light and dark. Charts use the colours c0 to c5, heat maps h0 (little) to h15 (much) and h-none."""
+
+HEAT_COLOURS = 16
+_HEAT_LIGHT = ("efe7a0", "b4d68f", "66bd97", "2a938f", "22648f", "2c2a72")
+_HEAT_DARK = ("35306f", "2b5f92", "27918c", "5fbd8c", "b9da86", "f8f2a6")
+
+
+def _ramp(anchors: tuple[str, ...]) -> str:
+    """HEAT_COLOURS variables, evenly spread over the anchors."""
+    out = []
+    for i in range(HEAT_COLOURS):
+        at = i * (len(anchors) - 1) / (HEAT_COLOURS - 1)
+        low = min(int(at), len(anchors) - 2)
+        mixed = [round(a + (at - low) * (b - a)) for a, b in zip(*map(bytes.fromhex, anchors[low : low + 2]), strict=True)]
+        out.append(f"--h{i}: #{bytes(mixed).hex()};")
+    return " ".join(out)
+
 
 _LIGHT = """
   --bg: #f6f7f6; --card: #ffffff; --ink: #17201c; --soft: #5c6963; --faint: #7f8b85; --line: #e2e7e4;
   --good: #137a4b; --bad: #b3362b; --warn: #8a5c08;
   --good-bg: #e0f3e8; --bad-bg: #fbe5e2; --warn-bg: #faefd7; --plain-bg: #eceeed;
-  --c0: #0b7f5a; --c1: #c8621b; --c2: #4361c4; --c3: #a8398b; --c4: #8a7a13; --c5: #5b6b73;
+  --c0: #0b7f5a; --c1: #c8621b; --c2: #4361c4; --c3: #a8398b; --c4: #8a7a13; --c5: #5b6b73; --none: #e4e7e6;
 """
 _DARK = """
   --bg: #0f1412; --card: #171e1b; --ink: #e6ece8; --soft: #9ba9a2; --faint: #78867f; --line: #28322d;
   --good: #5fd39b; --bad: #ff9086; --warn: #e9b65a;
   --good-bg: #14362a; --bad-bg: #43211d; --warn-bg: #3b2f14; --plain-bg: #242d29;
-  --c0: #45c795; --c1: #f0965a; --c2: #8ea6ff; --c3: #e284c6; --c4: #d3c04e; --c5: #9fb0b8;
+  --c0: #45c795; --c1: #f0965a; --c2: #8ea6ff; --c3: #e284c6; --c4: #d3c04e; --c5: #9fb0b8; --none: #2a332f;
 """
 _TEXT = """
 * { box-sizing: border-box; }
@@ -72,6 +88,14 @@ svg .area { opacity: .88; }
 #readout { position: fixed; pointer-events: none; display: none; z-index: 9; white-space: pre; padding: 6px 10px; border-radius: 7px;
   background: var(--ink); color: var(--bg); font-size: 12px; line-height: 1.45; font-variant-numeric: tabular-nums; }
 """
+_HEAT = """
+.heatkey { width: 340px; max-width: 100%; margin: 10px 0 14px; }
+.heatkey .tick { fill: var(--soft); }
+svg.heat { cursor: crosshair; }
+svg .under { stroke: var(--line); stroke-width: 1.5; }
+svg .mark { stroke: var(--ink); stroke-width: 1.5; opacity: 0; pointer-events: none; }
+svg .h-none { fill: var(--none); }
+"""
 _SAMPLES = """
 .scroll { overflow-x: auto; }
 table { width: 100%; border-collapse: collapse; }
@@ -94,6 +118,6 @@ _COLOURS = "".join(
     f"i.c{i} {{ background: var(--c{i}); }}\nsvg .line.c{i} {{ stroke: var(--c{i}); }}\n"
     f"svg .dot.c{i}, svg .area.c{i} {{ fill: var(--c{i}); }}\n"
     for i in range(6)
-)
-_ROOT = f":root {{ color-scheme: light dark; {_LIGHT} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {_DARK} }} }}"
-STYLE = f"{_ROOT}\n{_TEXT}{_CARDS}{_CHARTS}{_SAMPLES}{_COLOURS}\n"
+) + "".join(f"svg .h{i} {{ fill: var(--h{i}); }}\n" for i in range(HEAT_COLOURS))
+_ROOT = f":root {{ color-scheme: light dark; {_LIGHT} {_ramp(_HEAT_LIGHT)} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {_DARK} {_ramp(_HEAT_DARK)} }} }}"
+STYLE = f"{_ROOT}\n{_TEXT}{_CARDS}{_CHARTS}{_HEAT}{_SAMPLES}{_COLOURS}\n"

@@ -1,7 +1,7 @@
 """report.html: a run on one page that needs nothing but a browser. Reads the files of a run's directory, whatever of them is there.
 
 Sources: metrics.jsonl, summary.json, config.yaml, examples.jsonl (one JSON object a line: step, prompt, response, reward,
-label, source), ledger.json.
+label, source), ledger.json, density.jsonl.
 """
 
 from html import escape
@@ -13,6 +13,7 @@ from slime.observe.console_table import short
 from slime.observe.files import write_atomic
 from slime.observe.page import page
 from slime.observe.report_data import RunRecord
+from slime.observe.report_density import changed_weights
 from slime.observe.report_samples import before_after_table, samples
 from slime.observe.summary import before_and_after
 
@@ -21,7 +22,7 @@ PILLS = {"done": ("good", "done"), "stopped": ("warn", "stopped"), "failed": ("b
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `run_dir`/report.html (atomically) and return its path. Raises ValueError where metrics.jsonl is damaged."""
+    """Write `run_dir`/report.html (atomically) and return its path. Raises ValueError where a file is damaged."""
     run = RunRecord.read(run_dir)
     path = run_dir / NAME
     write_atomic(path, page(f"{run.name} · slime", render(run)))
@@ -36,6 +37,7 @@ def render(run: RunRecord) -> str:
         sections.append(f'<h2>Learning</h2><div class="grid two">{curves}</div>')
     for heading, cards in report_curves.groups(run):
         sections.append(f'<h2>{escape(heading)}</h2><div class="grid">{cards}</div>')
+    sections += [changed_weights(run.density)] if run.density else []
     sections += [before_after_table(run.examples), samples(run.examples, judged=not run.supervised), ledger(run), files(run)]
     return "\n".join(s for s in sections if s)
 

@@ -35,6 +35,17 @@ class Curve:
 
 
 FROM_0 = (0.0, None)
+SYNC = (
+    Curve("Changed weights", (("sync/density", "of all elements"),), log=True, write=percent),
+    Curve("Bytes on the wire", (("sync/wire_bytes", "of a version"),), log=True, write=short),
+    Curve("Compression", (("sync/ratio", "weights / bytes sent"),), log=True),
+    Curve(
+        "Seconds of a sync",
+        tuple((f"sync/{name}_s", name) for name in ("diff", "encode", "stage", "pause", "commit", "verify")),
+        log=True,
+        note="engines stand still during pause",
+    ),
+)
 GROUPS: tuple[tuple[str, tuple[Curve, ...]], ...] = (
     (
         "Responses",
@@ -123,6 +134,7 @@ def groups(run: RunRecord) -> list[tuple[str, str]]:
     """(heading, cards) of every other group of curves that has any."""
     shown = [(heading, "".join(curve(run, c) for c in curves)) for heading, curves in GROUPS]
     shown.append(("Time", times(run) + speeds(run)))
+    shown.append(("Weight sync", "".join(curve(run, c) for c in SYNC)))
     return [(heading, cards) for heading, cards in shown if cards]
 
 

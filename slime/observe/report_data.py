@@ -8,7 +8,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from slime.observe import density
 from slime.observe.charts import Series
+from slime.observe.density import Density
+from slime.observe.density_cells import Cell, cell_of
 from slime.observe.metrics import Line, read
 from slime.observe.report_examples import Example, read_examples
 from slime.observe.summary import Summary, read_summary
@@ -25,11 +28,12 @@ class RunRecord:
     config: dict[str, Any]
     examples: list[Example]
     ledger: dict[str, int]  # drawn, trained, dropped, pending; {} where not known
+    density: Density[Cell] | None  # None where no version of the weights was recorded
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunRecord":
-        """Read a run's directory. Raises ValueError where metrics.jsonl or config.yaml is damaged; any file may be missing."""
-        metrics, config = run_dir / "metrics.jsonl", run_dir / "config.yaml"
+        """Read a run's directory. Raises ValueError where metrics.jsonl, config.yaml or density.jsonl is damaged; any may be missing."""
+        metrics, config, changes = run_dir / "metrics.jsonl", run_dir / "config.yaml", run_dir / density.NAME
         lines = read(metrics) if metrics.exists() else []
         text = config.read_text() if config.exists() else ""
         loaded = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
@@ -41,6 +45,7 @@ class RunRecord:
             config={str(k): v for k, v in loaded.items()} if isinstance(loaded, dict) else {},
             examples=read_examples(run_dir / "examples.jsonl"),
             ledger=_read_ledger(run_dir / "ledger.json", lines),
+            density=density.read_merged(changes, cell_of) if changes.exists() else None,
         )
 
     @property

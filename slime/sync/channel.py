@@ -1,80 +1,213 @@
-"""The weight channel as the driver sees it: publish a version, get it into every engine, or raise."""
+"""The weight channel as the driver sees it: publish a version, get it into every engine, proven, or raise."""
 
+import logging
+import os
+import secrets
 import time
+from dataclasses import dataclass
 
 from slime.config import SyncConfig
 from slime.observe.trace import Span, Tracer
+from slime.sync.diff import Delta, Summary
+from slime.sync.manifest import DELTA, MODEL_DIRECTORY, Manifest, sign
 from slime.sync.protocol import Publisher, Receivers
+from slime.sync.publication import Action, Do, Phase, Publication
+from slime.sync.records import ModelSpec
 from slime.types import WeightVersion
 
+log = logging.getLogger(__name__)
+
 MIB = 1 << 20
+KEY_BYTES = 32
+
+
+class NotProven(RuntimeError):
+    """A version did not reach every engine; those that are not fenced hold the version before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """What a publication changed, for the run's record."""
+
+    number: int
+    changed: tuple[int, ...]  # elements of every tensor
 
 
 class Channel:
-    """Full weights, through stock SGLang's tensor update; see protocol.py for the order of calls."""
+    """See protocol.py for the order of calls."""
 
     def __init__(self, cfg: SyncConfig, publisher: Publisher | None, receivers: Receivers | None, version: WeightVersion) -> None:
         """`version` gives run id and epoch. Without receivers nothing is published; without a publisher engines keep what they loaded."""
         self._cfg = cfg
         self._publisher = publisher
         self._receivers = receivers
-        self._version = version
-        self._held: str | None = None  # label that every engine is proven to hold
+        self._run = version
+        self._held: WeightVersion | None = None  # that every engine is proven to hold
+        self._broken = ""  # why nobody knows any more what engines hold
+        self._key = os.environ[cfg.key_env].encode() if cfg.key_env else secrets.token_bytes(KEY_BYTES)
+        self._spec: ModelSpec | None = None
+        self._changed: list[Changed] = []
         self._tracer = Tracer("sync")
+
+    def tensors(self) -> list[tuple[str, int]]:
+        """Names and elements of what travels."""
+        return [(tensor.name, tensor.size) for tensor in self._spec.tensors] if self._spec else []
+
+    def open(self) -> None:
+        """Take what trainer and engines loaded from the model directory as the common base. Before the trainer loads a checkpoint. Raises
+        what `publish` raises, and ValueError for an engine that cannot be followed."""
+        if self._publisher is None or self._receivers is None:
+            return
+        with self._tracer.span("adopt"):
+            self._spec = self._publisher.spec()
+            if self._cfg.mode == "delta":
+                self._publisher.take_base(self._run.run_id)
+            self._receivers.adopt(self._spec, self._run.run_id, self._key, self._cfg.timeout_s)
 
     def publish(self, number: int) -> dict[str, float]:
         """Bring every engine to version `number`; returns at once where they hold it. Metrics: sync/*, time/sync_s.
 
-        Raises EngineError, EngineLost or StaleWeights naming the engine, TimeoutError naming sync.timeout_s; the engines then hold no
-        version that counts, until a publication succeeds.
+        Raises NotProven naming engine and tensors, EngineError, EngineLost, TimeoutError naming sync.timeout_s. Engines that are not fenced
+        then hold the version before.
         """
-        version = WeightVersion(self._version.epoch, number, self._version.run_id)
-        if self._receivers is None or self._held == version.label:
+        version = WeightVersion(self._run.epoch, number, self._run.run_id)
+        if self._broken:
+            raise NotProven(f"weights {version.label} cannot be published: {self._broken}; start the run again, it resumes")
+        if self._receivers is None or self._held == version:
             return {}
-        self._held = None
         if self._publisher is None:
             self._receivers.relabel(version.label, self._cfg.timeout_s)
             metrics: dict[str, float] = {}
         else:
             metrics = self._send(version, self._publisher, self._receivers)
-        self._held = version.label
+        self._held = version
         return {"sync/version": float(number), **metrics}
 
     def spans(self) -> list[Span]:
         """What was published since the last call."""
         return self._tracer.drain()
 
+    def changes(self) -> list[Changed]:
+        """What the steps since the last call changed."""
+        drained, self._changed = self._changed, []
+        return drained
+
+    # --- one version ------------------------------------------------------------------------------------------------
+
     def _send(self, version: WeightVersion, publisher: Publisher, receivers: Receivers) -> dict[str, float]:
-        """All buckets to all engines. The next one is gathered before one is loaded, since the label goes with the last."""
-        begun, wire, staged_s = time.perf_counter(), 0, 0.0
-        deadline = begun + self._cfg.timeout_s
+        begun = time.perf_counter()
+        clock = _Clock(begun + self._cfg.timeout_s, version, self._cfg.timeout_s)
+        offer = self._offer_delta if self._cfg.mode == "delta" else self._offer_whole
+        metrics = offer(version, publisher, receivers, clock)
+        self._broken = f"{version.label} was interrupted"
+        metrics |= self._commit(version, publisher, receivers, clock)
+        return {**metrics, "time/sync_s": time.perf_counter() - begun}
+
+    def _offer_delta(self, version: WeightVersion, publisher: Publisher, receivers: Receivers, clock: "_Clock") -> dict[str, float]:
+        with self._tracer.span("delta", version=version.number):
+            delta = publisher.delta(version, self._cfg.codec, self._cfg.bucket_mb * MIB)
+        manifest = sign(self._manifest(version, delta), self._key)
+        offered = time.perf_counter()
+        with self._tracer.span("offer", version=version.number):
+            receivers.offer(manifest.to_json(), delta.parts, clock.left())
+        if self._held is not None:  # the first one of a process leads from the model directory, which is no step
+            self._changed.append(Changed(version.number, delta.summary.changed))
+        return {**self._of_delta(delta.summary, manifest), "sync/decode_s": time.perf_counter() - offered}
+
+    def _offer_whole(self, version: WeightVersion, publisher: Publisher, receivers: Receivers, clock: "_Clock") -> dict[str, float]:
+        begun, wire = time.perf_counter(), 0
         with self._tracer.span("gather", version=version.number):
-            buckets = publisher.weights(version, self._cfg.bucket_mb * MIB)
-            bucket = next(buckets, None)
-            assert bucket is not None, "a model has tensors"
-        paused = time.perf_counter()
-        with self._tracer.span("pause", version=version.number):
-            receivers.begin(version.label, self._left(deadline, version))
-            while bucket is not None:
-                following = next(buckets, None)
-                label = version.label if following is None else None
-                wire += receivers.load(bucket, label, self._left(deadline, version))
-                bucket = following
-            loaded = time.perf_counter()
-            staged_s = loaded - paused
-            receivers.commit(version.label, self._left(deadline, version))
-        ended = time.perf_counter()
+            for bucket in publisher.weights(version, self._cfg.bucket_mb * MIB):
+                wire += receivers.offer_bucket(bucket, clock.left())
+            receivers.offer_whole(version.label, clock.left())
+        return {"sync/wire_bytes": float(wire), "sync/ratio": 1.0, "sync/gather_s": time.perf_counter() - begun}
+
+    def _manifest(self, version: WeightVersion, delta: Delta) -> Manifest:
+        assert self._spec is not None, "the channel is open"
+        epoch, number = (self._held.epoch, self._held.number) if self._held else MODEL_DIRECTORY
+        return Manifest(
+            run_id=version.run_id,
+            epoch=version.epoch,
+            number=version.number,
+            parent_epoch=epoch,
+            parent_number=number,
+            kind=DELTA,
+            signature=self._spec.signature,
+            codec=self._cfg.codec,
+            part_bytes=self._cfg.bucket_mb * MIB,
+            parts=delta.refs,
+            fingerprints=delta.summary.fingerprints,
+            parent_root=delta.summary.parent_root,
+            changed=delta.summary.changed,
+            created_s=time.time(),
+        )
+
+    def _of_delta(self, summary: Summary, manifest: Manifest) -> dict[str, float]:
+        assert self._spec is not None
+        elements = sum(tensor.size for tensor in self._spec.tensors)
         return {
-            "sync/wire_bytes": float(wire),
-            "sync/gather_s": paused - begun,
-            "sync/stage_s": staged_s,
-            "sync/commit_s": ended - loaded,
-            "sync/pause_s": ended - paused,
-            "time/sync_s": ended - begun,
+            "sync/density": sum(summary.changed) / elements,
+            "sync/wire_bytes": float(manifest.nbytes),
+            "sync/ratio": self._spec.nbytes / max(1, manifest.nbytes),
+            "sync/diff_s": summary.diff_s,
+            "sync/encode_s": summary.exchange_s + summary.encode_s,
         }
 
-    def _left(self, deadline: float, version: WeightVersion) -> float:
-        left = deadline - time.perf_counter()
+    def _commit(self, version: WeightVersion, publisher: Publisher, receivers: Receivers, clock: "_Clock") -> dict[str, float]:
+        """Drive the publication to its end."""
+        publication = Publication(receivers.engines(), heal=self._cfg.on_mismatch == "heal")
+        begun, paused, staged_bytes, write_s, audit_s, healed = time.perf_counter(), 0.0, 0, 0.0, 0.0, 0
+        stage_s = pause_s = 0.0
+        due = publication.begin()
+        while not publication.ended:
+            if publication.phase is Phase.PREPARED:
+                paused = time.perf_counter()
+                stage_s = paused - begun
+                due = publication.commit()
+            asked = [action for action in due if action.do not in (Do.ACKNOWLEDGE, Do.FENCE)]
+            with self._tracer.span("+".join(sorted({str(action.do) for action in asked})) or "fence", version=version.number):
+                answers = receivers.perform(asked, version.label, clock.left()) if asked else []
+            if Action(Do.ACKNOWLEDGE) in due:
+                pause_s = time.perf_counter() - paused
+                if self._cfg.mode == "delta":
+                    publisher.acknowledge(version)
+                receivers.advance(version.label, clock.left())
+            due = []
+            for answer in answers:
+                staged_bytes += answer.staged_bytes
+                write_s, audit_s = max(write_s, answer.write_s), max(audit_s, answer.audit_s)
+                healed += answer.action.do is Do.HEAL and not answer.failed
+                due += publication.failed(answer.action, answer.failed) if answer.failed else publication.done(answer.action)
+        self._broken = ""
+        self._report(publication, version)
+        return {
+            "sync/stage_s": stage_s,
+            "sync/staged_bytes": float(staged_bytes),
+            "sync/pause_s": pause_s,
+            "sync/commit_s": write_s,
+            "sync/verify_s": audit_s,
+            "sync/healed": float(healed),
+        }
+
+    def _report(self, publication: Publication, version: WeightVersion) -> None:
+        """Raises NotProven where it was aborted; engines that were lost on the way are named."""
+        for engine, reason in publication.fenced.items():
+            log.error("%s is fenced: %s", engine, reason)
+        if publication.phase is not Phase.DONE:
+            fenced = f"; fenced: {', '.join(publication.fenced)}" if publication.fenced else ""
+            raise NotProven(f"weights {version.label} were not published: {publication.reason}{fenced}")
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """The deadline of a publication."""
+
+    deadline: float  # time.perf_counter()
+    version: WeightVersion
+    timeout_s: float
+
+    def left(self) -> float:
+        left = self.deadline - time.perf_counter()
         if left <= 0:
-            raise TimeoutError(f"publishing weights {version.label}: not in every engine after {self._cfg.timeout_s:g} s (sync.timeout_s)")
+            raise TimeoutError(f"publishing weights {self.version.label}: not in every engine after {self.timeout_s:g} s (sync.timeout_s)")
         return left

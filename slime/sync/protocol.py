@@ -1,32 +1,70 @@
 """Who takes part in a weight update, and in which order.
 
-    channel (driver)            publisher (trainer)          receivers (host agents)            each engine of an agent
+    channel (driver)        publisher (trainer ranks)     receivers (host agents)                each SGLang rank (inserver.py)
+    open()
+      take_base()     ----> keep the model directory's
+                            bits as snapshot
+      adopt()         ------------------------------->    read the model directory, ask     ---> learn where each HF element lives,
+                                                          for a proof; load it anew if not       hash everything that lives
     publish(number)
-      begin(label)       ------------------------------->    begin                              pause, begin session
-      weights()          ---->  gathers bucket k+1
-      load(bucket k)     ------------------------------->    serialise, keep a host copy        update
-      ...
-      load(last bucket)  ------------------------------->                                       update with the label
-      commit(label)      ------------------------------->    every engine must report label     end session, flush, label?, continue
+      delta()         ----> diff, exchange, encode
+      offer()         ------------------------------->    verify, decode, project
+      PREPARE         ------------------------------->                                      ---> copy beside the weights, check the base
+      COMMIT          ------------------------------->    pause, one call, compare          ---> write in place, hash everything
+      RESUME          ------------------------------->    continue
+      ACKNOWLEDGE     ----> snapshot := version           host copy := version
 
-Buckets reach an engine one after the other; the first one is gathered before the pause. Requests that arrive between pause and continue
-wait; those that were running are retracted and computed again (or, before SGLang 0.5.21, cut short). The label is recorded with the last
-bucket, so an engine that reports it has loaded them all. Whatever fails, that engine is fenced: it stays paused, and the publication
-raises.
+The words in capitals are `publication.Do`: a pure state machine says which engine is asked what next. Until ACKNOWLEDGE nothing is lost: a
+failure in PREPARE leaves every engine as it was, one in COMMIT is undone on every engine that wrote (or healed, sync.on_mismatch). An
+engine that cannot be brought back is fenced: it stays paused and gets no requests. The trainer's snapshot moves only after every engine has
+proven the version, so what failed is simply diffed again.
+
+With sync.mode=full the agents are offered all tensors, and COMMIT is a load through stock SGLang's own update, with the same proof.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
 
+from slime.sync.diff import Delta
+from slime.sync.publication import Action
+from slime.sync.records import ModelSpec
 from slime.types import WeightVersion
 
 Bucket = list[tuple[str, Any]]  # (Hugging Face name, torch.Tensor on the CPU)
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How an action ended."""
+
+    action: Action
+    failed: str = ""  # why; empty where it succeeded
+    write_s: float = 0.0  # of COMMIT: inside the engine
+    audit_s: float = 0.0
+    staged_bytes: int = 0  # of PREPARE, over all ranks of the engine
+
+
 class Publisher(Protocol):
     """Holds the weights of a version."""
+
+    def spec(self) -> ModelSpec:
+        """The tensors that travel."""
+        ...
+
+    def take_base(self, run_id: str) -> Sequence[int]:
+        """Keep the weights as they are, loaded from the model directory, as snapshot; their fingerprints."""
+        ...
+
+    def delta(self, version: WeightVersion, codec: str, part_bytes: int) -> Delta:
+        """What has changed since the snapshot."""
+        ...
+
+    def acknowledge(self, version: WeightVersion) -> None:
+        """The snapshot becomes what `delta` sent last."""
+        ...
 
     def weights(self, version: WeightVersion, bucket_bytes: int) -> "Iterator[ray.ObjectRef]":
         """References to `Bucket`s that together hold every tensor once. A bucket is gathered when it is asked for."""
@@ -34,18 +72,34 @@ class Publisher(Protocol):
 
 
 class Receivers(Protocol):
-    """All engines, through their host agents. Every method returns when each engine is done, and raises what any of them raised."""
+    """All engines, through their host agents."""
 
-    def begin(self, label: str, timeout_s: float) -> None:
-        """Pause every engine and open its update session."""
+    def adopt(self, spec: ModelSpec, run_id: str, key: bytes, timeout_s: float) -> None:
+        """Learn where the weights live in every engine, and prove that they are the model directory's. Raises what any of them raised."""
         ...
 
-    def load(self, bucket: "ray.ObjectRef", label: str | None, timeout_s: float) -> int:
-        """Load a bucket into every engine; `label` comes with the last one. Returns the bytes sent."""
+    def engines(self) -> list[str]:
+        """Names of the engines that are live."""
         ...
 
-    def commit(self, label: str, timeout_s: float) -> None:
-        """Close the session, flush, prove that every engine reports `label`, continue."""
+    def offer(self, manifest: str, parts: "Sequence[ray.ObjectRef] | None", timeout_s: float) -> None:
+        """A delta, signed; its parts lie in the store where there are none. Raises what any agent raised; no engine has seen it then."""
+        ...
+
+    def offer_bucket(self, bucket: "ray.ObjectRef", timeout_s: float) -> int:
+        """A part of a whole version; returns its bytes."""
+        ...
+
+    def offer_whole(self, label: str, timeout_s: float) -> None:
+        """The buckets since the last offer are the version `label`."""
+        ...
+
+    def perform(self, actions: Sequence[Action], label: str, timeout_s: float) -> list[Answer]:
+        """Do these side by side, for the version that was offered; one answer each."""
+        ...
+
+    def advance(self, label: str, timeout_s: float) -> None:
+        """Host copies become the version."""
         ...
 
     def relabel(self, label: str, timeout_s: float) -> None:

@@ -13,6 +13,8 @@ from slime.cluster import deadline
 from slime.cluster.placement import RolePlacement
 from slime.config import SlimeConfig
 from slime.observe.trace import Span
+from slime.sync.diff import Delta
+from slime.sync.records import ModelSpec
 from slime.trainer.rank import Rank
 from slime.types import Batch, WeightVersion
 
@@ -97,6 +99,29 @@ class TrainerGroup:
             if not ready:
                 raise TimeoutError(f"waiting for {what}: nothing after {timeout_s:g} s ({STEP_KNOB})")
             yield bucket
+
+    def spec(self) -> ModelSpec:
+        """The tensors that `delta` speaks of: equal for every layout."""
+        return deadline.get(self._ranks[0].weights_spec.remote(), self.cfg.cluster.step_timeout_s, "the trainer's tensors", STEP_KNOB)
+
+    def take_base(self, run_id: str, on_host: bool = False) -> list[int]:
+        """Keep the weights as snapshot, on the ranks' devices or in their hosts' memory; returns the tensors' fingerprints. To be called
+        while they are the model directory's, before any checkpoint is loaded."""
+        refs = [rank.take_base.remote(run_id, on_host) for rank in self._ranks]
+        return self._together(refs, "the trainer to keep its weights")[0]
+
+    def delta(self, version: WeightVersion, codec: str, part_bytes: int) -> Delta:
+        """What differs between the weights, labelled `version` in errors, and the snapshot, in parts of about `part_bytes` of weights. The
+        parts' bytes stay in the object store of the ranks' hosts."""
+        refs = [rank.encode.remote(codec, part_bytes) for rank in self._ranks]
+        answers = self._together(refs, f"the trainer to encode weights {version.label}")
+        parts = sorted((part for encoded, _ in answers for part in encoded), key=lambda part: part[0])
+        assert [number for number, _, _ in parts] == list(range(len(parts))), "every part is encoded by one rank"
+        return Delta([data for _, _, data in parts], tuple(ref for _, ref, _ in parts), answers[0][1])
+
+    def acknowledge(self, version: WeightVersion) -> None:
+        """What `delta` gave last is held by every engine: it becomes the snapshot. The weights must not have been trained on since."""
+        self._together([rank.acknowledge.remote() for rank in self._ranks], f"the trainer to keep weights {version.label}")
 
     def save(self, directory: Path) -> None:
         """Write the ranks' shards into `directory`, which every rank must see; on disk when it returns."""

@@ -13,7 +13,10 @@ import ray
 
 from slime.config import SlimeConfig
 from slime.observe.trace import Span, Tracer
+from slime.sync.diff import Summary
+from slime.sync.manifest import PartRef
 from slime.sync.protocol import Bucket
+from slime.sync.records import ModelSpec
 from slime.types import Batch
 
 EXPORT_BUCKET_BYTES = 64 << 20  # two are alive at once
@@ -104,6 +107,38 @@ class Rank:
 
         with self.tracer.span("gather_weights"):
             return export.gather_bucket(self.trainer.model, self.trainer.atlas, names)
+
+    @on_device
+    def weights_spec(self) -> ModelSpec:
+        """The tensors that are published. Of one rank alone."""
+        from slime.trainer import publish_slices
+
+        return publish_slices.model_spec(self.trainer.model)
+
+    @on_device
+    def take_base(self, run_id: str, on_host: bool) -> list[int]:
+        """See `publish.take_base`; returns the fingerprints."""
+        from slime.trainer import publish
+
+        with self.tracer.span("take_base"):
+            self.snapshot = publish.take_base(self.trainer.model, self.parallel, run_id, on_host)
+            return self.snapshot.fingerprints.tolist()
+
+    @on_device
+    def encode(self, codec: str, part_bytes: int) -> "tuple[list[tuple[int, PartRef, ray.ObjectRef]], Summary]":
+        """See `publish.encode`. Parts go to the object store of this rank's host."""
+        from slime.trainer import publish
+
+        with self.tracer.span("encode"):
+            encoded, summary = publish.encode(self.snapshot, self.trainer, codec, part_bytes, self.threads)
+            return [(number, PartRef.of(number, payload), ray.put(payload)) for number, payload in encoded], summary
+
+    @on_device
+    def acknowledge(self) -> None:
+        """See `publish.acknowledge`."""
+        from slime.trainer import publish
+
+        publish.acknowledge(self.snapshot, self.trainer)
 
     @on_device
     def export_hf(self, directory: str) -> None:

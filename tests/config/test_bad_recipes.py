@@ -203,6 +203,9 @@ BAD_COMBINATIONS = {
     "cluster.address=h:6379 cluster.object_store_mb=99": "cluster.object_store_mb=99 has no effect with cluster.address, "
     "whose Ray runs already: remove it",
     "sync.bucket_mb=600": "sync.bucket_mb=600 does not fit into cluster.object_store_mb=512: lower the one or raise the other",
+    "sync.mode=full sync.codec=exponent": "sync.codec=exponent has no effect with sync.mode=full: set sync.mode=delta, or remove it",
+    "sync.url=s3://b/w": "sync.url=s3://b/w has no effect with sync.transport=ray: set sync.transport=store, or remove it",
+    "sync.key_env=NO_SUCH_KEY": "sync.key_env=NO_SUCH_KEY: no such environment variable; export it, or unset sync.key_env",
     "cluster.roles.actor.devices=3 trainer.tensor_parallel=2": "cluster.roles.actor.devices=3 does not divide by trainer.tensor_parallel=2: "
     "make the devices a multiple of it",
     "rollout.engines=2": "rollout.engines=2 of rollout.tensor_parallel=1 take 2 devices and cluster.roles.rollout.devices=1: make them equal",

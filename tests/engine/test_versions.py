@@ -8,21 +8,28 @@ from slime.engine.versions import facts
 
 
 @pytest.mark.parametrize(
-    ("version", "session", "spans", "mode"),
+    ("version", "session", "spans", "retracts"),
     [
-        ("0.5.15", False, False, "abort"),
-        ("0.5.15.post1", False, False, "abort"),
-        ("0.5.18", False, False, "abort"),
-        ("0.5.19", False, True, "abort"),
-        ("0.5.20", False, True, "abort"),
-        ("0.5.21", True, True, "retract"),
-        ("0.5.23+cpu", True, True, "retract"),
+        ("0.5.15", False, False, False),
+        ("0.5.15.post1", False, False, False),
+        ("0.5.18", False, False, False),
+        ("0.5.19", False, True, False),
+        ("0.5.20", False, True, False),
+        ("0.5.21", True, True, True),
+        ("0.5.23+cpu", True, True, True),
     ],
 )
-def test_known_versions(version: str, session: bool, spans: bool, mode: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_known_versions(version: str, session: bool, spans: bool, retracts: bool, caplog: pytest.LogCaptureFixture) -> None:
     found = facts(version)
-    assert (found.update_session, found.version_spans, found.pause_mode) == (session, spans, mode)
+    assert (found.update_session, found.version_spans) == (session, spans)
     assert not caplog.records
+    for pause in ("drain", "in_place"):
+        found.check_pause(pause, version, "engine 0")
+    if retracts:
+        found.check_pause("retract", version, "engine 0")
+    else:
+        with pytest.raises(ValueError, match=rf"sync.pause=retract: engine 0 has SGLang {version}, which ends when it flushes"):
+            found.check_pause("retract", version, "engine 0")
 
 
 def test_a_newer_version_is_taken_to_be_like_the_newest_and_warned_of(caplog: pytest.LogCaptureFixture) -> None:

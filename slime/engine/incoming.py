@@ -1,0 +1,131 @@
+"""A version on its way into the engines of a host: a delta that is decoded against the host copy, or all tensors.
+
+An `Incoming` is made when the version is offered, before any engine knows of it, and let go when the host copy has become the version, or
+the publication was given up. Nothing in it changes the host copy before `apply`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import save_file
+
+from slime.engine.host_copy import HostCopy, bits_of, tensor_of
+from slime.sync import fingerprint, wire
+from slime.sync.livemap import LiveMap
+from slime.sync.manifest import Manifest
+from slime.sync.protocol import Bucket
+from slime.sync.records import Changes, ModelSpec
+from slime.sync.staging import Stage
+
+
+class Incoming(Protocol):
+    """A version that was offered."""
+
+    label: str
+    fingerprints: Sequence[int]  # of every tensor
+
+    def buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
+        """All its tensors."""
+        ...
+
+    def apply(self) -> None:
+        """The host copy becomes this version."""
+        ...
+
+
+class IncomingWhole:
+    """All tensors, as the trainer gathered them."""
+
+    def __init__(self, copy: HostCopy, buckets: list[Bucket], label: str) -> None:
+        """Raises ValueError where the buckets are not the tensors of the model, each once."""
+        names = [name for bucket in buckets for name, _ in bucket]
+        if sorted(names) != sorted(copy.spec.index):
+            raise ValueError(f"weights {label}: {len(names)} tensors came for the {len(copy.spec.tensors)} of the model")
+        self.label, self._copy, self._buckets = label, copy, buckets
+        found = {name: copy.fingerprint(copy.spec.index[name], bits_of(tensor)) for bucket in buckets for name, tensor in bucket}
+        self.fingerprints = [found[tensor.name] for tensor in copy.spec.tensors]
+
+    def buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
+        """As they came, whatever their size."""
+        yield from self._buckets
+
+    def apply(self) -> None:
+        self._copy.replace(self._buckets, self.label, self.fingerprints)
+
+
+class IncomingDelta:
+    """A manifest and its parts. `payload` gives the bytes of a part; it is asked for each one anew whenever they are decoded."""
+
+    def __init__(self, manifest: Manifest, payload: Callable[[int], bytes | memoryview], copy: HostCopy) -> None:
+        """Raises ManifestError for a manifest of another model, or a part whose bytes are not the manifest's."""
+        manifest.check_model(copy.spec)
+        for number, part in enumerate(manifest.parts):
+            part.check(payload(number), manifest.label)
+        self.manifest, self.label, self.fingerprints = manifest, manifest.label, manifest.fingerprints
+        self.opaque: Path | None = None  # tensors that engines hold in another form: at this version,
+        self.opaque_before: Path | None = None  # and at the one before
+        self._payload, self._copy = payload, copy
+
+    def changes(self) -> Iterator[Changes]:
+        """Decoded against the host copy. Raises WireError for a part that does not decode."""
+        spec = self._copy.spec
+        for number, tensors in enumerate(spec.parts(self.manifest.part_bytes)):
+            yield from wire.decode_part(spec, tensors, self._payload(number), self._copy.bits)
+
+    def stage(self, maps: Mapping[str, LiveMap], opaque: set[str], folder: Path, run_id: str) -> dict[str, Path]:
+        """Write a staged file for every live map (by its signature), and the changed ones of the tensors that are opaque somewhere.
+
+        Raises ValueError naming tensors whose decoded bits do not have the manifest's fingerprints.
+        """
+        stages = {signature: Stage(found, fingerprint.run_key(run_id)) for signature, found in maps.items()}
+        reached = list(self._copy.fingerprints)
+        whole: list[Bucket] = [[], []]
+        for changes, after in self._copy.ahead(self.changes()):
+            reached[changes.tensor] = after
+            for stage in stages.values():
+                stage.add(changes)
+            if self._copy.spec.tensors[changes.tensor].name in opaque:
+                whole[0].append(self._tensor(changes.tensor, None))
+                whole[1].append(self._tensor(changes.tensor, changes))
+        self._check(reached)
+        if whole[0]:
+            self.opaque_before, self.opaque = folder / "opaque-before.safetensors", folder / "opaque.safetensors"
+            save_file(dict(whole[0]), self.opaque_before)
+            save_file(dict(whole[1]), self.opaque)
+        paths = {signature: folder / f"{signature}.staged" for signature in stages}
+        for signature, stage in stages.items():
+            stage.write(paths[signature], self.label, self.manifest.parent_label)
+        return paths
+
+    def buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
+        spec = self._copy.spec
+        for number, tensors in enumerate(spec.parts(self.manifest.part_bytes)):
+            found = {c.tensor: c for c in wire.decode_part(spec, tensors, self._payload(number), self._copy.bits)}
+            yield [self._tensor(i, found.get(i)) for i in tensors]
+
+    def apply(self) -> None:
+        self._copy.apply(self.changes(), self.label, self.fingerprints)
+
+    def forget(self) -> None:
+        """Remove the files of `stage` that only this object knows."""
+        for path in (self.opaque, self.opaque_before):
+            if path is not None:
+                path.unlink(missing_ok=True)
+
+    def _tensor(self, tensor: int, changes: Changes | None) -> tuple[str, torch.Tensor]:
+        """A copy of a tensor with these changes."""
+        bits = self._copy.bits(tensor).copy()
+        if changes is not None:
+            bits[changes.positions] = changes.new
+        return self._copy.spec.tensors[tensor].name, tensor_of(self._copy.spec, tensor, bits)
+
+    def _check(self, reached: Sequence[int]) -> None:
+        spec: ModelSpec = self._copy.spec
+        wrong = [t.name for t, found, meant in zip(spec.tensors, reached, self.fingerprints, strict=True) if found != meant]
+        if wrong:
+            raise ValueError(
+                f"weights {self.label}: {len(wrong)} tensors decode to other bits than the trainer's, {wrong[0]} first: the host copy is "
+                f"at {self._copy.label}, the delta begins from {self.manifest.parent_label}"
+            )

@@ -1,0 +1,159 @@
+"""How the changes of one block of a tensor become bytes.
+
+Four methods; which one is smallest decides, block by block:
+
+    steps     positions as gaps, values as steps in units in the last place, each stream through zstd. Almost all changes of an optimizer
+              step are one unit up or down, so a change costs little more than the entropy of its position.
+              Gaps are bytes (255 = 255 unchanged, go on), or 16 bits where less than one element in GAP16_BELOW changes.
+    exponent  the same facts in Rice codes by the class of the old value's exponent: whether bf16 sees an update depends on it. About 30 %
+              smaller, slower, and both sides walk over all old bits. A block where steps are smaller keeps them.
+    dense     byte planes of all new bits, through zstd. Only where all elements are listed; it alone needs no old bits.
+    (nothing  a block without changes has no row.)
+
+Streams, in the order of a row's sizes. A stream as long as its declared raw length is raw, a shorter one is a zstd frame without magic:
+
+    steps8    gaps, -, signs, flags, large, raw        steps16   high bytes of gaps, low bytes, signs, flags, large, raw
+    exponent  head and gap codes, value codes (never zstd)           dense     planes
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import zstandard
+
+from slime.sync import native
+from slime.sync.native import NativeError
+from slime.sync.records import ElementType
+
+CODECS = ("steps", "exponent", "dense")  # dense: whole weights that need no old ones
+STEPS8, STEPS16, EXPONENT, DENSE = 1, 2, 3, 4
+METHODS = {STEPS8: "steps8", STEPS16: "steps16", EXPONENT: "exponent", DENSE: "dense"}
+STREAMS = 6  # most of any method
+USED = {STEPS8: (0, 2, 3, 4, 5), STEPS16: (0, 1, 2, 3, 4, 5), EXPONENT: (0, 1), DENSE: (0,)}
+GAP16_BELOW = 340  # elements for each changed one
+WORTH_BYTES = 24  # of a stream that zstd may make shorter
+MOST_WINDOW = 1 << 24
+
+
+class Packer:
+    """zstd both ways. One of a thread."""
+
+    def __init__(self) -> None:
+        bare = zstandard.FORMAT_ZSTD1_MAGICLESS
+        fast = zstandard.ZstdCompressionParameters.from_level(1, format=bare, write_content_size=1, write_checksum=0, write_dict_id=0)
+        self._pack = zstandard.ZstdCompressor(compression_params=fast)
+        self._unpack = zstandard.ZstdDecompressor(format=bare, max_window_size=MOST_WINDOW)
+
+    def pack(self, raw: np.ndarray) -> bytes:
+        """Bytes of a contiguous array, raw where zstd makes them no shorter."""
+        if raw.nbytes < WORTH_BYTES:
+            return raw.tobytes()
+        packed = self._pack.compress(raw.data if raw.dtype == np.uint8 else raw.view(np.uint8).data)
+        return packed if len(packed) < raw.nbytes else raw.tobytes()
+
+    def unpack(self, packed: memoryview, size: int) -> np.ndarray:
+        """The uint8 [size] that `pack` had. Raises NativeError when they are not in there; never allocates more than size."""
+        if len(packed) == size:
+            return np.frombuffer(packed, np.uint8) if size else np.empty(0, np.uint8)
+        try:
+            told = zstandard.get_frame_parameters(packed, format=zstandard.FORMAT_ZSTD1_MAGICLESS).content_size
+            if len(packed) > size or told != size:
+                raise NativeError(f"a stream of {len(packed)} bytes for {size}")
+            raw = self._unpack.decompress(packed, max_output_size=size, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise NativeError(f"a zstd stream: {error}") from error
+        if len(raw) != size:
+            raise NativeError(f"a stream that ends after {len(raw)} of {size} bytes")
+        return np.frombuffer(raw, np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """A block as bytes. `changed`: entries that decoding yields; `gaps`: raw length of the gap stream, 0 for exponent and dense."""
+
+    method: int
+    changed: int
+    gaps: int
+    streams: tuple[bytes, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self.streams))
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """Changes of one block, or room for them. Positions lie in [first, first + length)."""
+
+    first: int
+    length: int
+    positions: np.ndarray  # int64 [n], ascending
+    old: np.ndarray  # bits [n]
+    new: np.ndarray  # bits [n]
+
+
+def encode_block(kind: ElementType, entries: Entries, codec: str, block: np.ndarray | None, packer: Packer) -> Coded | None:
+    """The smallest coding of a block; None where nothing changed. `block`: all its old bits, which codec "exponent" needs.
+    Raises ValueError for entries that are not ascending in the block, and for codec "dense" when some are missing."""
+    complete = len(entries.positions) == entries.length
+    if codec == "dense":
+        if not complete:
+            raise ValueError(f"{len(entries.positions)} of {entries.length} elements are listed: dense weights need all")
+        return _dense(entries, packer)
+    listed, changed = entries, entries.old != entries.new
+    if not changed.all():
+        entries = Entries(entries.first, entries.length, *(x[changed] for x in (entries.positions, entries.old, entries.new)))
+    if not len(entries.positions):
+        return None
+    found = [_steps(kind, entries, packer)]
+    if codec == "exponent":
+        assert block is not None and len(block) == entries.length
+        if not np.array_equal(block[entries.positions - entries.first], entries.old):
+            raise ValueError("the old bits of the changes are not those of the tensor")
+        gaps, values = native.exponent_encode(kind.exponent or (0, 0), block, entries.positions, entries.new, entries.first)
+        found.append(Coded(EXPONENT, len(entries.positions), 0, (gaps.tobytes(), values.tobytes())))
+    if complete:
+        found.append(_dense(listed, packer))
+    return min(found, key=lambda coded: coded.nbytes)
+
+
+def _steps(kind: ElementType, entries: Entries, packer: Packer) -> Coded:
+    n = len(entries.positions)
+    gap_width = 2 if n * GAP16_BELOW < entries.length else 1
+    arrays = native.steps_encode(
+        kind.exponent is not None, gap_width, entries.positions, entries.old, entries.new, entries.first, entries.length
+    )
+    return Coded(STEPS16 if gap_width == 2 else STEPS8, n, len(arrays[0]), tuple(packer.pack(array) for array in arrays))
+
+
+def _dense(entries: Entries, packer: Packer) -> Coded:
+    return Coded(DENSE, entries.length, 0, (packer.pack(native.split(entries.new)),))
+
+
+def most_gaps(method: int, changed: int, length: int) -> int:
+    """The longest gap stream that so many changes have."""
+    return {STEPS8: changed + length // 255, STEPS16: changed + length // 65535}.get(method, 0)
+
+
+def decode_block(
+    kind: ElementType, method: int, gaps: int, streams: tuple[memoryview, ...], block: np.ndarray, out: Entries, packer: Packer
+) -> None:
+    """Fill `out`, whose n is the declared number of changes, from STREAMS streams and the old bits of the block. Raises NativeError for
+    streams that say something else or nothing."""
+    if method in (STEPS8, STEPS16):
+        n = len(out.positions)
+        high = packer.unpack(streams[0], gaps)
+        low = packer.unpack(streams[1], gaps if method == STEPS16 else 0)
+        signs, flags = (packer.unpack(stream, (n + 7) // 8) for stream in streams[2:4])
+        large = packer.unpack(streams[4], int.from_bytes(flags.data, "little").bit_count())
+        raw = packer.unpack(streams[5], int(np.count_nonzero(large == 255)) * kind.width)
+        native.steps_decode(
+            kind.exponent is not None, (high, low, signs, flags, large, raw), block, out.first, out.positions, out.old, out.new
+        )
+    elif method == EXPONENT:
+        codes, values = (packer.unpack(stream, len(stream)) for stream in streams[:2])
+        native.exponent_decode(kind.exponent or (0, 0), (codes, values), block, out.first, out.positions, out.old, out.new)
+    else:
+        native.merge(packer.unpack(streams[0], out.length * kind.width), out.new)
+        out.positions[:] = np.arange(out.first, out.first + out.length)
+        out.old[:] = block

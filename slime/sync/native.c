@@ -1,0 +1,723 @@
+// Compiled loops of the weight channel: diff, codings of a block, fingerprint, scatter and gather.
+//
+// Plain C without Python.h: native.py loads it with ctypes, which lets the interpreter run meanwhile. Arrays are little endian and may be
+// unaligned. Whatever came over the wire is untrusted: a decoder checks every read, shift and count, and answers BAD_* where one fails.
+// x86-64 chooses AVX-512 and AVX2 at run time; other machines take the same loops as the compiler makes them.
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "weights are handled as little-endian bits"
+#endif
+#define API __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define AVX512 __attribute__((target("avx512f,avx512bw,bmi")))
+#define AVX2 __attribute__((target("avx2,bmi")))
+#endif
+
+enum { VERSION = 1, BAD_POSITIONS = -1, BAD_VALUES = -2, BAD_STREAM = -3, NO_ROOM = -4, BAD_ARGUMENT = -5 };
+
+API int64_t slime_version(void) { return VERSION; }
+
+// What this processor has, at most what `level` allows. 0: AVX-512, 1: AVX2, 2: neither.
+INLINE int best(int level) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (level < 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) return 0;
+    if (level < 2 && __builtin_cpu_supports("avx2")) return 1;
+#else
+    (void)level;
+#endif
+    return 2;
+}
+
+// ---- elements of 1, 2, 4 or 8 bytes ----
+
+INLINE uint64_t load(const uint8_t *from, uint64_t i, int width) {
+    uint16_t two;
+    uint32_t four;
+    uint64_t eight;
+    switch (width) {
+    case 1: return from[i];
+    case 2: memcpy(&two, from + 2 * i, 2); return two;
+    case 4: memcpy(&four, from + 4 * i, 4); return four;
+    default: memcpy(&eight, from + 8 * i, 8); return eight;
+    }
+}
+
+INLINE void store(uint8_t *to, uint64_t i, uint64_t value, int width) { memcpy(to + i * width, &value, width); }
+
+// A call of `body` whose width (and whether it is a float) are constants, so that the compiler makes a loop of each.
+#define BY_WIDTH(width, body) \
+    switch (width) { \
+    case 1: { enum { W = 1 }; body; } break; \
+    case 2: { enum { W = 2 }; body; } break; \
+    case 4: { enum { W = 4 }; body; } break; \
+    case 8: { enum { W = 8 }; body; } break; \
+    default: return BAD_ARGUMENT; \
+    }
+
+// A float's bits as an unsigned number of the same order: neighbours in value are neighbours here, and -0.0 is below 0.0.
+INLINE uint64_t key_of(uint64_t bits, int width, int is_float) {
+    uint64_t sign = (uint64_t)1 << (8 * width - 1);
+    if (!is_float) return bits;
+    return bits ^ (sign | ((0 - (bits >> (8 * width - 1))) & (sign - 1)));  // no branch: signs are random
+}
+
+INLINE uint64_t bits_of(uint64_t key, int width, int is_float) {
+    uint64_t sign = (uint64_t)1 << (8 * width - 1);
+    key &= sign | (sign - 1);
+    if (!is_float) return key;
+    return key ^ (sign | (((key >> (8 * width - 1)) - 1) & (sign - 1)));
+}
+
+// From old to new in units in the last place, modulo the width: its magnitude, and whether it goes down.
+INLINE uint64_t step_of(uint64_t old, uint64_t new, int width, int is_float, unsigned *down) {
+    uint64_t step = key_of(new, width, is_float) - key_of(old, width, is_float);
+    int64_t extended = (int64_t)(step << (64 - 8 * width)) >> (64 - 8 * width);
+    *down = extended < 0;
+    return ((uint64_t)extended ^ (0 - (uint64_t)*down)) + *down;
+}
+
+INLINE uint64_t stepped(uint64_t old, uint64_t magnitude, unsigned down, int width, int is_float) {
+    uint64_t key = key_of(old, width, is_float);
+    return bits_of(key + ((magnitude ^ (0 - (uint64_t)down)) + down), width, is_float);
+}
+
+// ---- diff: positions (base + i) at which two arrays differ; `out` has room for n ----
+
+INLINE uint64_t diff_from(uint64_t i, uint64_t found, const uint8_t *a, const uint8_t *b, uint64_t n, int64_t base, int64_t *out, int width) {
+    uint64_t x, y;
+    for (; i < n && (i * width) % 8; i++)
+        if (load(a, i, width) != load(b, i, width)) out[found++] = base + (int64_t)i;
+    for (; i + 8 / width <= n; i += 8 / width) {
+        memcpy(&x, a + i * width, 8);
+        memcpy(&y, b + i * width, 8);
+        if (x == y) continue;
+        for (int e = 0; e < 8 / width; e++)
+            if (load(a, i + e, width) != load(b, i + e, width)) out[found++] = base + (int64_t)i + e;
+    }
+    for (; i < n; i++)
+        if (load(a, i, width) != load(b, i, width)) out[found++] = base + (int64_t)i;
+    return found;
+}
+
+#if defined(__x86_64__)
+AVX512 INLINE uint64_t diff_512_of(const uint8_t *a, const uint8_t *b, uint64_t n, int64_t base, int64_t *out, int width) {
+    uint64_t found = 0, i = 0, per = 64 / width;
+    for (; i + per <= n; i += per) {
+        __m512i x = _mm512_loadu_si512(a + i * width), y = _mm512_loadu_si512(b + i * width);
+        uint64_t mask = width == 1   ? _mm512_cmpneq_epi8_mask(x, y)
+                        : width == 2 ? _mm512_cmpneq_epi16_mask(x, y)
+                        : width == 4 ? _mm512_cmpneq_epi32_mask(x, y)
+                                     : _mm512_cmpneq_epi64_mask(x, y);
+        for (; mask; mask &= mask - 1) out[found++] = base + (int64_t)(i + __builtin_ctzll(mask));
+    }
+    return diff_from(i, found, a, b, n, base, out, width);
+}
+
+AVX2 INLINE uint64_t diff_256_of(const uint8_t *a, const uint8_t *b, uint64_t n, int64_t base, int64_t *out, int width) {
+    uint64_t found = 0, i = 0, per = 32 / width;
+    uint32_t element = (uint32_t)((1ull << width) - 1);
+    for (; i + per <= n; i += per) {
+        __m256i x = _mm256_loadu_si256((const __m256i *)(a + i * width)), y = _mm256_loadu_si256((const __m256i *)(b + i * width));
+        __m256i same = width == 1   ? _mm256_cmpeq_epi8(x, y)
+                       : width == 2 ? _mm256_cmpeq_epi16(x, y)
+                       : width == 4 ? _mm256_cmpeq_epi32(x, y)
+                                    : _mm256_cmpeq_epi64(x, y);
+        uint32_t mask = ~(uint32_t)_mm256_movemask_epi8(same);
+        while (mask) {
+            int bit = __builtin_ctz(mask);
+            out[found++] = base + (int64_t)(i + bit / width);
+            mask &= ~(element << bit);
+        }
+    }
+    return diff_from(i, found, a, b, n, base, out, width);
+}
+
+AVX512 static int64_t diff_512(const uint8_t *a, const uint8_t *b, uint64_t n, int width, int64_t base, int64_t *out) {
+    BY_WIDTH(width, return (int64_t)diff_512_of(a, b, n, base, out, W));
+}
+
+AVX2 static int64_t diff_256(const uint8_t *a, const uint8_t *b, uint64_t n, int width, int64_t base, int64_t *out) {
+    BY_WIDTH(width, return (int64_t)diff_256_of(a, b, n, base, out, W));
+}
+#endif
+
+API int64_t slime_diff(const uint8_t *a, const uint8_t *b, uint64_t n, int width, int64_t base, int64_t *out, int level) {
+#if defined(__x86_64__)
+    level = best(level);
+    if (level == 0) return diff_512(a, b, n, width, base, out);
+    if (level == 1) return diff_256(a, b, n, width, base, out);
+#else
+    (void)level;
+#endif
+    BY_WIDTH(width, return (int64_t)diff_from(0, 0, a, b, n, base, out, W));
+}
+
+// ---- steps: gaps between changed positions, and steps in units in the last place ----
+//
+// gaps   distance to the last position less one. gap_width 1: a byte, 255 = 255 unchanged elements and go on. gap_width 2: the same with
+//        65535, the high bytes in `gaps` and the low ones in `low`.
+// signs  a bit each, 1 = down.   flags  a bit each, 1 = more than one unit.   large  of the flagged ones: magnitude - 2, 255 = see raw
+// raw    new bits of those that are too far
+
+typedef struct {
+    uint64_t gaps, large, raw;  // elements of each stream
+} StepSizes;
+
+INLINE int64_t steps_encode_of(const uint8_t *old, const uint8_t *new, uint64_t n, uint8_t *signs, uint8_t *flags,
+                               uint8_t *large, uint8_t *raw, StepSizes *sizes, int width, int is_float) {
+    uint64_t larges = 0, raws = 0;
+    memset(signs, 0, (n + 7) / 8);
+    memset(flags, 0, (n + 7) / 8);
+    for (uint64_t i = 0; i < n; i++) {
+        unsigned down;
+        uint64_t magnitude = step_of(load(old, i, width), load(new, i, width), width, is_float, &down);
+        if (!magnitude) return BAD_VALUES;
+        signs[i >> 3] |= (uint8_t)(down << (i & 7));
+        if (magnitude == 1) continue;
+        flags[i >> 3] |= (uint8_t)(1u << (i & 7));
+        if (magnitude < 257) {
+            large[larges++] = (uint8_t)(magnitude - 2);
+        } else {
+            large[larges++] = 255;
+            store(raw, raws++, load(new, i, width), width);
+        }
+    }
+    sizes->large = larges;
+    sizes->raw = raws;
+    return 0;
+}
+
+// positions ascending within [first, first + length); old, new [n]. `gaps` and `low` have room for n + length / 255 + 1, `large` and `raw` for n.
+API int64_t slime_steps_encode(int width, int is_float, int gap_width, const int64_t *positions, const uint8_t *old, const uint8_t *new, uint64_t n,
+                               int64_t first, int64_t length, uint8_t *gaps, uint8_t *low, uint8_t *signs, uint8_t *flags, uint8_t *large,
+                               uint8_t *raw, StepSizes *sizes) {
+    int64_t last = first - 1;
+    uint64_t k = 0;
+    for (uint64_t i = 0; i < n; i++) {
+        if (positions[i] <= last || positions[i] >= first + length) return BAD_POSITIONS;
+        uint64_t gap = (uint64_t)(positions[i] - last - 1);
+        last = positions[i];
+        if (gap_width == 1) {
+            for (; gap >= 255; gap -= 255) gaps[k++] = 255;
+            gaps[k++] = (uint8_t)gap;
+        } else {
+            for (; gap >= 65535; gap -= 65535, k++) gaps[k] = low[k] = 255;
+            gaps[k] = (uint8_t)(gap >> 8);
+            low[k++] = (uint8_t)gap;
+        }
+    }
+    sizes->gaps = k;
+    if (is_float) {
+        BY_WIDTH(width, return steps_encode_of(old, new, n, signs, flags, large, raw, sizes, W, 1));
+    }
+    BY_WIDTH(width, return steps_encode_of(old, new, n, signs, flags, large, raw, sizes, W, 0));
+}
+
+// Positions from gaps: exactly n of them, all below first + length, no gap left over. `low` is NULL for bytes.
+API int64_t slime_gaps_decode(const uint8_t *gaps, const uint8_t *low, uint64_t count, uint64_t n, int64_t first, int64_t length, int64_t *positions) {
+    int64_t at = first - 1, end = first + length, ended = 1;
+    uint64_t found = 0;
+    int64_t skip = low ? 65535 : 255;
+    for (uint64_t i = 0; i < count; i++) {
+        int64_t gap = low ? (int64_t)gaps[i] << 8 | low[i] : gaps[i];
+        ended = gap != skip;
+        at += gap + ended;
+        if (at >= end || (ended && found == n)) return BAD_POSITIONS;
+        if (ended) positions[found++] = at;
+    }
+    return found == n && ended ? 0 : BAD_POSITIONS;
+}
+
+INLINE int64_t steps_decode_of(const uint8_t *block, const int64_t *positions, uint64_t n, int64_t first, const uint8_t *signs, const uint8_t *flags,
+                               const uint8_t *large, uint64_t larges, const uint8_t *raw, uint64_t raws, uint8_t *old, uint8_t *new, int width,
+                               int is_float) {
+    uint64_t l = 0, r = 0;
+    for (uint64_t i = 0; i < n; i++) store(old, i, load(block, (uint64_t)(positions[i] - first), width), width);
+    for (uint64_t i = 0; i < n; i++) {
+        uint64_t before = load(old, i, width), magnitude = 1, after;
+        unsigned down = signs[i >> 3] >> (i & 7) & 1;
+        if (flags[i >> 3] >> (i & 7) & 1) {
+            if (l == larges) return BAD_VALUES;
+            magnitude = (uint64_t)large[l++] + 2;
+        }
+        if (magnitude == 257) {
+            if (r == raws) return BAD_VALUES;
+            after = load(raw, r++, width);
+        } else {
+            after = stepped(before, magnitude, down, width, is_float);
+        }
+        store(new, i, after, width);
+    }
+    return l == larges && r == raws ? 0 : BAD_VALUES;
+}
+
+// block: old bits of the block, of which position `first` is the first; positions as slime_gaps_decode checked them. Fills old, new [n].
+API int64_t slime_steps_decode(int width, int is_float, const uint8_t *block, const int64_t *positions, uint64_t n, int64_t first,
+                               const uint8_t *signs, const uint8_t *flags, const uint8_t *large, uint64_t larges, const uint8_t *raw,
+                               uint64_t raws, uint8_t *old, uint8_t *new) {
+    if (n & 7 && (signs[n >> 3] >> (n & 7) || flags[n >> 3] >> (n & 7))) return BAD_VALUES;
+    if (is_float) {
+        BY_WIDTH(width, return steps_decode_of(block, positions, n, first, signs, flags, large, larges, raw, raws, old, new, W, 1));
+    }
+    BY_WIDTH(width, return steps_decode_of(block, positions, n, first, signs, flags, large, larges, raw, raws, old, new, W, 0));
+}
+
+// ---- bits, lowest first, bounded ----
+
+typedef struct {
+    uint8_t *at, *end;
+    uint64_t kept;
+    int bits, full;
+} Writer;
+
+INLINE void put(Writer *to, uint64_t value, int bits) {  // at most 32 bits
+    to->kept |= value << to->bits;
+    to->bits += bits;
+    if (to->bits < 32) return;
+    uint32_t word = (uint32_t)to->kept;
+    if (to->end - to->at >= 4) memcpy(to->at, &word, 4), to->at += 4;
+    else to->full = 1;
+    to->kept >>= 32;
+    to->bits -= 32;
+}
+
+INLINE void put_rice(Writer *to, uint64_t value, int k) {
+    uint64_t zeros = value >> k;
+    for (; zeros >= 30; zeros -= 30) put(to, 0, 30);
+    put(to, 1ull << zeros, (int)zeros + 1);
+    put(to, value & ((1ull << k) - 1), k);
+}
+
+static int finish(Writer *to) {
+    for (; to->bits > 0; to->bits -= 8, to->kept >>= 8) {
+        if (to->at == to->end) return 0;
+        *to->at++ = (uint8_t)to->kept;
+    }
+    return !to->full;
+}
+
+typedef struct {
+    const uint8_t *at, *end;
+    uint64_t kept;
+    int bits;
+    uint64_t past;  // zero bits that were given beyond the end
+} Reader;
+
+INLINE void fill(Reader *from) {  // at least 32 bits are there afterwards
+    if (from->bits > 32) return;
+    if (__builtin_expect(from->end - from->at >= 4, 1)) {
+        uint32_t word;
+        memcpy(&word, from->at, 4);
+        from->kept |= (uint64_t)word << from->bits;
+        from->at += 4;
+        from->bits += 32;
+        return;
+    }
+    for (; from->bits <= 56 && from->at < from->end; from->bits += 8) from->kept |= (uint64_t)*from->at++ << from->bits;
+    if (from->bits <= 32) from->bits += 32, from->past += 32;
+}
+
+INLINE uint64_t take(Reader *from, int bits) {  // at most 32
+    fill(from);
+    uint64_t value = from->kept & ((1ull << bits) - 1);
+    from->kept >>= bits;
+    from->bits -= bits;
+    return value;
+}
+
+// The number of zeros before the next one, or any number above `most` when there are more.
+INLINE uint64_t take_zeros(Reader *from, uint64_t most) {
+    uint64_t zeros = 0;
+    fill(from);
+    while (!(from->kept & 0x3fffffff)) {
+        zeros += 30;
+        from->kept >>= 30;
+        from->bits -= 30;
+        if (zeros > most) return zeros;
+        fill(from);
+    }
+    int more = __builtin_ctzll(from->kept);
+    from->kept >>= more + 1;
+    from->bits -= more + 1;
+    return zeros + more;
+}
+
+// Everything was read, nothing beyond the end, and the last byte's rest is zero.
+static int read_out(const Reader *from) {
+    return from->at == from->end && from->kept == 0 && from->past <= (uint64_t)from->bits && from->bits - (int64_t)from->past < 8;
+}
+
+// ---- exponent: Rice codes by the class of the old value's exponent, which both sides know ----
+//
+// Class 0: exponent >= top; class c: top - c; class 15: that and all below. An element's rank among its class is what gaps count, so that the
+// classes that change often and those that do not have a code each. A class most of whose members change has gaps between the unchanged.
+// head    u16 top; 16 bytes: k of the gaps (bits 0-4), bit 7 = gaps between the unchanged; 8 bytes: two nibbles, j of the steps, 15 = all are one unit
+// gaps    at the start one of every class, then at each end of a gap the next of its class; the last counts the members that are left
+// values  of each changed element: sign, Rice(magnitude - 1, j); 24 zeros = new bits follow
+
+enum { CLASSES = 16, EXPONENTS = 2048, HEAD = 26, FAR = 24, UNITS = 15, INVERTED = 128, MOST_K = 20 };
+
+INLINE int class_of(int exponent, int top) { return exponent >= top ? 0 : top - exponent > 15 ? 15 : top - exponent; }
+
+static void fill_classes(uint8_t *classes, int top) {
+    for (int e = 0; e < EXPONENTS; e++) classes[e] = (uint8_t)class_of(e, top);
+}
+
+// The Rice parameter for `count` values of this sum, if they are geometric. In integers: every machine chooses alike.
+static int rice_k(uint64_t sum, uint64_t count, int most) {
+    int k = 0;
+    while (k < most && (count << k) * 2078 <= sum * 1000) k++;
+    return k;
+}
+
+typedef struct {
+    uint64_t members[CLASSES], changed[CLASSES], steps[CLASSES];  // steps: sum of magnitude - 1, each at most 2^20
+    int k[CLASSES], j[CLASSES], inverted[CLASSES];
+} Shape;
+
+INLINE void shape_of(Shape *shape, const uint8_t *head) {
+    for (int c = 0; c < CLASSES; c++) {
+        shape->k[c] = head[2 + c] & 31;
+        shape->inverted[c] = head[2 + c] >> 7;
+        shape->j[c] = head[18 + c / 2] >> 4 * (c & 1) & 15;
+    }
+}
+
+INLINE void put_value(Writer *to, uint64_t old, uint64_t new, int j, int width, int is_float) {
+    unsigned down;
+    uint64_t rest = step_of(old, new, width, is_float, &down) - 1;
+    put(to, down, 1);
+    if (j == UNITS) return;
+    if (rest >> j < FAR) {
+        put_rice(to, rest, j);
+        return;
+    }
+    put(to, 1ull << FAR, FAR + 1);
+    for (int bit = 0; bit < 8 * width; bit += 32) put(to, new >> bit & 0xffffffff, 8 * width - bit < 32 ? 8 * width - bit : 32);
+}
+
+INLINE int64_t exponent_encode_of(const uint8_t *block, uint64_t length, int shift, int bits, const int64_t *positions, const uint8_t *new, uint64_t n,
+                                  int64_t first, uint32_t *queue, uint8_t *head, uint8_t *gaps, uint64_t gaps_room, uint8_t *values,
+                                  uint64_t values_room, uint64_t *sizes, int width, int is_float) {
+    uint32_t histogram[2][EXPONENTS] = {{0}};
+    uint8_t classes[EXPONENTS];
+    Shape s = {{0}, {0}, {0}, {0}, {0}, {0}};
+    uint64_t mask = ((uint64_t)1 << bits) - 1, above = 0;
+    int top = (int)mask;
+    for (uint64_t i = 0; i < length; i++) histogram[i & 1][load(block, i, width) >> shift & mask]++;
+    for (; top > 0; top--) {  // a few outliers, NaN among them, do not set the scale
+        above += histogram[0][top] + histogram[1][top];
+        if (above > length >> 12) break;
+    }
+    fill_classes(classes, top);
+    for (int e = 0; e <= (int)mask; e++) s.members[classes[e]] += histogram[0][e] + histogram[1][e];
+    int64_t last = first - 1;
+    for (uint64_t i = 0; i < n; i++) {
+        unsigned down;
+        if (positions[i] <= last || positions[i] >= first + (int64_t)length) return BAD_POSITIONS;
+        last = positions[i];
+        uint64_t old = load(block, (uint64_t)(last - first), width);
+        uint64_t magnitude = step_of(old, load(new, i, width), width, is_float, &down);
+        if (!magnitude) return BAD_VALUES;
+        int c = classes[old >> shift & mask];
+        s.changed[c]++;
+        s.steps[c] += magnitude - 1 < 1 << 20 ? magnitude - 1 : 1 << 20;
+    }
+    head[0] = (uint8_t)top;
+    head[1] = (uint8_t)(top >> 8);
+    memset(head + 18, 0, 8);
+    uint64_t run[CLASSES] = {0}, slot[CLASSES], queued = CLASSES;
+    for (int c = 0; c < CLASSES; c++) {
+        s.inverted[c] = 2 * s.changed[c] > s.members[c];
+        uint64_t ends = s.inverted[c] ? s.members[c] - s.changed[c] : s.changed[c];
+        s.k[c] = rice_k(s.members[c] - ends, ends + 1, MOST_K);
+        s.j[c] = s.steps[c] ? rice_k(s.steps[c], s.changed[c], UNITS - 1) : UNITS;
+        head[2 + c] = (uint8_t)(s.k[c] | (s.inverted[c] ? INVERTED : 0));
+        head[18 + c / 2] |= (uint8_t)(s.j[c] << 4 * (c & 1));
+        slot[c] = (uint64_t)c;
+    }
+    Writer out = {values, values + values_room, 0, 0, 0};
+    uint64_t next = n ? (uint64_t)(positions[0] - first) : length, done = 0;
+    for (uint64_t i = 0; i < length; i++) {
+        uint64_t old = load(block, i, width);
+        int c = classes[old >> shift & mask], changed = i == next;
+        if (changed) {
+            put_value(&out, old, load(new, done, width), s.j[c], width, is_float);
+            done++;
+            next = done < n ? (uint64_t)(positions[done] - first) : length;
+        }
+        if (changed == s.inverted[c]) {
+            run[c]++;
+        } else {
+            queue[slot[c]] = (uint32_t)(run[c] | (uint64_t)c << 24);
+            slot[c] = queued++;
+            run[c] = 0;
+        }
+    }
+    for (int c = 0; c < CLASSES; c++) queue[slot[c]] = (uint32_t)(run[c] | (uint64_t)c << 24);
+    Writer codes = {gaps, gaps + gaps_room, 0, 0, 0};
+    for (uint64_t i = 0; i < queued; i++) put_rice(&codes, queue[i] & 0xffffff, s.k[queue[i] >> 24]);
+    if (!finish(&codes) || !finish(&out)) return NO_ROOM;
+    sizes[0] = (uint64_t)(codes.at - gaps);
+    sizes[1] = (uint64_t)(out.at - values);
+    return 0;
+}
+
+// block: all old bits; (shift, bits) of the exponent, (0, 0) for integers; queue [n + 16]; head [26]. length < 2^24.
+API int64_t slime_exponent_encode(int width, const uint8_t *block, uint64_t length, int shift, int bits, const int64_t *positions, const uint8_t *new,
+                                  uint64_t n, int64_t first, uint32_t *queue, uint8_t *head, uint8_t *gaps, uint64_t gaps_room, uint8_t *values,
+                                  uint64_t values_room, uint64_t *sizes) {
+    if (length >> 24 || bits > 11) return BAD_ARGUMENT;
+#define ENCODE(is_float) \
+    exponent_encode_of(block, length, shift, bits, positions, new, n, first, queue, head, gaps, gaps_room, values, values_room, sizes, W, is_float)
+    if (bits) {
+        BY_WIDTH(width, return ENCODE(1));
+    }
+    BY_WIDTH(width, return ENCODE(0));
+#undef ENCODE
+}
+
+INLINE int64_t exponent_decode_of(const uint8_t *block, uint64_t length, int shift, uint64_t mask, const Shape *s, const uint8_t *classes, Reader *gaps,
+                                  Reader *values, uint64_t n, int64_t first, int64_t *positions, uint8_t *olds, uint8_t *news, int width,
+                                  int is_float) {
+    uint32_t left[CLASSES];
+    uint64_t found = 0;
+#define TAKE_GAP(c) \
+    { \
+        uint64_t zeros = take_zeros(gaps, length >> s->k[c]); \
+        if (zeros > length >> s->k[c]) return BAD_STREAM; \
+        left[c] = (uint32_t)(zeros << s->k[c] | take(gaps, s->k[c])); \
+    }
+    for (int c = 0; c < CLASSES; c++) TAKE_GAP(c);
+    for (uint64_t i = 0; i < length; i++) {
+        uint64_t old = load(block, i, width), new;
+        int c = classes[old >> shift & mask];
+        if (__builtin_expect(left[c] != 0, 1)) {
+            left[c]--;
+            if (!s->inverted[c]) continue;
+        } else {
+            TAKE_GAP(c);
+            if (s->inverted[c]) continue;
+        }
+        if (found == n) return BAD_POSITIONS;
+        unsigned down = (unsigned)take(values, 1);
+        uint64_t zeros = s->j[c] == UNITS ? 0 : take_zeros(values, FAR);
+        if (zeros < FAR) {
+            uint64_t rest = s->j[c] == UNITS ? 0 : zeros << s->j[c] | take(values, s->j[c]);
+            new = stepped(old, rest + 1, down, width, is_float);
+        } else if (zeros == FAR) {
+            new = take(values, width < 4 ? 8 * width : 32);
+            if (width == 8) new |= take(values, 32) << 32;
+        } else {
+            return BAD_VALUES;
+        }
+        positions[found] = first + (int64_t)i;
+        store(olds, found, old, width);
+        store(news, found++, new, width);
+    }
+#undef TAKE_GAP
+    if (found != n) return BAD_POSITIONS;
+    return read_out(gaps) && read_out(values) ? 0 : BAD_STREAM;
+}
+
+// Fills positions, olds and news [n].
+API int64_t slime_exponent_decode(int width, const uint8_t *block, uint64_t length, int shift, int bits, const uint8_t *head, const uint8_t *gaps,
+                                  uint64_t gaps_size, const uint8_t *values, uint64_t values_size, uint64_t n, int64_t first, int64_t *positions,
+                                  uint8_t *olds, uint8_t *news) {
+    uint8_t classes[EXPONENTS];
+    Shape s;
+    Reader g = {gaps, gaps + gaps_size, 0, 0, 0}, v = {values, values + values_size, 0, 0, 0};
+    int top = head[0] | head[1] << 8;
+    if (length >> 24 || bits > 11) return BAD_ARGUMENT;
+    if (top >> bits) return BAD_STREAM;
+    shape_of(&s, head);
+    for (int c = 0; c < CLASSES; c++)
+        if (s.k[c] > MOST_K || head[2 + c] & 0x60) return BAD_STREAM;
+    fill_classes(classes, top);
+    uint64_t mask = ((uint64_t)1 << bits) - 1;
+    if (bits) {
+        BY_WIDTH(width, return exponent_decode_of(block, length, shift, mask, &s, classes, &g, &v, n, first, positions, olds, news, W, 1));
+    }
+    BY_WIDTH(width, return exponent_decode_of(block, length, shift, mask, &s, classes, &g, &v, n, first, positions, olds, news, W, 0));
+}
+
+// ---- byte planes: all lowest bytes, then all second ones ... ----
+
+INLINE void split_of(const uint8_t *bits, uint64_t n, uint8_t *planes, int width) {
+    for (uint64_t i = 0; i < n; i++) {
+        uint64_t x = load(bits, i, width);
+        for (int b = 0; b < width; b++) planes[b * n + i] = (uint8_t)(x >> 8 * b);
+    }
+}
+
+INLINE void merge_of(const uint8_t *planes, uint64_t n, uint8_t *bits, int width) {
+    for (uint64_t i = 0; i < n; i++) {
+        uint64_t x = 0;
+        for (int b = 0; b < width; b++) x |= (uint64_t)planes[b * n + i] << 8 * b;
+        store(bits, i, x, width);
+    }
+}
+
+API int64_t slime_split(int width, const uint8_t *bits, uint64_t n, uint8_t *planes) { BY_WIDTH(width, split_of(bits, n, planes, W)); return 0; }
+
+API int64_t slime_merge(int width, const uint8_t *planes, uint64_t n, uint8_t *bits) { BY_WIDTH(width, merge_of(planes, n, bits, W)); return 0; }
+
+// ---- fingerprint: see fingerprint.py ----
+
+#define GOLD 0x9E3779B97F4A7C15ull
+
+INLINE uint64_t mix(uint64_t z) {
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBull;
+    return z ^ z >> 31;
+}
+
+INLINE uint64_t factor(uint64_t key, uint64_t i) { return mix(key + (i + 1) * GOLD) | 1; }
+
+API int64_t slime_table(uint64_t key, uint64_t *table) {
+    for (uint64_t j = 0; j < 1024; j++) table[j] = factor(key, j);
+    return 0;
+}
+
+// sum of table[i] * word[i]. Halves of the factor apart: a multiplication of 32 bits each, and at most 1024 x 2^48 in a sum.
+INLINE uint64_t dot_from(uint64_t i, uint64_t low, uint64_t high, const uint64_t *table, const uint8_t *words, uint64_t n, int size) {
+    for (; i < n; i++) {
+        uint64_t word = load(words, i, size);
+        low += (uint64_t)(uint32_t)table[i] * word;
+        high += (table[i] >> 32) * word;
+    }
+    return low + (high << 32);
+}
+
+#if defined(__x86_64__)
+AVX512 INLINE uint64_t dot_512_of(const uint64_t *table, const uint8_t *words, uint64_t n, int size) {
+    __m512i low = _mm512_setzero_si512(), high = low;
+    uint64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m512i factors = _mm512_loadu_si512(table + i);
+        __m512i word = size == 2 ? _mm512_cvtepu16_epi64(_mm_loadu_si128((const __m128i *)(words + 2 * i)))
+                                 : _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(words + i)));
+        low = _mm512_add_epi64(low, _mm512_mul_epu32(factors, word));
+        high = _mm512_add_epi64(high, _mm512_mul_epu32(_mm512_srli_epi64(factors, 32), word));
+    }
+    return dot_from(i, (uint64_t)_mm512_reduce_add_epi64(low), (uint64_t)_mm512_reduce_add_epi64(high), table, words, n, size);
+}
+
+AVX2 INLINE uint64_t dot_256_of(const uint64_t *table, const uint8_t *words, uint64_t n, int size) {
+    __m256i low = _mm256_setzero_si256(), high = low;
+    uint64_t i = 0, lows[4], highs[4];
+    for (; i + 4 <= n; i += 4) {
+        __m256i factors = _mm256_loadu_si256((const __m256i *)(table + i));
+        uint64_t eight = 0;
+        memcpy(&eight, words + i * (uint64_t)size, size == 2 ? 8 : 4);
+        __m128i few = _mm_cvtsi64_si128((long long)eight);
+        __m256i word = size == 2 ? _mm256_cvtepu16_epi64(few) : _mm256_cvtepu8_epi64(few);
+        low = _mm256_add_epi64(low, _mm256_mul_epu32(factors, word));
+        high = _mm256_add_epi64(high, _mm256_mul_epu32(_mm256_srli_epi64(factors, 32), word));
+    }
+    _mm256_storeu_si256((__m256i *)lows, low);
+    _mm256_storeu_si256((__m256i *)highs, high);
+    return dot_from(i, lows[0] + lows[1] + lows[2] + lows[3], highs[0] + highs[1] + highs[2] + highs[3], table, words, n, size);
+}
+
+AVX512 static uint64_t dot_512(const uint64_t *table, const uint8_t *words, uint64_t n, int size) {
+    return size == 2 ? dot_512_of(table, words, n, 2) : dot_512_of(table, words, n, 1);
+}
+
+AVX2 static uint64_t dot_256(const uint64_t *table, const uint8_t *words, uint64_t n, int size) {
+    return size == 2 ? dot_256_of(table, words, n, 2) : dot_256_of(table, words, n, 1);
+}
+#endif
+
+static uint64_t dot(const uint64_t *table, const uint8_t *words, uint64_t n, int size, int level) {
+#if defined(__x86_64__)
+    if (level == 0) return dot_512(table, words, n, size);
+    if (level == 1) return dot_256(table, words, n, size);
+#else
+    (void)level;
+#endif
+    return size == 2 ? dot_from(0, 0, 0, table, words, n, 2) : dot_from(0, 0, 0, table, words, n, 1);
+}
+
+// `size` bytes a word (1 or 2); `start` is the index of the first word in its tensor.
+API uint64_t slime_fingerprint(const uint8_t *words, uint64_t start, uint64_t n, int size, uint64_t key, const uint64_t *table, int level) {
+    uint64_t sum = 0;
+    level = best(level);
+    while (n) {
+        uint64_t in = start & 1023, part = n < 1024 - in ? n : 1024 - in;
+        sum += factor(key, start >> 10) * dot(table + in, words, part, size, level);
+        words += part * (uint64_t)size;
+        start += part;
+        n -= part;
+    }
+    return sum;
+}
+
+INLINE uint64_t at_of(const int64_t *positions, const uint8_t *bits, uint64_t n, uint64_t key, const uint64_t *table, int width) {
+    uint64_t sum = 0, per = width == 1 ? 1 : width / 2;
+    for (uint64_t i = 0; i < n; i++) {
+        uint64_t x = load(bits, i, width), word = (uint64_t)positions[i] * per;
+        for (uint64_t k = 0; k < per; k++, word++) sum += factor(key, word >> 10) * table[word & 1023] * (x >> 16 * k & 0xffff);
+    }
+    return sum;
+}
+
+API int64_t slime_fingerprint_at(int width, const int64_t *positions, const uint8_t *bits, uint64_t n, uint64_t key, const uint64_t *table,
+                                 uint64_t *out) {
+    BY_WIDTH(width, *out = at_of(positions, bits, n, key, table, W));
+    return 0;
+}
+
+typedef struct {
+    uint64_t address, start, words, key;
+    uint32_t out, size;
+} Run;
+
+API int64_t slime_over_runs(const Run *runs, uint64_t n, const uint64_t *table, uint64_t *out, uint64_t outs) {
+    for (uint64_t i = 0; i < n; i++)
+        if (runs[i].out >= outs || (runs[i].size != 1 && runs[i].size != 2)) return BAD_ARGUMENT;
+    for (uint64_t i = 0; i < n; i++)
+        out[runs[i].out] += slime_fingerprint((const uint8_t *)(uintptr_t)runs[i].address, runs[i].start, runs[i].words, (int)runs[i].size,
+                                              runs[i].key, table, 0);
+    return 0;
+}
+
+// ---- scatter and gather: staged bits [entries] <-> live memory of this process ----
+
+typedef struct {
+    uint64_t address, first, count, at;  // at: its first entry of index; entries of runs have none
+    uint32_t width, run;
+} Segment;
+
+INLINE void move_of(const Segment *s, const uint32_t *index, uint8_t *bits, int write, int width) {
+    uint8_t *live = (uint8_t *)(uintptr_t)s->address, *staged = bits + s->first * width;
+    for (uint64_t e = 0; e < s->count; e++) {
+        if (write) store(live, index[e], load(staged, e, width), width);
+        else store(staged, e, load(live, index[e], width), width);
+    }
+}
+
+// `entries` of bits and `indices` of index are there. write: bits -> live, otherwise live -> bits.
+API int64_t slime_move(const Segment *segments, uint64_t n, const uint32_t *index, uint64_t indices, uint8_t *bits, uint64_t entries, int width, int write) {
+    for (uint64_t i = 0; i < n; i++) {
+        const Segment *s = segments + i;
+        if (s->width != (uint32_t)width || s->first > entries || s->count > entries - s->first) return BAD_ARGUMENT;
+        if (!s->run && (s->at > indices || s->count > indices - s->at)) return BAD_ARGUMENT;
+    }
+    for (uint64_t i = 0; i < n; i++) {
+        const Segment *s = segments + i;
+        if (s->run) {
+            uint8_t *live = (uint8_t *)(uintptr_t)s->address, *staged = bits + s->first * (uint64_t)width;
+            memcpy(write ? live : staged, write ? staged : live, s->count * (uint64_t)width);
+        } else {
+            BY_WIDTH(width, move_of(s, index + s->at, bits, write, W));
+        }
+    }
+    return 0;
+}

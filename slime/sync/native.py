@@ -1,0 +1,216 @@
+"""Calls the compiled loops of the weight channel (native.c) with numpy arrays.
+
+The library is built when slime is installed and lies beside this file as `_native*.so`. It has no Python in it: any interpreter loads it
+with ctypes, SGLang's too, and others run while a loop does. Arrays must be contiguous; where a loop reads live memory by address, the
+caller answers for it.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+VERSION = 1  # of native.c
+HEAD_BYTES = 26  # of an exponent-coded block
+CLASSES = 16
+WHY = {-1: "positions", -2: "values", -3: "a bit stream", -4: "room", -5: "arguments"}  # what a loop found wrong
+# Words of live memory in a row: size is the bytes of a word (1 or 2), start the index of the first word in its tensor.
+RUN = np.dtype([("address", "<u8"), ("start", "<u8"), ("words", "<u8"), ("key", "<u8"), ("out", "<u4"), ("size", "<u4")])
+# Entries [first, first + count) of the staged bits belong to the live memory at `address`: run = 0 at its elements index[at:at + count],
+# run = 1 in a row.
+SEGMENT = np.dtype([("address", "<u8"), ("first", "<u8"), ("count", "<u8"), ("at", "<u8"), ("width", "<u4"), ("run", "<u4")])
+
+
+class NativeError(ValueError):
+    """A loop refused its input: encoded bytes that say something impossible, or arrays that do not fit one another."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The library. Raises ImportError when it was not built or is another version's."""
+    folder = Path(__file__).parent
+    mend = "run `pip install --no-deps --no-build-isolation --editable .` in slime's repository (it needs a C compiler)"
+    paths = sorted(folder.glob("_native*.so"))
+    if not paths:
+        raise ImportError(f"{folder} has no _native*.so, slime's compiled code: {mend}")
+    for path in paths:
+        try:
+            loaded = ctypes.CDLL(str(path))
+        except OSError as error:  # built for another machine
+            refused = error
+            continue
+        if loaded.slime_version() != VERSION:
+            raise ImportError(f"{path} is older or newer than native.py: {mend}")
+        loaded.slime_fingerprint.restype = ctypes.c_uint64
+        for name in ("diff", "steps_encode", "gaps_decode", "steps_decode", "exponent_encode", "exponent_decode", "over_runs", "move"):
+            getattr(loaded, f"slime_{name}").restype = ctypes.c_int64
+        return loaded
+    raise ImportError(f"{paths[0]} cannot be loaded ({refused}): {mend}")
+
+
+def at(array: np.ndarray) -> ctypes.c_void_p:
+    assert array.flags.c_contiguous
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def u64(value: int) -> ctypes.c_uint64:
+    return ctypes.c_uint64(value)
+
+
+def check(answer: int) -> None:
+    if answer < 0:
+        raise NativeError(f"{WHY.get(answer, answer)} out of bounds")
+
+
+def diff(old: np.ndarray, new: np.ndarray, base: int = 0, level: int = 0) -> np.ndarray:
+    """Positions (int64, ascending, `base` added) at which two 1-D arrays of one dtype differ in their bits. `level` 1 leaves out AVX-512, 2
+    AVX2 too."""
+    assert old.ndim == new.ndim == 1 and old.dtype == new.dtype and len(old) == len(new)
+    chunk = 1 << 18
+    found, scratch, width = [], np.empty(min(chunk, len(old)), np.int64), old.itemsize
+    for start in range(0, len(old), chunk):
+        a, b = old[start : start + chunk], new[start : start + chunk]
+        count = library().slime_diff(at(a), at(b), u64(len(a)), width, ctypes.c_int64(base + start), at(scratch), level)
+        check(count)
+        found.append(scratch[:count].copy())
+    return np.concatenate(found) if found else np.empty(0, np.int64)
+
+
+def steps_encode(
+    is_float: bool, gap_width: int, positions: np.ndarray, old: np.ndarray, new: np.ndarray, first: int, length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Streams (gaps, low, signs, flags, large, raw) of a block's changes; see native.c. Raises NativeError for positions that are not
+    ascending in [first, first + length) and where old and new are equal."""
+    n, width = len(positions), old.itemsize
+    assert positions.dtype == np.int64 and old.dtype == new.dtype and len(old) == len(new) == n
+    gaps, low = np.empty((2, n + length // 255 + 1), np.uint8)
+    signs, flags = np.empty((2, (n + 7) // 8), np.uint8)
+    large, raw, sizes = np.empty(n, np.uint8), np.empty(n, new.dtype), np.zeros(3, np.uint64)
+    streams = (at(gaps), at(low), at(signs), at(flags), at(large), at(raw), at(sizes))
+    edges = (u64(n), ctypes.c_int64(first), ctypes.c_int64(length))
+    check(library().slime_steps_encode(width, int(is_float), gap_width, at(positions), at(old), at(new), *edges, *streams))
+    count, larges, raws = sizes.tolist()
+    return gaps[:count], low[: count if gap_width == 2 else 0], signs, flags, large[:larges], raw[:raws]
+
+
+def steps_decode(
+    is_float: bool, streams: tuple[np.ndarray, ...], block: np.ndarray, first: int, positions: np.ndarray, old: np.ndarray, new: np.ndarray
+) -> None:
+    """Fill positions, old and new [n] from streams (uint8; gap bytes in `low` or none) and the old bits of the block. Raises NativeError
+    when they do not say exactly n changes of this block."""
+    gaps, low, signs, flags, large, raw = streams
+    n, width = len(positions), block.itemsize
+    assert len(signs) == len(flags) == (n + 7) // 8 and len(low) in (0, len(gaps)) and len(raw) % width == 0
+    assert positions.dtype == np.int64 and old.dtype == new.dtype == block.dtype and len(old) == len(new) == n
+    begin, length = ctypes.c_int64(first), ctypes.c_int64(len(block))
+    below = at(low) if len(low) else None
+    check(library().slime_gaps_decode(at(gaps), below, u64(len(gaps)), u64(n), begin, length, at(positions)))
+    coded = (at(signs), at(flags), at(large), u64(len(large)), at(raw), u64(len(raw) // width))
+    check(library().slime_steps_decode(width, int(is_float), at(block), at(positions), u64(n), begin, *coded, at(old), at(new)))
+
+
+def exponent_encode(
+    exponent: tuple[int, int], block: np.ndarray, positions: np.ndarray, new: np.ndarray, first: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Streams (head and gaps, values) of a block's changes, by the exponents of all its old bits; see native.c. Raises NativeError."""
+    n, width = len(positions), block.itemsize
+    assert positions.dtype == np.int64 and new.dtype == block.dtype and len(new) == n
+    gaps = np.empty(HEAD_BYTES + 4 * (n + CLASSES) + 64, np.uint8)
+    values = np.empty((5 + width) * n + 64, np.uint8)
+    queue, sizes = np.empty(n + CLASSES, np.uint32), np.zeros(2, np.uint64)
+    rooms = (at(gaps), at(gaps[HEAD_BYTES:]), u64(len(gaps) - HEAD_BYTES), at(values), u64(len(values)), at(sizes))
+    edges = (at(positions), at(new), u64(n), ctypes.c_int64(first))
+    check(library().slime_exponent_encode(width, at(block), u64(len(block)), *exponent, *edges, at(queue), *rooms))
+    return gaps[: HEAD_BYTES + int(sizes[0])], values[: int(sizes[1])]
+
+
+def exponent_decode(
+    exponent: tuple[int, int],
+    streams: tuple[np.ndarray, np.ndarray],
+    block: np.ndarray,
+    first: int,
+    positions: np.ndarray,
+    old: np.ndarray,
+    new: np.ndarray,
+) -> None:
+    """Fill positions, old and new [n] from streams (uint8) and the old bits of the block. Raises NativeError as `steps_decode`."""
+    gaps, values = streams
+    assert positions.dtype == np.int64 and old.dtype == new.dtype == block.dtype and len(old) == len(new) == len(positions)
+    if len(gaps) < HEAD_BYTES:
+        raise NativeError("a head out of bounds")
+    codes = gaps[HEAD_BYTES:]
+    coded = (at(gaps), at(codes), u64(len(codes)), at(values), u64(len(values)), u64(len(positions)), ctypes.c_int64(first))
+    out = (at(positions), at(old), at(new))
+    check(library().slime_exponent_decode(block.itemsize, at(block), u64(len(block)), *exponent, *coded, *out))
+
+
+def split(bits: np.ndarray) -> np.ndarray:
+    """Byte planes (uint8 [width * n]) of bits [n]: all lowest bytes, then all second ones, and so on."""
+    planes = np.empty(bits.nbytes, np.uint8)
+    library().slime_split(bits.itemsize, at(bits), u64(len(bits)), at(planes))
+    return planes
+
+
+def merge(planes: np.ndarray, bits: np.ndarray) -> None:
+    """The inverse of `split`, into bits [n]."""
+    assert planes.dtype == np.uint8 and len(planes) == bits.nbytes
+    library().slime_merge(bits.itemsize, at(planes), u64(len(bits)), at(bits))
+
+
+def table(key: int) -> np.ndarray:
+    """uint64 [1024]: the factors of words in a row; see fingerprint.py."""
+    factors = np.empty(1024, np.uint64)
+    library().slime_table(u64(key), at(factors))
+    return factors
+
+
+def fingerprint(words: np.ndarray, start: int, size: int, key: int, factors: np.ndarray, level: int = 0) -> int:
+    """Of the bytes of an array, `size` (1 or 2) bytes a word, the first being word `start` of its tensor. `level` as in `diff`."""
+    assert size in (1, 2) and words.nbytes % size == 0 and factors.dtype == np.uint64 and len(factors) == 1024
+    return library().slime_fingerprint(at(words), u64(start), u64(words.nbytes // size), size, u64(key), at(factors), level)
+
+
+def fingerprint_at(positions: np.ndarray, bits: np.ndarray, key: int, factors: np.ndarray) -> int:
+    """Of elements at positions (int64) of a tensor."""
+    assert positions.dtype == np.int64 and len(positions) == len(bits) and factors.dtype == np.uint64 and len(factors) == 1024
+    out = np.zeros(1, np.uint64)
+    library().slime_fingerprint_at(bits.itemsize, at(positions), at(bits), u64(len(bits)), u64(key), at(factors), at(out))
+    return int(out[0])
+
+
+def over_runs(runs: np.ndarray, factors: np.ndarray, outs: int) -> np.ndarray:
+    """uint64 [outs]: sums of the fingerprints of RUNs in this process's memory, by their `out`. Raises NativeError for an `out` or word
+    size that there is not."""
+    sums, runs = np.zeros(outs, np.uint64), records(runs, RUN)
+    check(library().slime_over_runs(at(runs), u64(len(runs)), at(factors), at(sums), u64(outs)))
+    return sums
+
+
+def scatter(segments: np.ndarray, index: np.ndarray, bits: np.ndarray) -> None:
+    """Write bits [entries] to the live memory of SEGMENTs of this width. index: 4-byte integers, read as unsigned. Raises NativeError, and
+    writes nothing, for entries of bits or index that there are not; addresses and what index says of them are the caller's."""
+    move(segments, index, bits, True)
+
+
+def gather(segments: np.ndarray, index: np.ndarray, bits: np.ndarray) -> None:
+    """Read the live memory of SEGMENTs into bits [entries]. Raises NativeError as `scatter`."""
+    assert bits.flags.writeable
+    move(segments, index, bits, False)
+
+
+def move(segments: np.ndarray, index: np.ndarray, bits: np.ndarray, write: bool) -> None:
+    assert index.itemsize == 4 and bits.ndim == 1
+    segments = records(segments, SEGMENT)
+    sizes = (at(index), u64(len(index)), at(bits), u64(len(bits)), bits.itemsize, int(write))
+    check(library().slime_move(at(segments), u64(len(segments)), *sizes))
+
+
+def records(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Rows with these fields, in this order."""
+    if rows.dtype == dtype:
+        return np.ascontiguousarray(rows)
+    own = np.empty(len(rows), dtype)
+    for name in dtype.names or ():
+        own[name] = rows[name]
+    return own

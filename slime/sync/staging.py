@@ -1,0 +1,301 @@
+"""The staged file: what one engine rank writes into its live weights. The host agent makes it, the rank reads it.
+
+The agent projects every change on the rank's live map (livemap.py): an HF position that the rank holds becomes one in a storage, once
+for every place that holds it. Entries lie in one array of new bits for each element width, divided into segments:
+
+    run=0   count entries at `offset + index` of a storage; their indices (uint32) follow one another in the index array from `at` on
+    run=1   count consecutive elements from `offset` on; without indices (`at` is the next index all the same)
+
+    header   magic, length and digest of the JSON; the JSON: version, parent, signature of the map; for each width where its arrays lie,
+             `base` and `digest`
+    arrays   for each width: segments [s], index uint32 [i], bits [n], each at a multiple of 64 bytes
+
+`base` is the fingerprint of the old bits as one tensor named "staged" of n elements in this order: a rank that gathers what it is about
+to overwrite and finds another number does not hold the parent. `digest` is the fingerprint of the three arrays. numpy only.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slime.sync import fingerprint, native
+from slime.sync.livemap import LiveMap, LiveMove
+from slime.sync.records import Changes
+
+# Live memory of this process, as the kernels take it: entries [first, first + count) of the staged arrays of one width belong to the memory
+# that begins at `address`. run=0: live[address + index[at + k] * width] is bits[first + k]; run=1: live[address + k * width] is.
+SEGMENT = native.SEGMENT
+# The same in a file: a storage of the live map and an offset in elements.
+PLACE = np.dtype([("live", "<u4"), ("run", "<u4"), ("offset", "<u8"), ("first", "<u8"), ("count", "<u8"), ("at", "<u8")])
+
+MAGIC = b"slime staged 1\n\0"
+HEAD = struct.Struct("<16sQ16s")  # magic, bytes of the JSON, blake2b-128 of the JSON
+ALIGN = 64
+WINDOW = 1 << 32  # elements that an index reaches
+RUN_AT = 512  # consecutive elements that are worth a segment of their own
+MOST_HEADER = 1 << 20
+BASE = "staged"
+
+
+class StageError(ValueError):
+    """A staged file that is not whole, or was not made for this rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class StagedWidth:
+    """The arrays of one element width."""
+
+    width: int
+    places: np.ndarray  # PLACE [s]
+    index: np.ndarray  # uint32 [i]
+    bits: np.ndarray  # [n]
+    base: int
+
+    def segments(self, addresses: np.ndarray) -> np.ndarray:
+        """SEGMENT [s] for storages that begin at `addresses` (uint64, one a storage)."""
+        found = np.zeros(len(self.places), SEGMENT)
+        found["address"] = addresses[self.places["live"]] + self.places["offset"] * np.uint64(self.width)
+        found["width"] = self.width
+        for name in ("first", "count", "at", "run"):
+            found[name] = self.places[name]
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A staged file that was checked."""
+
+    version: str
+    parent: str
+    widths: tuple[StagedWidth, ...]
+
+    @property
+    def entries(self) -> int:
+        return sum(len(part.bits) for part in self.widths)
+
+    @property
+    def lives(self) -> frozenset[int]:
+        """Storages that it writes to."""
+        return frozenset(int(live) for part in self.widths for live in np.unique(part.places["live"]))
+
+
+def project(moves: LiveMap, changes: Changes) -> Iterator[tuple[LiveMove, np.ndarray, slice | np.ndarray]]:
+    """For every move of the tensor that holds a change: the move, the positions in its storage (int64 [m], ascending), and which changes
+    (slice, or bool [n]) they are."""
+    for number in moves.of_tensor.get(changes.tensor, ()):
+        move = moves.moves[number]
+        first, last = np.searchsorted(changes.positions, (move.source.offset, move.source.end)).tolist()
+        near = changes.positions[first:last]
+        if not len(near):
+            continue
+        if move.source.strides == move.target.strides == (1,):
+            yield move, near + (move.target.offset - move.source.offset), slice(first, last)
+            continue
+        inside, index = move.source.find(near)
+        if inside.any():
+            which = np.zeros(len(changes), bool)
+            which[first:last] = inside
+            yield move, move.target.at(index[inside]), which
+
+
+class Stage:
+    """Gathers the changes of a version for one rank and writes its staged file. Old bits are read once and not kept."""
+
+    def __init__(self, moves: LiveMap, run_key: int) -> None:
+        self._map = moves
+        self._key = run_key
+        self._table = fingerprint.table(run_key)
+        self._widths: dict[int, _Gathered] = {}
+
+    def add(self, changes: Changes) -> None:
+        """The changes of a tensor; a tensor may come in several pieces, as long as no element comes twice."""
+        for move, positions, which in project(self._map, changes):
+            width = self._map.lives[move.live].width
+            gathered = self._widths.setdefault(width, _Gathered())
+            for run, choice in _runs(positions):
+                chosen = positions[choice]
+                old = np.ascontiguousarray(changes.old[which][choice])
+                self._base(gathered, old)
+                gathered.add(move.live, run, chosen, changes.new[which][choice])
+
+    def _base(self, gathered: "_Gathered", old: np.ndarray) -> None:
+        key = fingerprint.tensor_key(self._key, BASE)
+        gathered.base = (gathered.base + fingerprint.full(old, key, self._table, gathered.entries)) % 2**64
+
+    def write(self, path: str | Path, version: str, parent: str) -> int:
+        """Write the file, whole or not at all, and return its bytes. `version` and `parent` are labels."""
+        arrays: list[tuple[int, list[np.ndarray]]] = []
+        widths: dict[str, Any] = {}
+        end = 0
+        for width, gathered in sorted(self._widths.items()):
+            where: dict[str, Any] = {"base": f"{gathered.base:016x}", "digest": f"{gathered.digest(self._key, self._table):016x}"}
+            for name, pieces in gathered.arrays().items():
+                where[name] = [end, sum(map(len, pieces))]
+                arrays.append((end, pieces))
+                end += -(-sum(piece.nbytes for piece in pieces) // ALIGN) * ALIGN
+            widths[str(width)] = where
+        record = {"version": version, "parent": parent, "map": self._map.signature, "widths": widths, "bytes": end}
+        header = json.dumps(record, separators=(",", ":")).encode()
+        start = -(-(HEAD.size + len(header)) // ALIGN) * ALIGN
+        partial = Path(f"{path}.partial")
+        with open(partial, "wb") as file:
+            file.write(HEAD.pack(MAGIC, len(header), hashlib.blake2b(header, digest_size=16).digest()) + header)
+            for offset, pieces in arrays:
+                file.seek(start + offset)
+                for piece in pieces:
+                    file.write(piece.data)
+            file.truncate(start + end)
+        os.replace(partial, path)
+        return start + end
+
+
+class _Gathered:
+    """Entries of one width."""
+
+    def __init__(self) -> None:
+        self.entries = 0
+        self.base = 0
+        self._indices = 0
+        self._places: list[tuple[int, int, int, int, int, int]] = []
+        self._index: list[np.ndarray] = []
+        self._bits: list[np.ndarray] = []
+
+    def add(self, live: int, run: bool, positions: np.ndarray, new: np.ndarray) -> None:
+        """Positions int64 [m], ascending."""
+        new = np.ascontiguousarray(new)
+        for first, last in _windows(positions, run):
+            offset = int(positions[first])
+            self._places.append((live, int(run), offset, self.entries + first, last - first, self._indices))
+            if not run:
+                self._index.append((positions[first:last] - offset).astype("<u4"))
+                self._indices += last - first
+        self._bits.append(new)
+        self.entries += len(new)
+
+    def arrays(self) -> dict[str, list[np.ndarray]]:
+        return {"places": [np.array(self._places, PLACE)], "index": self._index, "bits": self._bits}
+
+    def digest(self, key: int, table: np.ndarray) -> int:
+        return digest(self.arrays(), key, table)
+
+
+def digest(arrays: dict[str, list[np.ndarray]], run_key: int, table: np.ndarray) -> int:
+    """Fingerprint of arrays that are given in pieces, read as bytes."""
+    total = 0
+    for name, pieces in arrays.items():
+        key, start = fingerprint.tensor_key(run_key, f"{BASE}/{name}"), 0
+        for piece in pieces:
+            # a piece of elements wider than a byte is read in words of two bytes, so that it may begin anywhere but at an odd byte
+            words = piece.view("u1" if piece.itemsize == 1 else "<u2")
+            total += fingerprint.full(words, key, table, start)
+            start += len(words)
+    return total % 2**64
+
+
+def _runs(positions: np.ndarray) -> Iterator[tuple[bool, slice | np.ndarray]]:
+    """Divide ascending positions into what is scattered, first, and long consecutive runs: (is a run, its entries)."""
+    if len(positions) < RUN_AT:
+        yield False, slice(0, len(positions))
+        return
+    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
+    starts, ends = np.append(0, breaks), np.append(breaks, len(positions))
+    long = ends - starts >= RUN_AT
+    if not long.any():
+        yield False, slice(0, len(positions))
+        return
+    scattered = np.repeat(~long, ends - starts)
+    if scattered.any():
+        yield False, np.flatnonzero(scattered)
+    for start, end in zip(starts[long].tolist(), ends[long].tolist(), strict=True):
+        yield True, slice(start, end)
+
+
+def _windows(positions: np.ndarray, run: bool) -> Iterator[tuple[int, int]]:
+    """Divide ascending positions so that an index of 32 bits reaches each from the first of its part."""
+    first = 0
+    while first < len(positions):
+        last = len(positions) if run else int(np.searchsorted(positions, positions[first] + WINDOW))
+        yield first, last
+        first = last
+
+
+def read(path: str | Path, moves: LiveMap, run_key: int) -> Staged:
+    """The file, with every length, count and index checked: what it returns writes inside the storages of `moves`, and nowhere else.
+
+    Raises StageError naming what is wrong, OSError where there is no file. The arrays are views of the file.
+    """
+    size = os.stat(path).st_size
+    if size < HEAD.size:
+        raise StageError(f"{path} has {size} bytes, too few for a staged file")
+    flat = np.memmap(path, np.uint8, "r")
+    magic, length, check = HEAD.unpack(flat[: HEAD.size].tobytes())
+    if magic != MAGIC or length > min(MOST_HEADER, size - HEAD.size):
+        raise StageError(f"{path} is not a staged file")
+    header = flat[HEAD.size : HEAD.size + length].tobytes()
+    if hashlib.blake2b(header, digest_size=16).digest() != check:
+        raise StageError(f"{path} has a damaged header")
+    try:
+        record = json.loads(header)
+        if record["map"] != moves.signature:
+            raise StageError(f"{path} was made for another live map; learn again")
+        body = flat[-(-(HEAD.size + length) // ALIGN) * ALIGN :]
+        table = fingerprint.table(run_key)
+        widths = tuple(_width(body, int(width), where, moves, run_key, table) for width, where in record["widths"].items())
+        return Staged(str(record["version"]), str(record["parent"]), widths)
+    except StageError:
+        raise
+    except (AttributeError, KeyError, TypeError, OverflowError, ValueError) as error:
+        raise StageError(f"{path} has a header that is not one: {type(error).__name__}: {error}") from error
+
+
+def _width(body: np.ndarray, width: int, where: dict[str, Any], moves: LiveMap, run_key: int, table: np.ndarray) -> StagedWidth:
+    if width not in (1, 2, 4, 8):
+        raise StageError(f"elements of {width} bytes")
+    places = _array(body, where["places"], PLACE)
+    index = _array(body, where["index"], np.dtype("<u4"))
+    bits = _array(body, where["bits"], np.dtype(f"<u{width}"))
+    found = digest({"places": [places], "index": [index], "bits": [bits]}, run_key, table)
+    if f"{found:016x}" != where["digest"]:
+        raise StageError(f"the elements of {width} bytes are damaged")
+    _check(places.copy(), index, len(bits), width, moves)
+    return StagedWidth(width, places, index, bits, int(where["base"], 16))
+
+
+def _array(body: np.ndarray, where: list[int], dtype: np.dtype) -> np.ndarray:
+    start, count = where
+    if not (isinstance(start, int) and isinstance(count, int) and 0 <= start <= len(body) and start % ALIGN == 0):
+        raise StageError(f"an array lies at {where}")
+    if not 0 <= count <= (len(body) - start) // dtype.itemsize:
+        raise StageError(f"an array at {where} ends outside the file")
+    return body[start : start + count * dtype.itemsize].view(dtype)
+
+
+def _check(places: np.ndarray, index: np.ndarray, entries: int, width: int, moves: LiveMap) -> None:
+    """Every entry belongs to one place, and every place lies in its storage."""
+    sizes = np.array([live.size if live.width == width else 0 for live in moves.lives], np.int64)
+    if (places["live"] >= len(sizes)).any() or (places["run"] > 1).any():
+        raise StageError("a segment names no storage of this rank")
+    limit = np.uint64(1 << 48)  # sums of three such numbers do not pass 2^63
+    if any((places[name] >= limit).any() for name in ("offset", "first", "count", "at")) or (places["count"] == 0).any():
+        raise StageError("a segment has an impossible count")
+    first, count, at, offset = (places[name].astype(np.int64) for name in ("first", "count", "at", "offset"))
+    scattered = places["run"] == 0
+    indices = np.where(scattered, count, 0)
+    if (first != _before(count)).any() or (at != _before(indices)).any() or count.sum() != entries or indices.sum() != len(index):
+        raise StageError("segments do not cover the entries, each once")
+    reach = count - 1
+    if scattered.any():
+        reach[scattered] = np.maximum.reduceat(index, at[scattered]).astype(np.int64)
+    if (offset + reach >= sizes[places["live"]]).any():
+        raise StageError("an index lies outside its storage")
+
+
+def _before(counts: np.ndarray) -> np.ndarray:
+    return np.cumsum(counts) - counts

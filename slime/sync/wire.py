@@ -1,0 +1,197 @@
+"""A part of a publication as bytes: the changes of a run of tensors.
+
+    head     <4s H H 16s I I I I>: magic "SLWP", version, 0, model signature, first tensor, tensor after the last, rows, bytes of the table
+    table    ROW [rows], ascending by (tensor, block), a row for each block that has changes; as byte planes through zstd, raw where that is
+             no shorter
+    streams  of every row in turn, the lengths being its `sizes`; see codec.py
+
+Blocks are records.BLOCK elements, tensors and dtypes are the ModelSpec's, whose signature is in the head. There is no checksum: the
+manifest has a digest of the part. A decoder nevertheless trusts nothing: it checks every number against the model and the length of the
+payload before it uses it, so that neither damage nor malice makes it read or write elsewhere or allocate more than the model has.
+"""
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from slime.sync.codec import CODECS, DENSE, METHODS, STREAMS, USED, Coded, Entries, Packer, decode_block, encode_block, most_gaps
+from slime.sync.native import NativeError
+from slime.sync.records import BLOCK, Changes, ModelSpec
+
+MAGIC, VERSION = b"SLWP", 1
+HEAD = struct.Struct("<4sHH16sIIII")
+ROW = np.dtype(
+    [("tensor", "<u4"), ("block", "<u4"), ("method", "u1"), ("changed", "<u4"), ("gaps", "<u4"), ("sizes", "<u4", (STREAMS,))]
+)  # changed: entries that the block yields; gaps: raw bytes of a gap stream
+DENSE_AT = 0.3  # share of a block's elements above which the publisher lists them all
+
+
+class WireError(ValueError):
+    """Bytes that are no part of this model."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartBlock:
+    """What a part says of one block. `nbytes` without its row in the table."""
+
+    tensor: str
+    block: int
+    codec: str
+    changed: int
+    nbytes: int
+
+
+def encode_part(
+    model: ModelSpec, tensors: range, changes: Sequence[Changes], codec: str, old_of: Callable[[int], np.ndarray] | None = None
+) -> bytes:
+    """The changes of these tensors, ascending by tensor; tensors without changes may be absent. The bytes depend on the arguments alone.
+
+    codec: "steps"; "exponent", which needs old_of(tensor), all old bits (1-D) of a tensor that has changes; "dense", for weights of which
+    whoever decodes has no old ones: all elements of a block that has any must be listed. Raises ValueError for changes that are not of these
+    tensors."""
+    if codec not in CODECS:
+        raise ValueError(f"codec {codec!r} is none of {', '.join(CODECS)}")
+    if codec == "exponent" and old_of is None:
+        raise ValueError("codec 'exponent' needs old_of, all old bits of a tensor: where they are not at hand, take 'steps'")
+    packer, last = Packer(), tensors.start - 1
+    rows: list[tuple[int, int, int, int, int, list[int]]] = []
+    streams: list[bytes] = []
+    for change in changes:
+        if not last < change.tensor < tensors.stop:
+            raise ValueError(f"changes of tensor {change.tensor} after those of {last} in a part of tensors {_named(tensors)}")
+        last = change.tensor
+        block_bits = old_of(last) if codec == "exponent" and old_of is not None and len(change) else None
+        for block, coded in _encode_tensor(model, change, codec, block_bits, packer):
+            sizes = [len(stream) for stream in coded.streams]
+            rows.append((last, block, coded.method, coded.changed, coded.gaps, sizes + [0] * (STREAMS - len(sizes))))
+            streams.extend(coded.streams)
+    planes = np.array(rows, ROW).view(np.uint8).reshape(len(rows), ROW.itemsize).T.copy().reshape(-1)
+    table = packer.pack(planes)
+    signature = bytes.fromhex(model.signature)
+    return b"".join([HEAD.pack(MAGIC, VERSION, 0, signature, tensors.start, tensors.stop, len(rows), len(table)), table, *streams])
+
+
+def _encode_tensor(model: ModelSpec, change: Changes, codec: str, old: np.ndarray | None, packer: Packer) -> Iterator[tuple[int, Coded]]:
+    """(block, its coding) of every block that has changes."""
+    spec = model.tensors[change.tensor]
+    bits = spec.type.bits
+    typed = change.positions.dtype == np.int64 and change.old.dtype == change.new.dtype == bits
+    if not typed or not len(change) == len(change.old) == len(change.new):
+        raise ValueError(f"changes of {spec.name} are not int64 positions and as many {bits} bits of {spec.dtype}")
+    if old is not None:
+        _check_old(spec.name, old, bits, spec.size)
+    edges = np.searchsorted(change.positions, np.arange(spec.blocks + 1) * BLOCK)
+    if edges[0] or edges[-1] != len(change) or (len(change) and not 0 <= change.positions[-1] < spec.size):
+        raise ValueError(f"positions of {spec.name} are not ascending between 0 and {spec.size - 1}")
+    for block in np.flatnonzero(np.diff(edges)).tolist():
+        first, those = block * BLOCK, slice(edges[block], edges[block + 1])
+        length = min(BLOCK, spec.size - first)
+        entries = Entries(first, length, *(np.ascontiguousarray(x[those]) for x in (change.positions, change.old, change.new)))
+        try:
+            coded = encode_block(spec.type, entries, codec, None if old is None else np.ascontiguousarray(old[first : first + length]), packer)
+        except ValueError as error:
+            raise ValueError(f"changes of block {block} of {spec.name}: {error}") from error
+        if coded is not None:
+            yield block, coded
+
+
+def _check_old(name: str, old: np.ndarray, bits: np.dtype, size: int) -> None:
+    if old.dtype != bits or old.shape != (size,):
+        raise ValueError(f"the old bits of {name} are {old.dtype} {list(old.shape)}, not {bits} [{size}]")
+
+
+def decode_part(model: ModelSpec, tensors: range, payload: bytes | memoryview, old_of: Callable[[int], np.ndarray]) -> Iterator[Changes]:
+    """Changes of each tensor that has any, ascending, with absolute new bits; a dense block yields all its elements. old_of(tensor): its
+    old bits (1-D), which are only read. A tensor is yielded when all of it was checked; the table is checked before the first.
+    Raises WireError, naming tensor and block, for bytes that are no part of these tensors."""
+    view = memoryview(payload).cast("B")
+    rows, at = _table(model, tensors, view)
+    packer = Packer()
+    numbers, starts = np.unique(rows["tensor"], return_index=True)
+    edges = [*starts.tolist(), len(rows)]
+    for tensor, start, end in zip(numbers.tolist(), edges[:-1], edges[1:], strict=True):
+        own = rows[start:end]
+        yield _decode_tensor(model, tensor, own, view[at:], old_of(tensor), packer)
+        at += int(own["sizes"].sum(dtype=np.uint64))
+
+
+def _decode_tensor(model: ModelSpec, tensor: int, rows: np.ndarray, view: memoryview, old: np.ndarray, packer: Packer) -> Changes:
+    spec = model.tensors[tensor]
+    kind = spec.type
+    _check_old(spec.name, old, kind.bits, spec.size)
+    n = int(rows["changed"].sum(dtype=np.uint64))
+    found = Changes(tensor, np.empty(n, np.int64), np.empty(n, kind.bits), np.empty(n, kind.bits))
+    at = done = 0
+    for block, method, changed, gaps, sizes in zip(*(rows[name].tolist() for name in ROW.names[1:]), strict=True):  # type: ignore[index]
+        streams = []
+        for size in sizes:
+            streams.append(view[at : at + size])
+            at += size
+        first, those = block * BLOCK, slice(done, done + changed)
+        length = min(BLOCK, spec.size - first)
+        out = Entries(first, length, found.positions[those], found.old[those], found.new[those])
+        try:
+            decode_block(kind, method, gaps, tuple(streams), np.ascontiguousarray(old[first : first + length]), out, packer)
+        except NativeError as error:
+            raise WireError(f"block {block} of {spec.name} ({METHODS[method]}): {error}") from error
+        done += changed
+    return found
+
+
+def describe_part(model: ModelSpec, tensors: range, payload: bytes | memoryview) -> list[PartBlock]:
+    """What a part says of each block. Raises WireError as `decode_part`, but looks into no stream."""
+    rows, _ = _table(model, tensors, memoryview(payload).cast("B"))
+    sizes = rows["sizes"].sum(axis=1, dtype=np.uint64).tolist()
+    named = zip(rows["tensor"].tolist(), rows["block"].tolist(), rows["method"].tolist(), rows["changed"].tolist(), sizes, strict=True)
+    return [PartBlock(model.tensors[t].name, block, METHODS[method], changed, size) for t, block, method, changed, size in named]
+
+
+def _table(model: ModelSpec, tensors: range, view: memoryview) -> tuple[np.ndarray, int]:
+    """The rows of a part (ROW), checked, and where its streams begin."""
+    if len(view) < HEAD.size:
+        raise WireError(f"a part of {len(view)} bytes: shorter than its head")
+    magic, version, zero, signature, start, stop, count, packed = HEAD.unpack_from(view)
+    if magic != MAGIC or zero:
+        raise WireError("these bytes are no part of a publication")
+    if version != VERSION:
+        raise WireError(f"a part in format {version}; this slime reads {VERSION}")
+    if signature.hex() != model.signature:
+        raise WireError(f"a part of model {signature.hex()}, not of {model.signature}")
+    if range(start, stop) != tensors:
+        raise WireError(f"a part of tensors {_named(range(start, stop))}, not of {_named(tensors)}")
+    most = sum(model.tensors[i].blocks for i in tensors)
+    if count > most or packed > len(view) - HEAD.size:
+        raise WireError(f"a table of {count} rows in {packed} bytes: there are {most} blocks, and {len(view)} bytes in all")
+    begin = HEAD.size + packed
+    try:
+        planes = Packer().unpack(view[HEAD.size : begin], count * ROW.itemsize)
+    except NativeError as error:
+        raise WireError(f"the table of a part: {error}") from error
+    rows = np.ascontiguousarray(planes.reshape(ROW.itemsize, count).T).reshape(-1).view(ROW)
+    _check_rows(model, tensors, rows, len(view) - begin)
+    return rows, begin
+
+
+def _named(tensors: range) -> str:
+    return f"{tensors.start}:{tensors.stop}"
+
+
+def _check_rows(model: ModelSpec, tensors: range, rows: np.ndarray, nbytes: int) -> None:
+    told = rows["sizes"].sum(dtype=np.uint64)
+    if told != nbytes:
+        raise WireError(f"a part has {nbytes} bytes of streams where its table tells {told}")
+    last = (-1, -1)
+    for tensor, block, method, changed, gaps, sizes in rows.tolist():
+        if tensor not in tensors or (tensor, block) <= last:
+            raise WireError(f"a row of (tensor, block) {tensor, block} after {last} in a part of tensors {_named(tensors)}")
+        spec, last = model.tensors[tensor], (tensor, block)
+        length = min(BLOCK, spec.size - block * BLOCK)
+        least = length if method == DENSE else 1
+        if length < 1 or method not in METHODS or not least <= changed <= length or gaps > most_gaps(method, changed, length):
+            raise WireError(
+                f"block {block} of {spec.name}: method {method} with {changed} changes of {length} elements and {gaps} gap bytes"
+            )
+        if any(size for i, size in enumerate(sizes) if i not in USED[method]):
+            raise WireError(f"block {block} of {spec.name} has streams that {METHODS[method]} does not have")

@@ -1,0 +1,135 @@
+import numpy as np
+import pytest
+
+from slime.sync import native
+from slime.sync.native import RUN, SEGMENT, NativeError
+
+WIDTHS = (1, 2, 4, 8)
+
+
+def random_bits(width: int, n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, n * width, dtype=np.uint8).view(f"<u{width}")
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_diff_finds_every_changed_element(width: int, level: int) -> None:
+    """All lengths around the vectors' widths, from addresses that are not aligned."""
+    for n in (0, 1, 7, 31, 32, 33, 64, 65, 257, 300_000):
+        memory = np.zeros(n * width + 3, np.uint8)
+        old = memory[3:].view(f"<u{width}")
+        old[:] = random_bits(width, n)
+        changed = np.random.default_rng(n).random(n) < 0.05
+        changed[:1] = changed[n - 1 :] = True
+        new = np.where(changed, old ^ old.dtype.type(1 << (8 * width - 1)), old)
+        assert np.array_equal(native.diff(old, new, base=1 << 33, level=level), np.flatnonzero(changed) + (1 << 33))
+        assert len(native.diff(old, old.copy(), level=level)) == 0
+
+
+def test_diff_is_of_bits() -> None:
+    old = np.array([0.0, np.nan, 1.0], np.float32).view(np.uint32)
+    new = np.array([-0.0, np.nan, 1.0], np.float32).view(np.uint32)
+    assert native.diff(old, new).tolist() == [0]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_planes(width: int) -> None:
+    bits = random_bits(width, 1001)
+    planes = native.split(bits)
+    assert np.array_equal(planes.reshape(width, -1), bits.view(np.uint8).reshape(-1, width).T)
+    merged = np.zeros_like(bits)
+    native.merge(planes, merged)
+    assert np.array_equal(merged, bits)
+
+
+GAPS = [0, 1, 253, 254, 255, 256, 509, 510, 511, 765, 65534, 65535, 65536, 131069, 131070, 131071, 0, 0]
+
+
+@pytest.mark.parametrize("gap_width", [1, 2])
+def test_gaps_with_escapes(gap_width: int) -> None:
+    positions = np.cumsum(np.array(GAPS) + 1) - 1 + 5
+    length = int(positions[-1]) - 5 + 1
+    old = np.zeros(len(GAPS), np.uint16)
+    gaps, low, signs, flags, large, raw = native.steps_encode(True, gap_width, positions, old, old + 1, 5, length)
+    assert len(gaps) == sum(gap // (255 if gap_width == 1 else 65535) + 1 for gap in GAPS)
+    found = (np.zeros(len(GAPS), np.int64), np.zeros_like(old), np.zeros_like(old))
+    streams = (gaps, low, signs, flags, large, raw.view(np.uint8))
+    native.steps_decode(True, streams, np.zeros(length, np.uint16), 5, *found)
+    assert np.array_equal(found[0], positions) and np.array_equal(found[2], old + 1)
+    with pytest.raises(NativeError, match="positions"):  # a block that ends one element earlier
+        native.steps_decode(True, streams, np.zeros(length - 1, np.uint16), 5, *found)
+    for cut in (gaps[:-1], np.append(gaps, np.uint8(0)), np.append(gaps, np.uint8(255))):
+        below = low if gap_width == 1 else np.resize(low, len(cut))
+        with pytest.raises(NativeError):
+            native.steps_decode(True, (cut, below, signs, flags, large, raw.view(np.uint8)), np.zeros(length, np.uint16), 5, *found)
+
+
+def test_steps_are_units_in_the_last_place() -> None:
+    """Across zero, -0.0 counts as a value of its own; an integer's step is its difference."""
+    old = np.array([0x0000, 0x8000, 0x3F80, 0xBF80, 0x0001, 0x7F80], np.uint16)
+    new = np.array([0x8000, 0x0000, 0x3F81, 0xBF81, 0x8001, 0x7F81], np.uint16)
+    _, _, signs, flags, large, raw = native.steps_encode(True, 1, np.arange(6), old, new, 0, 6)
+    assert np.unpackbits(signs, bitorder="little").tolist()[:6] == [1, 0, 0, 1, 1, 0]
+    assert np.unpackbits(flags, bitorder="little").tolist()[:6] == [0, 0, 0, 0, 1, 0]
+    assert large.tolist() == [1] and len(raw) == 0  # 1 to 0.0, 2 to -0.0, 3 to -1
+    _, _, signs, flags, large, raw = native.steps_encode(False, 1, np.arange(2), old[:2], np.array([257, 0x8000 - 256], np.uint16), 0, 2)
+    assert signs.tolist() == [2] and flags.tolist() == [3] and large.tolist() == [255, 254] and raw.tolist() == [257]
+
+
+@pytest.mark.parametrize(
+    ("positions", "why"), [([3, 3], "positions"), ([4, 3], "positions"), ([2, 3], "positions"), ([4, 13], "positions"), ([4, 5], "values")]
+)
+def test_encoders_refuse_what_no_block_has(positions: list[int], why: str) -> None:
+    where, block, new = np.array(positions), np.zeros(10, np.uint16), np.array([1, 0 if why == "values" else 1], np.uint16)
+    with pytest.raises(NativeError, match=why):
+        native.steps_encode(True, 1, where, block[:2], new, 3, 10)
+    with pytest.raises(NativeError, match=why):
+        native.exponent_encode((7, 8), block, where, new, 3)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_scatter_and_gather(width: int) -> None:
+    live, before = random_bits(width, 1000), random_bits(width, 1000)
+    bits = random_bits(width, 40, seed=1)
+    index = np.array([999, 0, 5, 7, 100, 50], np.int32)
+    rows = [
+        (live.ctypes.data, 0, 4, 0, width, 0),
+        (live.ctypes.data + 200 * width, 4, 34, 0, width, 1),
+        (live.ctypes.data, 38, 2, 4, width, 0),
+    ]
+    segments = np.array(rows, SEGMENT)
+    native.scatter(segments, index, bits)
+    expected = before.copy()
+    expected[index[:4]], expected[200:234], expected[index[4:]] = bits[:4], bits[4:38], bits[38:]
+    assert np.array_equal(live, expected)
+    read = np.zeros_like(bits)
+    native.gather(segments, index, read)
+    assert np.array_equal(read, bits)
+
+
+@pytest.mark.parametrize(
+    "row", [(0, 39, 2, 0, 2, 0), (0, 1 << 63, 1 << 63, 0, 2, 1), (0, 0, 3, 4, 2, 0), (0, 0, 1, 0, 4, 0), (0, 0, 1, 9, 2, 0)]
+)
+def test_scatter_refuses_entries_that_there_are_not(row: tuple[int, ...]) -> None:
+    """Address 0 would end the process if it were written."""
+    with pytest.raises(NativeError, match="arguments"):
+        native.scatter(np.array([row], SEGMENT), np.zeros(6, np.int32), np.zeros(40, np.uint16))
+
+
+def test_over_runs_refuses_bad_rows() -> None:
+    for out, size in ((3, 2), (0, 4), (0, 0)):
+        with pytest.raises(NativeError):
+            native.over_runs(np.array([(0, 0, 8, 0, out, size)], RUN), native.table(0), 3)
+
+
+def test_library_that_was_not_built(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = native.library.__wrapped__
+    monkeypatch.setattr(native, "VERSION", native.VERSION + 1)
+    with pytest.raises(ImportError, match=r"older or newer than native\.py: run `pip install"):
+        load()
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    with pytest.raises(ImportError, match=r"has no _native\*.so.*run `pip install"):
+        load()
+    (tmp_path / "_native.so").write_text("of another machine")
+    with pytest.raises(ImportError, match="cannot be loaded"):
+        load()
