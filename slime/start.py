@@ -182,8 +182,9 @@ def build(
     placements = place(cfg, cluster)
     check_run_dir(placements, directory)
     parts = start_parts(cfg, directory, version, placements, stack)
-    channel = Channel(cfg.sync, parts.trainer, parts.fleet, version)
-    channel.open()
+    channel = Channel(cfg.sync, parts.trainer, parts.fleet, version, directory / "weights")
+    stack.callback(channel.close)
+    version = replace(version, epoch=channel.open())
     ledger, restored_batch, wall_s = Ledger(), None, 0.0
     metrics = MetricsLog(directory / "metrics.jsonl")
     if restored is not None:

@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "run a recipe: rollouts, updates, weight sync, evaluation, checkpoints, export",
     "convert": "a Hugging Face directory into a megatron-core checkpoint or back, proven to the bit",
     "report": "write a run's report.html again",
+    "sync": "the history of a run's weights: inspect, verify, replay, fold",
 }
 
 

@@ -22,7 +22,7 @@ from slime.engine.server import Server, ServerSpec
 from slime.engine.versions import facts
 from slime.engine.weights import HostWeights
 from slime.models.registry import has_experts
-from slime.sync.protocol import Answer, Bucket
+from slime.sync.protocol import Adoption, Answer, Bucket
 from slime.sync.publication import Action
 
 WATCH_S = 0.5
@@ -116,10 +116,10 @@ class EngineActor:
 
     # --- weights: see HostWeights and sync/protocol.py ------------------------------------------------------------
 
-    async def adopt(self, spec_json: str, run_id: str, key: bytes) -> list[str]:
+    async def adopt(self, spec_json: str, run: Adoption) -> list[str]:
         """Take the model directory as base; the names of the engines that are proven to hold it."""
         self._labelled = None
-        await self._weights.adopt(spec_json, run_id, key)
+        await self._weights.adopt(spec_json, run)
         return await self.live()
 
     async def live(self) -> list[str]:
@@ -140,6 +140,9 @@ class EngineActor:
 
     async def advance(self, label: str) -> None:
         await self._weights.advance(label)
+
+    async def write_anchor(self, manifest: str) -> None:
+        self._weights.write_anchor(manifest)
 
     async def relabel(self, label: str) -> None:
         """Call the weights that the engines loaded themselves `label`."""

@@ -16,7 +16,7 @@ from slime.config import SlimeConfig
 from slime.engine.agent import Assignment, EngineActor
 from slime.engine.endpoint import Endpoint
 from slime.engine.errors import EngineLost
-from slime.sync.protocol import Answer
+from slime.sync.protocol import Adoption, Answer
 from slime.sync.publication import Action
 from slime.sync.records import ModelSpec
 
@@ -73,11 +73,10 @@ class EngineFleet:
         if ended:
             raise EngineLost(deadline.get(ended[0], 1.0, "a host agent"))
 
-    def adopt(self, spec: ModelSpec, run_id: str, key: bytes, timeout_s: float) -> None:
+    def adopt(self, spec: ModelSpec, run: Adoption, timeout_s: float) -> None:
         """Every engine is proven to hold the model directory's weights, and known tensor by tensor."""
-        found = self._all(
-            lambda agent: agent.adopt.remote(spec.to_json(), run_id, key), timeout_s, "every engine to prove its first weights"
-        )
+        what = "every engine to prove its first weights"
+        found = self._all(lambda agent: agent.adopt.remote(spec.to_json(), run), timeout_s, what)
         self._hosts = {engine: agent for agent, engines in zip(self._agents, found, strict=True) for engine in engines}
 
     def engines(self) -> list[str]:
@@ -86,10 +85,10 @@ class EngineFleet:
         self._hosts = {engine: agent for agent, engines in zip(self._agents, live, strict=True) for engine in engines}
         return list(self._hosts)
 
-    def offer(self, manifest: str, parts: "Sequence[ray.ObjectRef] | None", timeout_s: float) -> None:
+    def offer(self, manifest: str, parts: "Sequence[ray.ObjectRef]", timeout_s: float) -> None:
         """A delta, to every host."""
         what = "every host to decode new weights"
-        self._all(lambda agent: agent.offer.remote(manifest, *(parts or ())), timeout_s, what)
+        self._all(lambda agent: agent.offer.remote(manifest, *parts), timeout_s, what)
 
     def offer_bucket(self, bucket: "ray.ObjectRef", timeout_s: float) -> int:
         """A part of a whole version, to every host; returns its bytes, once for each host."""
@@ -118,6 +117,10 @@ class EngineFleet:
     def advance(self, label: str, timeout_s: float) -> None:
         """Host copies become the version."""
         self._all(lambda agent: agent.advance.remote(label), timeout_s, f"every host to hold weights {label}")
+
+    def write_anchor(self, manifest: str) -> None:
+        """One host begins to write the version that it holds whole."""
+        deadline.get(self._agents[0].write_anchor.remote(manifest), ASK_S, "a host agent to begin with an anchor")
 
     def relabel(self, label: str, timeout_s: float) -> None:
         """Call the weights that the engines loaded themselves `label`."""

@@ -78,6 +78,11 @@ class LiveEngine:
         self.state = Receiver(self.endpoint.name, run_id, spec.signature)
         return written
 
+    def forget(self, spec: ModelSpec, run_id: str) -> None:
+        """It cannot be followed: it is loaded whole, and believed."""
+        self._links, self.maps, self.proof = [], [], None
+        self.state = Receiver(self.endpoint.name, run_id, spec.signature)
+
     # --- a delta ----------------------------------------------------------------------------------------------------
 
     async def stage(self, paths: Mapping[str, Path], version: str, parent: str, timeout_s: float) -> int:
@@ -115,12 +120,17 @@ class LiveEngine:
     # --- everything -------------------------------------------------------------------------------------------------
 
     async def load_whole(self, found: Iterable[Bucket], version: str, flush: bool, timeout_s: float) -> Written:
-        """All tensors through SGLang's own update, paused; then hash everything."""
+        """All tensors through SGLang's own update, paused; then hash everything, if it could be learned where that is."""
         async with self._session():
             for bucket in found:
                 payload = await asyncio.to_thread(buckets.serialise, bucket)
                 await self._control.update([payload] * self.ranks, None, flush=False, timeout_s=timeout_s)
-        return await self._write("audit", version, flush, timeout_s, version=version)
+        if self._links:
+            return await self._write("audit", version, flush, timeout_s, version=version)
+        if flush:
+            await self._control.flush()
+        await self.relabel(version)
+        return Written([], [], 0.0, 0.0)
 
     async def relabel(self, label: str) -> None:
         """Call the weights that it loaded itself `label`. Raises StaleWeights where it goes on calling them otherwise."""
@@ -158,15 +168,24 @@ class LiveEngine:
             return
         try:
             await self._control.begin()
-        except EngineLost:
-            raise
-        except EngineError:
-            await self._control.end()
+        except EngineError as refused:
+            if isinstance(refused, EngineLost) or not await self._close_left_open():
+                raise
             await self._control.begin()
         try:
             yield
         finally:
             await self._control.end()
+
+    async def _close_left_open(self) -> bool:
+        """Close the session that is open; False where none is."""
+        try:
+            await self._control.end()
+        except EngineLost:
+            raise
+        except EngineError:
+            return False
+        return True
 
 
 def _complaint(reply: RankReply) -> str:

@@ -17,12 +17,16 @@ from slime.engine.errors import EngineError, EngineLost
 from slime.engine.host_copy import HostCopy
 from slime.engine.incoming import IncomingDelta, IncomingWhole
 from slime.engine.live import LiveEngine, Written
+from slime.sync import transport
+from slime.sync.fold import Weights, anchor
 from slime.sync.inserver_client import RankError
-from slime.sync.manifest import Manifest, root_of, verify
-from slime.sync.protocol import Answer, Bucket
+from slime.sync.manifest import Manifest, root_of, sign, verify
+from slime.sync.protocol import Adoption, Answer, Bucket
 from slime.sync.publication import Action, Do
 from slime.sync.records import ModelSpec
 from slime.sync.states import Fenced, Held, Refused
+from slime.sync.store import WeightStore
+from slime.sync.store_fsspec import open_store
 from slime.types import WeightVersion
 
 log = logging.getLogger(__name__)
@@ -44,7 +48,7 @@ class HostWeights:
         self._paths: dict[str, Path] = {}  # staged files by signature of the live map
         self._buckets: list[Bucket] = []  # of a whole version that is being offered
         self._healed: set[str] = set()  # engines that the version was loaded into whole
-        self._key = b""
+        self._anchor: asyncio.Task[None] | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="slime-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None))
 
     def close(self) -> None:
@@ -63,9 +67,9 @@ class HostWeights:
 
     # --- the base -----------------------------------------------------------------------------------------------------
 
-    async def adopt(self, spec_json: str, run_id: str, key: bytes) -> None:
+    async def adopt(self, spec_json: str, run: Adoption) -> None:
         """Read the model directory, and bring every engine to it, proven. Raises ValueError for an engine that cannot be followed."""
-        self._run_id, self._key = run_id, key
+        self._run, run_id = run, run.run_id
         spec = ModelSpec.from_json(spec_json)
         (self._folder / "spec.json").write_text(spec_json)
         base = WeightVersion(-1, -1, run_id).label
@@ -77,17 +81,32 @@ class HostWeights:
         copy, timeout_s = self.copy, self._cfg.sync.timeout_s
         engine.facts.check_pause(self._cfg.sync.pause, engine.endpoint.sglang, engine.endpoint.name)
         socket = self._folder / engine.endpoint.name.replace(" ", "_").replace("/", "_")
-        written = await engine.learn(copy.spec, self._folder / "spec.json", self._run_id, socket, timeout_s)
-        assert engine.proof is not None and engine.state is not None
-        for name, why in engine.proof.opaque.items():
-            log.warning("%s holds %s in another form (%s): it is loaded whole and not proven by its bits", engine.endpoint.name, name, why)
-        if _wrong(engine, written, copy.fingerprints) or copy.label != WeightVersion(-1, -1, self._run_id).label:
+        reason = await self._learn(engine, socket)
+        assert engine.state is not None
+        if reason or copy.label != WeightVersion(-1, -1, self._run.run_id).label:
             await engine.pause(self._cfg.sync.pause, timeout_s)
             written = await engine.load_whole(copy.buckets(self._cfg.sync.bucket_mb * MIB), copy.label, self._flush, timeout_s)
             if reason := _wrong(engine, written, copy.fingerprints):
                 raise ValueError(f"{engine.endpoint.name} does not hold {copy.label} after it was loaded whole: {reason}")
             await engine.resume()
         engine.state.adopted(Held(WeightVersion.parse(copy.label), root_of(copy.fingerprints)))
+
+    async def _learn(self, engine: LiveEngine, socket: Path) -> str:
+        """What of the engine's weights is not the host copy's; empty where all is. With sync.mode=full an engine may be one that cannot be
+        followed: it is used without a proof, with a warning."""
+        copy = self.copy
+        try:
+            written = await engine.learn(copy.spec, self._folder / "spec.json", self._run.run_id, socket, self._cfg.sync.timeout_s)
+        except (ValueError, EngineError) as error:
+            if self._cfg.sync.mode == "delta" or isinstance(error, EngineLost):
+                raise
+            log.warning("%s: its weights are not proven, only labelled: %s", engine.endpoint.name, error)
+            engine.forget(copy.spec, self._run.run_id)
+            return ""
+        assert engine.proof is not None
+        for name, why in engine.proof.opaque.items():
+            log.warning("%s holds %s in another form (%s): it is loaded whole and not proven by its bits", engine.endpoint.name, name, why)
+        return _wrong(engine, written, copy.fingerprints)
 
     def live(self) -> list[LiveEngine]:
         """Engines that take part: those that learned and are not fenced."""
@@ -100,17 +119,18 @@ class HostWeights:
         changed then."""
         self._forget()
         manifest = Manifest.from_json(manifest_json)
-        verify(manifest, self._key)
+        verify(manifest, self._run.key)
         for engine in self.live():
             assert engine.state is not None, "adopt comes first"
             engine.state.check(manifest)
         self._incoming, self._paths = await asyncio.to_thread(self._decode, manifest, parts)
 
-    def _decode(self, manifest: Manifest, parts: Sequence[bytes]) -> tuple[IncomingDelta, dict[str, Path]]:
+    def _decode(self, manifest: Manifest, given: Sequence[bytes]) -> tuple[IncomingDelta, dict[str, Path]]:
+        parts = transport.fetch(manifest, given, self._run.url, self._cfg.sync.timeout_s)
         incoming = IncomingDelta(manifest, lambda number: parts[number], self.copy)
         maps = {found.signature: found for engine in self.live() for found in engine.maps}
         opaque = {name for found in maps.values() for name in found.opaque}
-        return incoming, incoming.stage(maps, opaque, self._folder, self._run_id)
+        return incoming, incoming.stage(maps, opaque, self._folder, self._run.run_id)
 
     async def offer_bucket(self, bucket: Bucket) -> int:
         """A part of a whole version; its bytes."""
@@ -131,8 +151,19 @@ class HostWeights:
     async def advance(self, label: str) -> None:
         """The host copy becomes the version that every engine has proven."""
         assert self._incoming is not None and self._incoming.label == label, f"{label} was not offered"
+        if self._anchor is not None:
+            await self._anchor
         await asyncio.to_thread(self._incoming.apply)
         self._forget()
+
+    def write_anchor(self, manifest_json: str) -> None:
+        """Begin to write what the host copy holds whole to the run's files. `advance` waits for it and raises what went wrong."""
+        self._anchor = asyncio.create_task(asyncio.to_thread(self._write_anchor, Manifest.from_json(manifest_json)))
+
+    def _write_anchor(self, manifest: Manifest) -> None:
+        copy, run = self.copy, self._run
+        whole = anchor(Weights(copy.spec, run.run_id, [copy.bits(i) for i in range(len(copy.spec.tensors))]), manifest)
+        WeightStore(open_store(run.url, self._cfg.sync.timeout_s), run.run_id).add(sign(whole.manifest, run.key), whole.parts)
 
     def _forget(self) -> None:
         for path in self._paths.values():
@@ -245,7 +276,8 @@ class HostWeights:
 
 def _wrong(engine: LiveEngine, written: Written, expected: Sequence[int]) -> str:
     """What of an engine's live weights is not as it should be; empty where all is."""
-    assert engine.proof is not None
+    if engine.proof is None:
+        return ""
     if written.errors:
         return "; ".join(written.errors)
     wrong = engine.proof.wrong(written.fingerprints, expected)

@@ -4,13 +4,15 @@ import logging
 import os
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from slime.config import SyncConfig
 from slime.observe.trace import Span, Tracer
+from slime.sync import transport
 from slime.sync.diff import Delta, Summary
 from slime.sync.manifest import DELTA, MODEL_DIRECTORY, Manifest, sign
-from slime.sync.protocol import Publisher, Receivers
+from slime.sync.protocol import Adoption, Publisher, Receivers
 from slime.sync.publication import Action, Do, Phase, Publication
 from slime.sync.records import ModelSpec
 from slime.types import WeightVersion
@@ -36,33 +38,47 @@ class Changed:
 class Channel:
     """See protocol.py for the order of calls."""
 
-    def __init__(self, cfg: SyncConfig, publisher: Publisher | None, receivers: Receivers | None, version: WeightVersion) -> None:
-        """`version` gives run id and epoch. Without receivers nothing is published; without a publisher engines keep what they loaded."""
+    def __init__(
+        self,
+        cfg: SyncConfig,
+        publisher: Publisher | None,
+        receivers: Receivers | None,
+        version: WeightVersion,
+        weights_dir: Path = Path("weights"),
+    ) -> None:
+        """`version` gives run id and epoch. Without receivers nothing is published; without a publisher engines keep what they loaded.
+        `weights_dir` is the default of sync.url."""
         self._cfg = cfg
         self._publisher = publisher
         self._receivers = receivers
         self._run = version
         self._held: WeightVersion | None = None  # that every engine is proven to hold
         self._broken = ""  # why nobody knows any more what engines hold
-        self._key = os.environ[cfg.key_env].encode() if cfg.key_env else secrets.token_bytes(KEY_BYTES)
+        lasting = os.environ[cfg.key_env].encode() if cfg.key_env else None
+        self._key = lasting or secrets.token_bytes(KEY_BYTES)
+        self._url = transport.url_of(cfg, weights_dir, version.run_id)
+        self._transport = transport.make(cfg, weights_dir, version.run_id, lasting)
         self._spec: ModelSpec | None = None
         self._changed: list[Changed] = []
+        self._manifest_sent: Manifest | None = None  # of the delta that is on its way
         self._tracer = Tracer("sync")
 
     def tensors(self) -> list[tuple[str, int]]:
         """Names and elements of what travels."""
         return [(tensor.name, tensor.size) for tensor in self._spec.tensors] if self._spec else []
 
-    def open(self) -> None:
-        """Take what trainer and engines loaded from the model directory as the common base. Before the trainer loads a checkpoint. Raises
-        what `publish` raises, and ValueError for an engine that cannot be followed."""
+    def open(self) -> int:
+        """Take what trainer and engines loaded from the model directory as the common base, before the trainer loads a checkpoint; the
+        epoch to publish in. Raises what `publish` raises, and ValueError for an engine that cannot be followed."""
         if self._publisher is None or self._receivers is None:
-            return
+            return self._run.epoch
+        self._run = replace(self._run, epoch=self._transport.claim(self._run.epoch))
         with self._tracer.span("adopt"):
             self._spec = self._publisher.spec()
             if self._cfg.mode == "delta":
                 self._publisher.take_base(self._run.run_id)
-            self._receivers.adopt(self._spec, self._run.run_id, self._key, self._cfg.timeout_s)
+            self._receivers.adopt(self._spec, Adoption(self._run.run_id, self._key, self._url), self._cfg.timeout_s)
+        return self._run.epoch
 
     def publish(self, number: int) -> dict[str, float]:
         """Bring every engine to version `number`; returns at once where they hold it. Metrics: sync/*, time/sync_s.
@@ -92,6 +108,10 @@ class Channel:
         drained, self._changed = self._changed, []
         return drained
 
+    def close(self) -> None:
+        """Let go what is of no use after the run."""
+        self._transport.close()
+
     # --- one version ------------------------------------------------------------------------------------------------
 
     def _send(self, version: WeightVersion, publisher: Publisher, receivers: Receivers) -> dict[str, float]:
@@ -106,10 +126,11 @@ class Channel:
     def _offer_delta(self, version: WeightVersion, publisher: Publisher, receivers: Receivers, clock: "_Clock") -> dict[str, float]:
         with self._tracer.span("delta", version=version.number):
             delta = publisher.delta(version, self._cfg.codec, self._cfg.bucket_mb * MIB)
-        manifest = sign(self._manifest(version, delta), self._key)
+        manifest = self._manifest_sent = sign(self._manifest(version, delta), self._key)
         offered = time.perf_counter()
         with self._tracer.span("offer", version=version.number):
-            receivers.offer(manifest.to_json(), delta.parts, clock.left())
+            assert self._spec is not None
+            receivers.offer(manifest.to_json(), self._transport.send(manifest, delta.parts, self._spec), clock.left())
         if self._held is not None:  # the first one of a process leads from the model directory, which is no step
             self._changed.append(Changed(version.number, delta.summary.changed))
         return {**self._of_delta(delta.summary, manifest), "sync/decode_s": time.perf_counter() - offered}
@@ -172,6 +193,7 @@ class Channel:
                 if self._cfg.mode == "delta":
                     publisher.acknowledge(version)
                 receivers.advance(version.label, clock.left())
+                self._settle(receivers)
             due = []
             for answer in answers:
                 staged_bytes += answer.staged_bytes
@@ -188,6 +210,11 @@ class Channel:
             "sync/verify_s": audit_s,
             "sync/healed": float(healed),
         }
+
+    def _settle(self, receivers: Receivers) -> None:
+        manifest, self._manifest_sent = self._manifest_sent, None
+        if manifest is not None and self._spec is not None:
+            self._transport.settle(manifest, lambda whole: receivers.write_anchor(whole.to_json()), self._spec)
 
     def _report(self, publication: Publication, version: WeightVersion) -> None:
         """Raises NotProven where it was aborted; engines that were lost on the way are named."""

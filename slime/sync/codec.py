@@ -32,7 +32,7 @@ STREAMS = 6  # most of any method
 USED = {STEPS8: (0, 2, 3, 4, 5), STEPS16: (0, 1, 2, 3, 4, 5), EXPONENT: (0, 1), DENSE: (0,)}
 GAP16_BELOW = 340  # elements for each changed one
 WORTH_BYTES = 24  # of a stream that zstd may make shorter
-MOST_WINDOW = 1 << 24
+MOST_WINDOW = 1 << 27  # of a zstd frame; its content is checked first
 
 
 class Packer:

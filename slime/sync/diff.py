@@ -52,14 +52,17 @@ class Grid:
 def merge(shares: Sequence[Changes]) -> Changes:
     """The changes of one tensor from disjoint shares of it, each in any order."""
     assert len({share.tensor for share in shares}) == 1, "shares of different tensors"
-    positions = np.concatenate([share.positions for share in shares])
-    old = np.concatenate([share.old for share in shares])
-    new = np.concatenate([share.new for share in shares])
+    positions = _joined([share.positions for share in shares])
+    old, new = _joined([share.old for share in shares]), _joined([share.new for share in shares])
     if not _ascending(positions):
         order = np.argsort(positions, kind="stable")  # which makes use of stretches that are in order, as shares have them
         positions, old, new = positions[order], old[order], new[order]
         assert _ascending(positions), f"tensor {shares[0].tensor}: two ranks list the same element"
     return Changes(shares[0].tensor, positions, old, new)
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _ascending(positions: np.ndarray) -> bool:

@@ -14,10 +14,13 @@ It is additive: any division of the tensor and any order give the same sum, and 
 F' = F - at(positions, old) + at(positions, new).
 
 What it misses. A single changed word always shows: its factor is odd and the difference is below 2^16, so that their product is not 0.
-Several changed words collide when sum of U V d = 0 for their differences d. Take one of them, d = 2^t d' with d' odd, t <= 15: the
-others fix its factor modulo 2^(64-t), and the factor's 63 free bits hit that with probability 2^-(63-t) <= 2^-48 if they are uniform and
-independent of the others. They are outputs of a mixer whose key nobody chose with the change in view, so this is the bound for accidents:
-errors of memory, transport and code. It is none against someone who knows run_id and forges; the manifest's MAC is for that.
+For several words write F = sum over h of U(h) S(h), where S(h) sums V d over the differences d of 1024 words. Take an h with any change,
+and of its differences the one with the fewest factors of two, 2^t, t <= 15. If the tables were uniform odd numbers, 2^s would divide S(h)
+with probability 2^-(s-1-t) at most, and U(h) would then cancel all the rest with probability 2^-(63-s). Summed over s: any change at all
+collides with probability 49 x 2^-47 < 2^-41 at most, which sign bits flipped at the corners of a rectangle come near; 2^-55 when a
+difference is odd, as a unit in the last place is; 2^-48 when all changes lie in one h. They are outputs of a mixer whose keys nobody chose
+with the change in view, so these bounds are for accidents: errors of memory, transport and code. They are none against someone who knows
+run_id and forges; the manifest's MAC is for that.
 """
 
 import hashlib

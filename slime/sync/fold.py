@@ -5,6 +5,7 @@ all had been zero before: it needs nothing else. Both have the fingerprints of t
 weights that have them.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -53,6 +54,12 @@ class Weights:
     @property
     def node(self) -> Node:
         return self.order, self.root
+
+    def copy(self) -> "Weights":
+        """Other weights, the same bits; neither writes to them."""
+        made = copy.copy(self)
+        made.bits, made.fingerprints = list(self.bits), list(self.fingerprints)
+        return made
 
     def old_of(self, tensor: int) -> np.ndarray:
         """Bits of a tensor; only read."""

@@ -19,7 +19,7 @@ thread serves from `learn` on. It takes, at any time:
 
 Replies hold ok, error, version, held; of a command that audits also moves (a fingerprint of every move of the live map, 16 hexadecimal
 digits each), changed (storages whose elements without a source changed unasked) and seconds. Where an engine has several models (a draft),
-each call comes to each in turn; messages say which by `model`, 0 by default, in the order in which they were learned.
+each call comes to each in turn; messages say which by `model`, 0 by default, in the order in which they first came.
 """
 
 import json
@@ -52,8 +52,9 @@ class InserverRank:
     """What this process keeps."""
 
     def __init__(self) -> None:
-        self._models: dict[int, Weights] = {}  # by id of the model, in the order in which they were learned
-        self._replies: dict[tuple[int, str], Fields] = {}  # by number of the model and key of the command
+        self._seen: list[Any] = []  # models; a model's number is its place
+        self._models: dict[int, Weights] = {}  # by number; those that were learned
+        self._replies: dict[tuple[int, str], Fields] = {}  # by number and key of the command
         self._door: Door | None = None
         self._busy = threading.RLock()
 
@@ -75,20 +76,26 @@ class InserverRank:
         reply = answered(run)
         if not reply["ok"]:
             log.error("slime: %s was refused: %s", fields.get("op", "a command"), reply["error"])
-        found = self._models.get(id(model))
+        number = self._number(model)
+        found = self._models.get(number)
         reply |= {"version": fields.get("version"), "held": found.held if found else None}
-        number = list(self._models).index(id(model)) if found else len(self._models)
         key = (number, str(fields.get("id") or fields.get("version") or fields.get("op")))
         self._replies.pop(key, None)
         self._replies[key] = reply
         for old in [kept for kept in self._replies if kept[0] == number][:-KEPT]:
             del self._replies[old]
 
+    def _number(self, model: Any) -> int:
+        number = next((i for i, seen in enumerate(self._seen) if seen is model), len(self._seen))
+        if number == len(self._seen):
+            self._seen.append(model)
+        return number
+
     def _run(self, model: Any, fields: Fields) -> Fields:
         op = fields["op"]
         if op == "learn":
             return self._learn(model, fields)
-        weights = self._models.get(id(model))
+        weights = self._models.get(self._number(model))
         if weights is None:
             raise Refused(f"{op}: learn comes first")
         version = None if fields.get("version") is None else _text(fields, "version")
@@ -109,18 +116,16 @@ class InserverRank:
         return audited(weights, seconds)
 
     def _learn(self, model: Any, fields: Fields) -> Fields:
-        started = time.perf_counter()
-        spec = ModelSpec.from_json(Path(_text(fields, "spec")).read_text())
-        held = fields.get("held")
-        before = self._models.pop(id(model), None)  # what it knew and had staged goes, whether this succeeds or not
+        self._open(f"{_text(fields, 'socket')}.{_rank()}")  # first, so that a failure can be asked for
+        started, number = time.perf_counter(), self._number(model)
+        before = self._models.pop(number, None)  # what it knew and had staged goes, whether this succeeds or not
         if before is not None:
             before.drop()
-        others = frozenset().union(*(weights.addresses for weights in self._models.values()))
-        weights = Weights(model, spec, _text(fields, "run_id"), None if held is None else str(held), others)
-        self._models[id(model)] = weights
-        seconds = {"learn_s": time.perf_counter() - started}
-        self._open(f"{_text(fields, 'socket')}.{_rank()}")
-        return audited(weights, seconds)
+        spec = ModelSpec.from_json(Path(_text(fields, "spec")).read_text())
+        held = None if fields.get("held") is None else _text(fields, "held")
+        taken = frozenset().union(*(weights.addresses for i, weights in self._models.items() if i < number))
+        weights = self._models[number] = Weights(model, spec, _text(fields, "run_id"), held, taken)
+        return audited(weights, {"learn_s": time.perf_counter() - started})
 
     def _open(self, path: str) -> None:
         if self._door is not None:
@@ -145,14 +150,13 @@ class InserverRank:
             if reply is None:
                 raise Refused(f"no command {key!r} has run here")
             return reply
-        models = list(self._models.values())
-        if not isinstance(number, int) or not 0 <= number < len(models):
-            raise Refused(f"model {number}: {len(models)} have been learned")
-        weights = models[number]
+        weights = self._models.get(number)
+        if weights is None:
+            raise Refused(f"model {number} has not been learned")
         if op == "describe":
             return {
                 "rank": _rank(),
-                "models": len(models),
+                "models": len(self._models),
                 "map": weights.map.to_json(),
                 "held": weights.held,
                 "staged": weights.staged.version if weights.staged else None,

@@ -69,8 +69,23 @@ class Weights:
         self._feeding = frozenset(live for of in self.map.derived.values() for live in of)
         self._foreign = tuple(self.map.foreign)
         self._audit = Audit(self._runs(), self._table, len(self.map.moves) + len(self._foreign), self.device)
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device)
+            self._compile()
         self._baseline = self._audit()[len(self.map.moves) :]
+
+    def _compile(self) -> None:
+        """Do once, while the engine is paused, what is slow the first time: pin memory, and compile what moves entries of every width."""
+        pinned = [torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        del pinned  # torch keeps it for the next who asks
+        for width in {self.lives.lives[live].width for live in self._used}:
+            memory, bits = (torch.zeros(1, dtype=SIGNED[width], device=self.device) for _ in range(2))
+            segment = np.zeros(1, staging.SEGMENT)
+            segment["address"], segment["count"], segment["width"] = memory.data_ptr(), 1, width
+            scatter = Scatter(segment, torch.zeros(1, dtype=torch.int32, device=self.device), bits, self.device)
+            scatter.write()
+            scatter.read()
 
     @property
     def addresses(self) -> frozenset[int]:

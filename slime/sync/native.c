@@ -14,11 +14,11 @@
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__x86_64__)
 #include <immintrin.h>
-#define AVX512 __attribute__((target("avx512f,avx512bw,bmi")))
-#define AVX2 __attribute__((target("avx2,bmi")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,bmi,popcnt")))
+#define AVX2 __attribute__((target("avx2,bmi,popcnt")))
 #endif
 
-enum { VERSION = 1, BAD_POSITIONS = -1, BAD_VALUES = -2, BAD_STREAM = -3, NO_ROOM = -4, BAD_ARGUMENT = -5 };
+enum { VERSION = 2, BAD_POSITIONS = -1, BAD_VALUES = -2, BAD_STREAM = -3, NO_ROOM = -4, BAD_ARGUMENT = -5 };
 
 API int64_t slime_version(void) { return VERSION; }
 
@@ -358,16 +358,102 @@ static int read_out(const Reader *from) {
 // Class 0: exponent >= top; class c: top - c; class 15: that and all below. An element's rank among its class is what gaps count, so that the
 // classes that change often and those that do not have a code each. A class most of whose members change has gaps between the unchanged.
 // head    u16 top; 16 bytes: k of the gaps (bits 0-4), bit 7 = gaps between the unchanged; 8 bytes: two nibbles, j of the steps, 15 = all are one unit
-// gaps    at the start one of every class, then at each end of a gap the next of its class; the last counts the members that are left
+// gaps    at the start one of every class; then by chunks of 64 elements, in a chunk by class: at each end of a gap the next of its class; the
+//         last counts the members that are left
 // values  of each changed element: sign, Rice(magnitude - 1, j); 24 zeros = new bits follow
 
 enum { CLASSES = 16, EXPONENTS = 2048, HEAD = 26, FAR = 24, UNITS = 15, INVERTED = 128, MOST_K = 20 };
 
+typedef struct {
+    uint64_t masks[CLASSES];  // of the members in a chunk of 64 elements
+    uint8_t counts[CLASSES], classes[64];
+} Chunk;
+
+typedef void (*Sorter)(Chunk *, const uint8_t *, int, int, int, int, int);
+
 INLINE int class_of(int exponent, int top) { return exponent >= top ? 0 : top - exponent > 15 ? 15 : top - exponent; }
 
-static void fill_classes(uint8_t *classes, int top) {
-    for (int e = 0; e < EXPONENTS; e++) classes[e] = (uint8_t)class_of(e, top);
+// Classes of the first n elements; the rest of the 64 are of none. Types as narrow as the elements, for vectors.
+INLINE void classify(Chunk *chunk, const uint8_t *block, int n, int width, int shift, int mask, int top) {
+#define CLASSIFY(type) \
+    for (int i = 0; i < n; i++) { \
+        type exponent = (type)(load(block, (uint64_t)i, sizeof(type)) >> shift) & (type)mask; \
+        type below = (type)top > exponent ? (type)((type)top - exponent) : 0; \
+        chunk->classes[i] = (uint8_t)(below < 15 ? below : 15); \
+    }
+    if (n < 64) memset(chunk->classes, 255, 64);
+    switch (width) {
+    case 1: CLASSIFY(uint8_t); break;
+    case 2: CLASSIFY(uint16_t); break;
+    case 4: CLASSIFY(uint32_t); break;
+    default: CLASSIFY(uint64_t); break;
+    }
+#undef CLASSIFY
 }
+
+static void sort_any(Chunk *chunk, const uint8_t *block, int n, int width, int shift, int mask, int top) {
+    classify(chunk, block, n, width, shift, mask, top);
+    memset(chunk->masks, 0, sizeof chunk->masks);
+    memset(chunk->counts, 0, sizeof chunk->counts);
+    for (int i = 0; i < n; i++) {
+        chunk->masks[chunk->classes[i]] |= 1ull << i;
+        chunk->counts[chunk->classes[i]]++;
+    }
+}
+
+#if defined(__x86_64__)
+AVX512 static void sort_512(Chunk *chunk, const uint8_t *block, int n, int width, int shift, int mask, int top) {
+    if (n == 64 && width == 2) {
+        for (int half = 0; half < 2; half++) {
+            __m512i exponents = _mm512_srl_epi16(_mm512_loadu_si512(block + 64 * half), _mm_cvtsi32_si128(shift));
+            exponents = _mm512_and_si512(exponents, _mm512_set1_epi16((short)mask));
+            __m512i under = _mm512_min_epu16(_mm512_subs_epu16(_mm512_set1_epi16((short)top), exponents), _mm512_set1_epi16(15));
+            _mm256_storeu_si256((__m256i *)(chunk->classes + 32 * half), _mm512_cvtepi16_epi8(under));
+        }
+    } else {
+        classify(chunk, block, n, width, shift, mask, top);
+    }
+    __m512i classes = _mm512_loadu_si512(chunk->classes);
+    for (int c = 0; c < CLASSES; c++) {
+        chunk->masks[c] = _mm512_cmpeq_epi8_mask(classes, _mm512_set1_epi8((char)c));
+        chunk->counts[c] = (uint8_t)_mm_popcnt_u64(chunk->masks[c]);
+    }
+}
+
+AVX2 static void sort_256(Chunk *chunk, const uint8_t *block, int n, int width, int shift, int mask, int top) {
+    if (n == 64 && width == 2) {
+        for (int quarter = 0; quarter < 4; quarter++) {
+            __m256i exponents = _mm256_srl_epi16(_mm256_loadu_si256((const __m256i *)(block + 32 * quarter)), _mm_cvtsi32_si128(shift));
+            exponents = _mm256_and_si256(exponents, _mm256_set1_epi16((short)mask));
+            __m256i under = _mm256_min_epu16(_mm256_subs_epu16(_mm256_set1_epi16((short)top), exponents), _mm256_set1_epi16(15));
+            __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(under), _mm256_extracti128_si256(under, 1));
+            _mm_storeu_si128((__m128i *)(chunk->classes + 16 * quarter), bytes);
+        }
+    } else {
+        classify(chunk, block, n, width, shift, mask, top);
+    }
+    __m256i low = _mm256_loadu_si256((const __m256i *)chunk->classes), high = _mm256_loadu_si256((const __m256i *)(chunk->classes + 32));
+    for (int c = 0; c < CLASSES; c++) {
+        __m256i own = _mm256_set1_epi8((char)c);
+        uint32_t first = (uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(low, own));
+        chunk->masks[c] = (uint64_t)(uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(high, own)) << 32 | first;
+        chunk->counts[c] = (uint8_t)_mm_popcnt_u64(chunk->masks[c]);
+    }
+}
+#endif
+
+static Sorter sorter(int level) {
+#if defined(__x86_64__)
+    level = best(level);
+    if (level == 0) return sort_512;
+    if (level == 1) return sort_256;
+#else
+    (void)level;
+#endif
+    return sort_any;
+}
+
+INLINE uint64_t below(int bit) { return ((uint64_t)1 << bit) - 1; }
 
 // The Rice parameter for `count` values of this sum, if they are geometric. In integers: every machine chooses alike.
 static int rice_k(uint64_t sum, uint64_t count, int most) {
@@ -404,9 +490,8 @@ INLINE void put_value(Writer *to, uint64_t old, uint64_t new, int j, int width, 
 
 INLINE int64_t exponent_encode_of(const uint8_t *block, uint64_t length, int shift, int bits, const int64_t *positions, const uint8_t *new, uint64_t n,
                                   int64_t first, uint32_t *queue, uint8_t *head, uint8_t *gaps, uint64_t gaps_room, uint8_t *values,
-                                  uint64_t values_room, uint64_t *sizes, int width, int is_float) {
+                                  uint64_t values_room, uint64_t *sizes, Sorter sort, int width, int is_float) {
     uint32_t histogram[2][EXPONENTS] = {{0}};
-    uint8_t classes[EXPONENTS];
     Shape s = {{0}, {0}, {0}, {0}, {0}, {0}};
     uint64_t mask = ((uint64_t)1 << bits) - 1, above = 0;
     int top = (int)mask;
@@ -415,8 +500,7 @@ INLINE int64_t exponent_encode_of(const uint8_t *block, uint64_t length, int shi
         above += histogram[0][top] + histogram[1][top];
         if (above > length >> 12) break;
     }
-    fill_classes(classes, top);
-    for (int e = 0; e <= (int)mask; e++) s.members[classes[e]] += histogram[0][e] + histogram[1][e];
+    for (int e = 0; e <= (int)mask; e++) s.members[class_of(e, top)] += histogram[0][e] + histogram[1][e];
     int64_t last = first - 1;
     for (uint64_t i = 0; i < n; i++) {
         unsigned down;
@@ -425,7 +509,7 @@ INLINE int64_t exponent_encode_of(const uint8_t *block, uint64_t length, int shi
         uint64_t old = load(block, (uint64_t)(last - first), width);
         uint64_t magnitude = step_of(old, load(new, i, width), width, is_float, &down);
         if (!magnitude) return BAD_VALUES;
-        int c = classes[old >> shift & mask];
+        int c = class_of((int)(old >> shift & mask), top);
         s.changed[c]++;
         s.steps[c] += magnitude - 1 < 1 << 20 ? magnitude - 1 : 1 << 20;
     }
@@ -443,21 +527,31 @@ INLINE int64_t exponent_encode_of(const uint8_t *block, uint64_t length, int shi
         slot[c] = (uint64_t)c;
     }
     Writer out = {values, values + values_room, 0, 0, 0};
-    uint64_t next = n ? (uint64_t)(positions[0] - first) : length, done = 0;
-    for (uint64_t i = 0; i < length; i++) {
-        uint64_t old = load(block, i, width);
-        int c = classes[old >> shift & mask], changed = i == next;
-        if (changed) {
-            put_value(&out, old, load(new, done, width), s.j[c], width, is_float);
-            done++;
-            next = done < n ? (uint64_t)(positions[done] - first) : length;
+    uint64_t done = 0;
+    for (uint64_t start = 0; start < length; start += 64) {
+        Chunk chunk;
+        uint64_t changed = 0;
+        sort(&chunk, block + start * width, length - start < 64 ? (int)(length - start) : 64, width, shift, (int)mask, top);
+        for (; done < n && (uint64_t)(positions[done] - first) < start + 64; done++) {
+            uint64_t i = (uint64_t)(positions[done] - first);
+            changed |= 1ull << (i - start);
+            put_value(&out, load(block, i, width), load(new, done, width), s.j[chunk.classes[i - start]], width, is_float);
         }
-        if (changed == s.inverted[c]) {
-            run[c]++;
-        } else {
-            queue[slot[c]] = (uint32_t)(run[c] | (uint64_t)c << 24);
-            slot[c] = queued++;
-            run[c] = 0;
+        for (int c = 0; c < CLASSES; c++) {
+            uint64_t members = chunk.masks[c], ends = members & (s.inverted[c] ? ~changed : changed);
+            if (!ends) {
+                run[c] += chunk.counts[c];
+                continue;
+            }
+            for (; ends; ends &= ends - 1) {
+                int bit = __builtin_ctzll(ends);
+                run[c] += (uint64_t)__builtin_popcountll(members & below(bit));
+                members &= ~below(bit) & ~(1ull << bit);
+                queue[slot[c]] = (uint32_t)(run[c] | (uint64_t)c << 24);
+                slot[c] = queued++;
+                run[c] = 0;
+            }
+            run[c] = (uint64_t)__builtin_popcountll(members);
         }
     }
     for (int c = 0; c < CLASSES; c++) queue[slot[c]] = (uint32_t)(run[c] | (uint64_t)c << 24);
@@ -472,10 +566,11 @@ INLINE int64_t exponent_encode_of(const uint8_t *block, uint64_t length, int shi
 // block: all old bits; (shift, bits) of the exponent, (0, 0) for integers; queue [n + 16]; head [26]. length < 2^24.
 API int64_t slime_exponent_encode(int width, const uint8_t *block, uint64_t length, int shift, int bits, const int64_t *positions, const uint8_t *new,
                                   uint64_t n, int64_t first, uint32_t *queue, uint8_t *head, uint8_t *gaps, uint64_t gaps_room, uint8_t *values,
-                                  uint64_t values_room, uint64_t *sizes) {
+                                  uint64_t values_room, uint64_t *sizes, int level) {
     if (length >> 24 || bits > 11) return BAD_ARGUMENT;
+    Sorter sort = sorter(level);
 #define ENCODE(is_float) \
-    exponent_encode_of(block, length, shift, bits, positions, new, n, first, queue, head, gaps, gaps_room, values, values_room, sizes, W, is_float)
+    exponent_encode_of(block, length, shift, bits, positions, new, n, first, queue, head, gaps, gaps_room, values, values_room, sizes, sort, W, is_float)
     if (bits) {
         BY_WIDTH(width, return ENCODE(1));
     }
@@ -483,45 +578,61 @@ API int64_t slime_exponent_encode(int width, const uint8_t *block, uint64_t leng
 #undef ENCODE
 }
 
-INLINE int64_t exponent_decode_of(const uint8_t *block, uint64_t length, int shift, uint64_t mask, const Shape *s, const uint8_t *classes, Reader *gaps,
-                                  Reader *values, uint64_t n, int64_t first, int64_t *positions, uint8_t *olds, uint8_t *news, int width,
+INLINE int64_t take_value(Reader *from, uint64_t old, int j, uint64_t *new, int width, int is_float) {
+    unsigned down = (unsigned)take(from, 1);
+    uint64_t zeros = j == UNITS ? 0 : take_zeros(from, FAR);
+    if (zeros < FAR) {
+        uint64_t rest = j == UNITS ? 0 : zeros << j | take(from, j);
+        *new = stepped(old, rest + 1, down, width, is_float);
+        return 0;
+    }
+    if (zeros > FAR) return BAD_VALUES;
+    *new = take(from, width < 4 ? 8 * width : 32);
+    if (width == 8) *new |= take(from, 32) << 32;
+    return 0;
+}
+
+// The next gap of a class, at most length + 2^k.
+INLINE int64_t take_gap(Reader *from, int k, uint64_t length, uint32_t *gap) {
+    uint64_t zeros = take_zeros(from, length >> k);
+    *gap = (uint32_t)(zeros << k | take(from, k));
+    return zeros > length >> k ? BAD_STREAM : 0;
+}
+
+INLINE int64_t exponent_decode_of(const uint8_t *block, uint64_t length, int shift, int mask, int top, const Shape *s, Reader *gaps, Reader *values,
+                                  uint64_t n, int64_t first, int64_t *positions, uint8_t *olds, uint8_t *news, Sorter sort, int width,
                                   int is_float) {
     uint32_t left[CLASSES];
     uint64_t found = 0;
-#define TAKE_GAP(c) \
-    { \
-        uint64_t zeros = take_zeros(gaps, length >> s->k[c]); \
-        if (zeros > length >> s->k[c]) return BAD_STREAM; \
-        left[c] = (uint32_t)(zeros << s->k[c] | take(gaps, s->k[c])); \
-    }
-    for (int c = 0; c < CLASSES; c++) TAKE_GAP(c);
-    for (uint64_t i = 0; i < length; i++) {
-        uint64_t old = load(block, i, width), new;
-        int c = classes[old >> shift & mask];
-        if (__builtin_expect(left[c] != 0, 1)) {
-            left[c]--;
-            if (!s->inverted[c]) continue;
-        } else {
-            TAKE_GAP(c);
-            if (s->inverted[c]) continue;
+    for (int c = 0; c < CLASSES; c++)
+        if (take_gap(gaps, s->k[c], length, left + c)) return BAD_STREAM;
+    for (uint64_t start = 0; start < length; start += 64) {
+        Chunk chunk;
+        uint64_t changed = 0;
+        sort(&chunk, block + start * width, length - start < 64 ? (int)(length - start) : 64, width, shift, mask, top);
+        for (int c = 0; c < CLASSES; c++) {
+            uint64_t members = chunk.masks[c], ends = 0;
+            uint32_t count = chunk.counts[c];
+            while (left[c] < count) {
+                for (uint32_t i = 0; i < left[c]; i++) members &= members - 1;
+                ends |= members & (0 - members);
+                members &= members - 1;
+                count -= left[c] + 1;
+                if (take_gap(gaps, s->k[c], length, left + c)) return BAD_STREAM;
+            }
+            left[c] -= count;
+            changed |= s->inverted[c] ? chunk.masks[c] & ~ends : ends;
         }
-        if (found == n) return BAD_POSITIONS;
-        unsigned down = (unsigned)take(values, 1);
-        uint64_t zeros = s->j[c] == UNITS ? 0 : take_zeros(values, FAR);
-        if (zeros < FAR) {
-            uint64_t rest = s->j[c] == UNITS ? 0 : zeros << s->j[c] | take(values, s->j[c]);
-            new = stepped(old, rest + 1, down, width, is_float);
-        } else if (zeros == FAR) {
-            new = take(values, width < 4 ? 8 * width : 32);
-            if (width == 8) new |= take(values, 32) << 32;
-        } else {
-            return BAD_VALUES;
+        for (; changed; changed &= changed - 1) {
+            int i = __builtin_ctzll(changed);
+            uint64_t old = load(block, start + (uint64_t)i, width), new;
+            if (found == n) return BAD_POSITIONS;
+            if (take_value(values, old, s->j[chunk.classes[i]], &new, width, is_float)) return BAD_VALUES;
+            positions[found] = first + (int64_t)start + i;
+            store(olds, found, old, width);
+            store(news, found++, new, width);
         }
-        positions[found] = first + (int64_t)i;
-        store(olds, found, old, width);
-        store(news, found++, new, width);
     }
-#undef TAKE_GAP
     if (found != n) return BAD_POSITIONS;
     return read_out(gaps) && read_out(values) ? 0 : BAD_STREAM;
 }
@@ -529,22 +640,22 @@ INLINE int64_t exponent_decode_of(const uint8_t *block, uint64_t length, int shi
 // Fills positions, olds and news [n].
 API int64_t slime_exponent_decode(int width, const uint8_t *block, uint64_t length, int shift, int bits, const uint8_t *head, const uint8_t *gaps,
                                   uint64_t gaps_size, const uint8_t *values, uint64_t values_size, uint64_t n, int64_t first, int64_t *positions,
-                                  uint8_t *olds, uint8_t *news) {
-    uint8_t classes[EXPONENTS];
+                                  uint8_t *olds, uint8_t *news, int level) {
     Shape s;
     Reader g = {gaps, gaps + gaps_size, 0, 0, 0}, v = {values, values + values_size, 0, 0, 0};
-    int top = head[0] | head[1] << 8;
+    Sorter sort = sorter(level);
+    int top = head[0] | head[1] << 8, mask = (1 << bits) - 1;
     if (length >> 24 || bits > 11) return BAD_ARGUMENT;
-    if (top >> bits) return BAD_STREAM;
+    if (top > mask) return BAD_STREAM;
     shape_of(&s, head);
     for (int c = 0; c < CLASSES; c++)
         if (s.k[c] > MOST_K || head[2 + c] & 0x60) return BAD_STREAM;
-    fill_classes(classes, top);
-    uint64_t mask = ((uint64_t)1 << bits) - 1;
+#define DECODE(is_float) exponent_decode_of(block, length, shift, mask, top, &s, &g, &v, n, first, positions, olds, news, sort, W, is_float)
     if (bits) {
-        BY_WIDTH(width, return exponent_decode_of(block, length, shift, mask, &s, classes, &g, &v, n, first, positions, olds, news, W, 1));
+        BY_WIDTH(width, return DECODE(1));
     }
-    BY_WIDTH(width, return exponent_decode_of(block, length, shift, mask, &s, classes, &g, &v, n, first, positions, olds, news, W, 0));
+    BY_WIDTH(width, return DECODE(0));
+#undef DECODE
 }
 
 // ---- byte planes: all lowest bytes, then all second ones ... ----

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-VERSION = 1  # of native.c
+VERSION = 2  # of native.c: what its functions take and mean
 HEAD_BYTES = 26  # of an exponent-coded block
 CLASSES = 16
 WHY = {-1: "positions", -2: "values", -3: "a bit stream", -4: "room", -5: "arguments"}  # what a loop found wrong
@@ -111,7 +111,7 @@ def steps_decode(
 
 
 def exponent_encode(
-    exponent: tuple[int, int], block: np.ndarray, positions: np.ndarray, new: np.ndarray, first: int
+    exponent: tuple[int, int], block: np.ndarray, positions: np.ndarray, new: np.ndarray, first: int, level: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Streams (head and gaps, values) of a block's changes, by the exponents of all its old bits; see native.c. Raises NativeError."""
     n, width = len(positions), block.itemsize
@@ -121,7 +121,7 @@ def exponent_encode(
     queue, sizes = np.empty(n + CLASSES, np.uint32), np.zeros(2, np.uint64)
     rooms = (at(gaps), at(gaps[HEAD_BYTES:]), u64(len(gaps) - HEAD_BYTES), at(values), u64(len(values)), at(sizes))
     edges = (at(positions), at(new), u64(n), ctypes.c_int64(first))
-    check(library().slime_exponent_encode(width, at(block), u64(len(block)), *exponent, *edges, at(queue), *rooms))
+    check(library().slime_exponent_encode(width, at(block), u64(len(block)), *exponent, *edges, at(queue), *rooms, level))
     return gaps[: HEAD_BYTES + int(sizes[0])], values[: int(sizes[1])]
 
 
@@ -133,6 +133,7 @@ def exponent_decode(
     positions: np.ndarray,
     old: np.ndarray,
     new: np.ndarray,
+    level: int = 0,
 ) -> None:
     """Fill positions, old and new [n] from streams (uint8) and the old bits of the block. Raises NativeError as `steps_decode`."""
     gaps, values = streams
@@ -142,7 +143,7 @@ def exponent_decode(
     codes = gaps[HEAD_BYTES:]
     coded = (at(gaps), at(codes), u64(len(codes)), at(values), u64(len(values)), u64(len(positions)), ctypes.c_int64(first))
     out = (at(positions), at(old), at(new))
-    check(library().slime_exponent_decode(block.itemsize, at(block), u64(len(block)), *exponent, *coded, *out))
+    check(library().slime_exponent_decode(block.itemsize, at(block), u64(len(block)), *exponent, *coded, *out, level))
 
 
 def split(bits: np.ndarray) -> np.ndarray:

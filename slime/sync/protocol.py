@@ -23,7 +23,7 @@ With sync.mode=full the agents are offered all tensors, and COMMIT is a load thr
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import ray
@@ -34,6 +34,15 @@ from slime.sync.records import ModelSpec
 from slime.types import WeightVersion
 
 Bucket = list[tuple[str, Any]]  # (Hugging Face name, torch.Tensor on the CPU)
+
+
+@dataclass(frozen=True, slots=True)
+class Adoption:
+    """What a host agent has to know of a run."""
+
+    run_id: str
+    key: bytes = field(repr=False)  # that manifests are signed with
+    url: str  # where parts lie that do not come with the manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +83,7 @@ class Publisher(Protocol):
 class Receivers(Protocol):
     """All engines, through their host agents."""
 
-    def adopt(self, spec: ModelSpec, run_id: str, key: bytes, timeout_s: float) -> None:
+    def adopt(self, spec: ModelSpec, run: Adoption, timeout_s: float) -> None:
         """Learn where the weights live in every engine, and prove that they are the model directory's. Raises what any of them raised."""
         ...
 
@@ -82,8 +91,8 @@ class Receivers(Protocol):
         """Names of the engines that are live."""
         ...
 
-    def offer(self, manifest: str, parts: "Sequence[ray.ObjectRef] | None", timeout_s: float) -> None:
-        """A delta, signed; its parts lie in the store where there are none. Raises what any agent raised; no engine has seen it then."""
+    def offer(self, manifest: str, parts: "Sequence[ray.ObjectRef]", timeout_s: float) -> None:
+        """A delta, signed; its parts lie at Adoption.url where none are given. Raises what any agent raised; no engine has seen it then."""
         ...
 
     def offer_bucket(self, bucket: "ray.ObjectRef", timeout_s: float) -> int:
@@ -100,6 +109,10 @@ class Receivers(Protocol):
 
     def advance(self, label: str, timeout_s: float) -> None:
         """Host copies become the version."""
+        ...
+
+    def write_anchor(self, manifest: str) -> None:
+        """Begin to write the version that the host copies hold whole to Adoption.url; it ends before the next `advance`."""
         ...
 
     def relabel(self, label: str, timeout_s: float) -> None:

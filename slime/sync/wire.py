@@ -48,9 +48,9 @@ def encode_part(
 ) -> bytes:
     """The changes of these tensors, ascending by tensor; tensors without changes may be absent. The bytes depend on the arguments alone.
 
-    codec: "steps"; "exponent", which needs old_of(tensor), all old bits (1-D) of a tensor that has changes; "dense", for weights of which
-    whoever decodes has no old ones: all elements of a block that has any must be listed. Raises ValueError for changes that are not of these
-    tensors."""
+    codec: "steps"; "exponent", which needs old_of(tensor), all old bits (1-D) of a tensor that has changes; "dense", for weights of
+    which whoever decodes has no old ones: all elements of a block that has any must be listed. Raises ValueError for changes that are not
+    of these tensors."""
     if codec not in CODECS:
         raise ValueError(f"codec {codec!r} is none of {', '.join(CODECS)}")
     if codec == "exponent" and old_of is None:
@@ -90,7 +90,9 @@ def _encode_tensor(model: ModelSpec, change: Changes, codec: str, old: np.ndarra
         length = min(BLOCK, spec.size - first)
         entries = Entries(first, length, *(np.ascontiguousarray(x[those]) for x in (change.positions, change.old, change.new)))
         try:
-            coded = encode_block(spec.type, entries, codec, None if old is None else np.ascontiguousarray(old[first : first + length]), packer)
+            coded = encode_block(
+                spec.type, entries, codec, None if old is None else np.ascontiguousarray(old[first : first + length]), packer
+            )
         except ValueError as error:
             raise ValueError(f"changes of block {block} of {spec.name}: {error}") from error
         if coded is not None:
@@ -107,8 +109,8 @@ def decode_part(model: ModelSpec, tensors: range, payload: bytes | memoryview, o
     old bits (1-D), which are only read. A tensor is yielded when all of it was checked; the table is checked before the first.
     Raises WireError, naming tensor and block, for bytes that are no part of these tensors."""
     view = memoryview(payload).cast("B")
-    rows, at = _table(model, tensors, view)
     packer = Packer()
+    rows, at = _table(model, tensors, view, packer)
     numbers, starts = np.unique(rows["tensor"], return_index=True)
     edges = [*starts.tolist(), len(rows)]
     for tensor, start, end in zip(numbers.tolist(), edges[:-1], edges[1:], strict=True):
@@ -142,13 +144,13 @@ def _decode_tensor(model: ModelSpec, tensor: int, rows: np.ndarray, view: memory
 
 def describe_part(model: ModelSpec, tensors: range, payload: bytes | memoryview) -> list[PartBlock]:
     """What a part says of each block. Raises WireError as `decode_part`, but looks into no stream."""
-    rows, _ = _table(model, tensors, memoryview(payload).cast("B"))
+    rows, _ = _table(model, tensors, memoryview(payload).cast("B"), Packer())
     sizes = rows["sizes"].sum(axis=1, dtype=np.uint64).tolist()
     named = zip(rows["tensor"].tolist(), rows["block"].tolist(), rows["method"].tolist(), rows["changed"].tolist(), sizes, strict=True)
     return [PartBlock(model.tensors[t].name, block, METHODS[method], changed, size) for t, block, method, changed, size in named]
 
 
-def _table(model: ModelSpec, tensors: range, view: memoryview) -> tuple[np.ndarray, int]:
+def _table(model: ModelSpec, tensors: range, view: memoryview, packer: Packer) -> tuple[np.ndarray, int]:
     """The rows of a part (ROW), checked, and where its streams begin."""
     if len(view) < HEAD.size:
         raise WireError(f"a part of {len(view)} bytes: shorter than its head")
@@ -166,7 +168,7 @@ def _table(model: ModelSpec, tensors: range, view: memoryview) -> tuple[np.ndarr
         raise WireError(f"a table of {count} rows in {packed} bytes: there are {most} blocks, and {len(view)} bytes in all")
     begin = HEAD.size + packed
     try:
-        planes = Packer().unpack(view[HEAD.size : begin], count * ROW.itemsize)
+        planes = packer.unpack(view[HEAD.size : begin], count * ROW.itemsize)
     except NativeError as error:
         raise WireError(f"the table of a part: {error}") from error
     rows = np.ascontiguousarray(planes.reshape(ROW.itemsize, count).T).reshape(-1).view(ROW)

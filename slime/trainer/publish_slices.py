@@ -77,7 +77,8 @@ class Piece:
     def changes(self, at: np.ndarray, old: np.ndarray, new: np.ndarray) -> Iterator[Changes]:
         """By tensor, with positions in it, the elements at these ascending positions; each tensor's in the order of the shard."""
         counts, runs = self.count(at), self.runs
-        where = at + np.repeat(runs.source - runs.target + self.start, counts)
+        shifts = runs.source - runs.target + self.start
+        where = at + (np.repeat(shifts, counts) if (shifts != shifts[0]).any() else shifts[0])
         if len(self.tensors) == 1:
             if len(at):
                 yield Changes(self.tensors[0], where, old, new)

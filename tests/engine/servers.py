@@ -16,7 +16,6 @@ from slime.engine.endpoint import Endpoint
 from slime.engine.live import LiveEngine
 from slime.engine.ports import free_ports
 from slime.engine.server import Server, ServerSpec
-from slime.sync import buckets
 
 HOST = "127.0.0.1"
 LOADED = "run/loaded"
@@ -90,14 +89,13 @@ def with_engine(server: Server, do: "Any") -> Any:
 
 
 def update(server: Server, tensors: list[tuple[str, Any]], label: str) -> None:
-    """A whole weight update."""
+    """All tensors, through SGLang's own update, in two buckets; a session that was left open is closed first."""
 
     async def do(engine: LiveEngine, session: aiohttp.ClientSession) -> None:
-        await engine.begin()
+        await engine.pause("drain", 60)
         half = len(tensors) // 2
-        await engine.load(buckets.serialise(tensors[:half]), None, 60)
-        await engine.load(buckets.serialise(tensors[half:]), label, 60)
-        await engine.commit(label)
+        await engine.load_whole([tensors[:half], tensors[half:]], label, True, 60)
+        await engine.resume()
 
     with_engine(server, do)
 

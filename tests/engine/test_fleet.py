@@ -20,12 +20,14 @@ from slime.engine.errors import EngineError, EngineLost, StaleWeights
 from slime.engine.fleet import EngineFleet
 from slime.engine.server import Server
 from slime.sync.channel import Channel
+from slime.sync.records import ModelSpec, TensorSpec
 from slime.types import WeightVersion
 from tests.engine import servers
 from tests.engine.test_server import distance, tensors
 from tests.tiny import make_tiny
 
 pytestmark = pytest.mark.e2e
+FULL = SyncConfig(mode="full")
 PROMPT = list(range(5, 25))
 SAMPLING = servers.Endless(max_new_tokens=10)
 
@@ -47,6 +49,9 @@ class Weights:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def spec(self) -> ModelSpec:
+        return ModelSpec(tuple(TensorSpec(name, tuple(t.shape), "float32") for name, t in tensors(self.path)))
 
     def weights(self, version: WeightVersion, bucket_bytes: int) -> Iterator[Any]:
         found = tensors(self.path)
@@ -73,14 +78,15 @@ def test_two_ranks_take_published_weights_and_their_end_is_noticed_and_mended(
     fleet = EngineFleet.start(cfg, placement, tmp_path, "run")
     try:
         publisher = Weights(models[0])
-        channel = Channel(SyncConfig(), publisher, fleet, WeightVersion(0, 0, "run"))
+        channel = Channel(FULL, publisher, fleet, WeightVersion(0, 0, "run"))
+        channel.open()
         with pytest.raises(StaleWeights, match="engine 0 holds weights run/loaded; expected run/0/0"):
             ask(fleet, "run/0/0")
         channel.publish(0)
         assert distance(models[0], ask(fleet, "run/0/0"), PROMPT) < 1e-5
         publisher.path = models[1]
         metrics = channel.publish(1)
-        assert metrics["sync/wire_bytes"] > 2 * models[1].joinpath("model.safetensors").stat().st_size, "one payload a rank"
+        assert metrics["sync/wire_bytes"] == sum(tensor.nbytes for _, tensor in tensors(models[1]))
         answer = ask(fleet, "run/0/1")
         assert distance(models[1], answer, PROMPT) < 1e-5 and answer.versions[0].version == "run/0/1"
         fleet.check()
@@ -115,7 +121,9 @@ def test_servers_of_the_user_are_used_and_left_alone(
     cfg = servers.recipe(models[0], external_urls=[server.spec.endpoint.url + "/"], external_key_env="ENGINE_KEY")
     fleet = EngineFleet.start(cfg, None, tmp_path, "run")
     assert fleet.endpoints()[0].sglang == "0.5.23"
-    Channel(SyncConfig(), Weights(models[1]), fleet, WeightVersion(3, 0, "run")).publish(9)
+    channel = Channel(FULL, Weights(models[1]), fleet, WeightVersion(3, 0, "run"))
+    channel.open()
+    channel.publish(9)
     assert distance(models[1], ask(fleet, "run/3/9"), PROMPT) < 1e-5
     Channel(SyncConfig(), None, fleet, WeightVersion(4, 0, "run")).publish(0)
     assert distance(models[1], ask(fleet, "run/4/0"), PROMPT) < 1e-5

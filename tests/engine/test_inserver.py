@@ -377,7 +377,7 @@ def test_garbage_leaves_the_server_alive_and_the_weights_as_they_were(fresh: Eng
             {"op": "stage"},
             {"op": ["x"]},
         ):
-            assert not (await patient._ask({"op": ""} | message, 10))["ok"]
+            assert not (await patient._exchange(message))["ok"]
         with pytest.raises(RankError, match=r"rank 9 at .* was lost"):
             await RankClient(f"{fresh.socket}.9", "rank 9").describe()
         assert not (await patient.result("never")).ok

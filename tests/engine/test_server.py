@@ -14,7 +14,6 @@ import aiohttp
 import pytest
 import torch
 
-from slime.engine.agent import EngineActor
 from slime.engine.client import EngineClient, Generation, Sampling
 from slime.engine.control import Control
 from slime.engine.endpoint import Endpoint
@@ -88,30 +87,16 @@ def test_wrong_labels_are_refused_and_fenced(server: Server, models: tuple[Path,
     with pytest.raises(StaleWeights, match="engine 0 holds weights run/0/0; expected run/0/7"):
         servers.ask(server, [(PROMPTS[0], Sampling(max_new_tokens=1))], "run/0/7")
 
-    async def half_an_update(engine: LiveEngine, session: aiohttp.ClientSession) -> None:
-        await engine.begin()
-        await engine.load(buckets.serialise(tensors(models[1])[:2]), None, 60)
-        with pytest.raises(StaleWeights, match="holds weights run/0/0, expected run/0/1: it is paused"):
-            await engine.commit("run/0/1")
-        assert engine.fenced
-        client = EngineClient([server.spec.endpoint], vocab_size=servers.VOCAB, timeout_s=2, max_in_flight=1)
-        await client.expect("run/0/0")
-        with pytest.raises(TimeoutError, match=r"engine 0 gave no answer after 2 s \(rollout.request_timeout_s\)"):
-            await client.generate(PROMPTS[0], Sampling(max_new_tokens=1))
-        await client.close()
-
-    servers.with_engine(server, half_an_update)
-    servers.update(server, tensors(models[0]), "run/0/2")
-    assert distance(models[0], servers.ask(server, [(PROMPTS[0], Sampling(max_new_tokens=8))], "run/0/2")[0], PROMPTS[0]) < 1e-5
-
 
 def test_a_session_that_a_dead_driver_left_open_is_closed_first(server: Server, models: tuple[Path, Path]) -> None:
     """An engine of the user's outlives its driver, which died amid an update; another driver's first publication mends it."""
     servers.update(server, tensors(models[0]), "run/0/0")
 
     async def dies_amid_an_update(engine: LiveEngine, session: aiohttp.ClientSession) -> None:
-        await engine.begin()
-        await engine.load(buckets.serialise(tensors(models[1])[:4]), None, 60)
+        await engine._control.pause("retract")
+        await engine._control.begin()
+        payload = buckets.serialise(tensors(models[1])[:4])
+        await engine._control.update([payload], None, flush=False, timeout_s=60)
 
     async def stock_sglang_refuses(engine: LiveEngine, session: aiohttp.ClientSession) -> None:
         with pytest.raises(EngineError, match=r"refused /begin_weight_update: 400 .*a weight-update session is already open"):
@@ -124,7 +109,7 @@ def test_a_session_that_a_dead_driver_left_open_is_closed_first(server: Server, 
     assert distance(models[0], answer, PROMPTS[1]) < 1e-5
 
 
-def test_a_session_that_cannot_be_opened_is_refused_as_it_was(server: Server) -> None:
+def test_a_session_that_cannot_be_opened_is_refused_as_it_was(server: Server, models: tuple[Path, Path]) -> None:
     """Nothing is hidden where no session was open."""
 
     class Refusing(Control):
@@ -132,11 +117,9 @@ def test_a_session_that_cannot_be_opened_is_refused_as_it_was(server: Server) ->
             raise EngineError("engine 0 refused /begin_weight_update: not today")
 
     async def begin(engine: LiveEngine, session: aiohttp.ClientSession) -> None:
-        control, engine._control = engine._control, Refusing(server.spec.endpoint, session)
+        engine._control = Refusing(server.spec.endpoint, session)
         with pytest.raises(EngineError, match="not today"):
-            await engine.begin()
-        assert engine.fenced
-        await control.resume()
+            await engine.load_whole([tensors(models[0])], "run/0/0", True, 60)
 
     servers.with_engine(server, begin)
 
@@ -155,31 +138,9 @@ def test_weights_that_give_no_number_are_an_error(server: Server, models: tuple[
 def test_what_a_server_refuses_to_load_is_an_error(server: Server, models: tuple[Path, Path]) -> None:
     async def wrong_order(engine: LiveEngine, session: aiohttp.ClientSession) -> None:
         with pytest.raises(EngineError, match=r"engine 0 refused /update_weights_from_tensor: 400.*begin_weight_update"):
-            await engine.load(buckets.serialise(tensors(models[0])[:1]), None, 60)
-        assert engine.fenced
+            await engine._control.update([buckets.serialise(tensors(models[0])[:1])], None, flush=False, timeout_s=60)
 
     servers.with_engine(server, wrong_order)
-
-
-def test_a_new_server_catches_up_with_the_committed_weights(server: Server, models: tuple[Path, Path]) -> None:
-    """What a host agent does after it has started an ended server again."""
-    cfg = servers.recipe(models[0])
-    sampling = Sampling(max_new_tokens=8, seed=1)
-
-    async def catch_up(engine: LiveEngine, session: aiohttp.ClientSession) -> None:
-        agent = EngineActor(cfg, "", "run", server.spec.endpoint.key)
-        agent._engines = [engine]
-        found = tensors(models[1])
-        await agent.begin()
-        for bucket, label in ((found[:3], None), (found[3:9], None), (found[9:], "run/0/4")):
-            assert await agent.load(bucket, label, 60) > 0
-        await agent.commit("run/0/4")
-        await asyncio.to_thread(servers.update, server, tensors(models[0]), servers.LOADED)
-        await agent._catch_up(engine, 60)
-
-    servers.with_engine(server, catch_up)
-    [answer] = servers.ask(server, [(PROMPTS[1], sampling)], "run/0/4")
-    assert distance(models[1], answer, PROMPTS[1]) < 1e-5
 
 
 def test_requests_without_the_key_are_refused(server: Server) -> None:

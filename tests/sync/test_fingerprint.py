@@ -108,6 +108,11 @@ def flip_two_signs(bits: np.ndarray) -> None:
     bits[[100, 3333]] ^= 0x8000
 
 
+def flip_signs_at_the_corners_of_a_rectangle(bits: np.ndarray) -> None:
+    """The factors are U1 V1 + U1 V2 + U2 V1 + U2 V2 = (U1 + U2) (V1 + V2), up to the signs: the fewest bits that any change leaves."""
+    bits[[5, 700, 1024 + 5, 1024 + 700]] ^= 0x8000
+
+
 def flip_all_signs(bits: np.ndarray) -> None:
     bits ^= 0x8000
 
@@ -121,7 +126,18 @@ def shift_by_one(bits: np.ndarray) -> None:
     bits[:] = np.roll(bits, 1)
 
 
-@pytest.mark.parametrize("change", [swap_rows, swap_neighbours, flip_two_signs, flip_all_signs, one_up_one_down, shift_by_one])
+@pytest.mark.parametrize(
+    "change",
+    [
+        swap_rows,
+        swap_neighbours,
+        flip_two_signs,
+        flip_signs_at_the_corners_of_a_rectangle,
+        flip_all_signs,
+        one_up_one_down,
+        shift_by_one,
+    ],
+)
 def test_changes_with_a_structure_show(change) -> None:
     """Under a hundred runs' keys: none hides, and the differences are not related."""
     found = set()

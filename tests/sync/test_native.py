@@ -76,6 +76,19 @@ def test_steps_are_units_in_the_last_place() -> None:
     assert signs.tolist() == [2] and flags.tolist() == [3] and large.tolist() == [255, 254] and raw.tolist() == [257]
 
 
+@pytest.mark.parametrize("exponent", [(7, 8), (10, 5), (0, 0)])
+def test_every_processor_codes_alike(exponent: tuple[int, int]) -> None:
+    block = (np.random.default_rng(0).standard_normal(10_007, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    positions = np.flatnonzero(np.random.default_rng(1).random(len(block)) < 0.1)
+    new = block[positions] + np.uint16(1)
+    coded = [native.exponent_encode(exponent, block, positions + 9, new, 9, level) for level in (0, 1, 2)]
+    assert all(np.array_equal(coded[0][i], of[i]) for of in coded[1:] for i in (0, 1))
+    for level in (0, 1, 2):
+        found = (np.zeros(len(new), np.int64), np.zeros_like(new), np.zeros_like(new))
+        native.exponent_decode(exponent, coded[0], block, 9, *found, level)
+        assert np.array_equal(found[0], positions + 9) and np.array_equal(found[1], block[positions]) and np.array_equal(found[2], new)
+
+
 @pytest.mark.parametrize(
     ("positions", "why"), [([3, 3], "positions"), ([4, 3], "positions"), ([2, 3], "positions"), ([4, 13], "positions"), ([4, 5], "values")]
 )

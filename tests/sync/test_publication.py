@@ -134,19 +134,22 @@ class World:
             self.take(self.publication.failed(action, why))
 
 
-def play(count: int, heal: bool, choose: Chooser, fates: tuple[Fate, ...]) -> World:
-    """One publication to its end; every choice is `choose`'s."""
+def play(count: int, heal: bool, choose: Chooser, fates: tuple[Fate, ...], interrupts: bool = False) -> World:
+    """One publication to its end; every choice is `choose`'s. With `interrupts` it may be told to give up at any moment."""
     names = [f"e{i}" for i in range(count)]
     engines = {name: Engine(Receiver(name, "run", SIGNATURE)) for name in names}
     for engine in engines.values():
         engine.receiver.adopted(Held.target(OLD))
     world = World(Publication(names, heal), engines)
     world.take(world.publication.begin())
-    for _ in range(40 * count):
+    for _ in range(80 * count):
         if world.publication.ended:
             break
         if world.publication.phase is Phase.PREPARED:
             world.take(world.publication.abort("the run stops") if choose(4) == 3 else world.publication.commit())
+            continue
+        if interrupts and choose(10) == 9:
+            world.take(world.publication.abort("the run stops"))
             continue
         assert world.due, f"it waits for nothing: {world.publication.phase}"
         action = world.due.pop(choose(len(world.due)))
@@ -213,7 +216,7 @@ def test_every_sequence_of_two_engines(heal: bool) -> None:
 @settings(max_examples=400, deadline=None)
 @given(st.integers(1, 5), st.booleans(), st.data())
 def test_any_sequence(count: int, heal: bool, data: st.DataObject) -> None:
-    play(count, heal, lambda n: data.draw(st.integers(0, n - 1)), (Fate.WELL, Fate.WELL, Fate.WELL, *Fate))
+    play(count, heal, lambda n: data.draw(st.integers(0, n - 1)), (Fate.WELL, Fate.WELL, Fate.WELL, *Fate), interrupts=True)
 
 
 # --- what is decided, case by case ------------------------------------------------------------------------------------
@@ -330,3 +333,16 @@ def test_answers_that_nobody_waits_for_are_ignored() -> None:
 def test_what_is_proven_is_not_given_up() -> None:
     publication = to(Phase.PROVEN)
     assert publication.abort("the run stops") == [] and publication.phase is Phase.PROVEN
+
+
+def test_giving_up_while_an_engine_is_healed() -> None:
+    """It has no old bits to write back: where that fails it is fenced."""
+    publication = to(Phase.COMMITTING, heal=True, count=2)
+    publication.failed(Action(Do.COMMIT, "e0"), "mlp.up differs")
+    assert publication.abort("the run stops") == []
+    assert said(publication.done(Action(Do.HEAL, "e0"))) == "undo:e0"
+    assert said(publication.done(Action(Do.COMMIT, "e1"))) == "undo:e1"
+    assert said(publication.failed(Action(Do.UNDO, "e0"), "it cannot undo")) == "fence:e0"
+    assert said(publication.done(Action(Do.UNDO, "e1"))) == "resume:e1"
+    publication.done(Action(Do.RESUME, "e1"))
+    assert publication.phase is Phase.ABORTED and publication.live == ["e1"]

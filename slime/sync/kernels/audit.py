@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from slime.sync import kernels
+from slime.sync import fingerprint, kernels
 
 ROW = 1024
 VECTOR_BYTES = 16
@@ -31,7 +31,7 @@ class Plan:
     """How the work is cut on CUDA."""
 
     tile: int = 128  # rows of a program
-    warps: int = 4  # warps of a program, which share the columns of a row
+    warps: int = 4  # that share the columns of a row of 16-bit words: with 4, a thread has 8; rows of bytes take half as many
 
 
 class Audit:
@@ -52,8 +52,6 @@ class Audit:
 
     def __call__(self) -> np.ndarray:
         if not self.on_triton:
-            from slime.sync import fingerprint  # compiled code, which a machine with CUDA does without
-
             return fingerprint.over_runs(self.runs, self.table, self.outs)
         return self.start().cpu().numpy().view(np.uint64)
 
@@ -76,7 +74,7 @@ class Audit:
             wide, narrow = by_alignment(self.runs[self.runs["size"] == size])
             for part, vector in ((wide, VECTOR_BYTES // size), (narrow, 1)):
                 tiles = tiles_of(part, vector, self.plan.tile)
-                constants = {"FIELDS": TILE, "BYTES": size, "VECTOR": vector, "num_warps": self.plan.warps}
+                constants = {"FIELDS": TILE, "BYTES": size, "VECTOR": vector, "num_warps": max(1, self.plan.warps * size // 2)}
                 if len(tiles):
                     self.work.append((upload(tiles, self.device), constants | {"num_stages": 1}))
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from slime.sync import kernels
+from slime.sync import kernels, native
 from slime.sync.kernels.audit import on, upload
 
 TILE = 5  # int64 fields of a tile's record
@@ -44,8 +44,6 @@ class Scatter:
         if self.on_triton:
             self._launch("scatter", self.bits)
         else:
-            from slime.sync import native  # compiled code, which a machine with CUDA does without
-
             native.scatter(self.segments, unsigned(self.index), unsigned(self.bits))
 
     def read(self) -> torch.Tensor:
@@ -54,8 +52,6 @@ class Scatter:
         if self.on_triton:
             self._launch("gather", found)
         else:
-            from slime.sync import native
-
             native.gather(self.segments, unsigned(self.index), unsigned(found))
         return found
 
