@@ -99,6 +99,8 @@ class Run:
     def publish(self, number: int) -> None:
         """Bring every engine to version `number`, proven. Returns at once where they hold it."""
         with self.tracer.span("publish", version=number):
+            if self.fleet is not None:
+                self._take_in(self.fleet)
             self._sync |= self.channel.publish(number)
             self._record_changes()
             self.rollout.expect(WeightVersion(self.version.epoch, number, self.version.run_id))
@@ -153,6 +155,12 @@ class Run:
         """Line 0: the evaluation, if there is one, of the weights that the run starts from."""
         if self.metrics.next_step == 0:
             self._write(0, self._evaluate(0), [], [])
+
+    def _take_in(self, fleet: EngineFleet) -> None:
+        """Engines that have come late: caught up and proven, they take part from here on."""
+        for endpoint in fleet.join():
+            self.rollout.add(endpoint)
+            self.console.note(f"{endpoint.name} at {endpoint.url} joins")
 
     def _record_changes(self) -> None:
         """What the versions that were published changed, tensor by tensor."""

@@ -94,6 +94,9 @@ class World:
     def changes(self) -> list:
         return []
 
+    def join(self) -> list:
+        return []
+
     def check(self) -> None:
         pass
 

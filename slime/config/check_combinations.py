@@ -57,6 +57,8 @@ def _run(cfg: SlimeConfig) -> None:
         )
     if run.only == "rollout" and not cfg.rollout.dump:
         raise ConfigError("run.only=rollout without rollout.dump=true would throw all rollouts away: set rollout.dump=true")
+    if run.only == "rollout" and cfg.rollout.join is not None:
+        raise _inert(f"rollout.join={cfg.rollout.join}", "run.only=rollout, which publishes no weights", "remove it")
     if run.name is not None and not re.fullmatch(r"[\w.+=,@-]+", run.name):
         raise ConfigError(f"run.name={run.name}: names one directory below run.dir; use letters, digits and . _ - + = , @")
 
@@ -73,6 +75,8 @@ def _deterministic(cfg: SlimeConfig) -> None:
             "run.deterministic=true with rollout.external_urls: slime did not start those servers and cannot fix their threads and "
             "batches; unset rollout.external_urls"
         )
+    if cfg.rollout.join is not None:
+        raise ConfigError("run.deterministic=true with rollout.join: when a server joins decides which one answers; unset rollout.join")
 
 
 def _algorithm(cfg: SlimeConfig) -> None:
@@ -92,7 +96,7 @@ def _algorithm(cfg: SlimeConfig) -> None:
 def _rollout(cfg: SlimeConfig) -> None:
     rollout = cfg.rollout
     if rollout.external_key_env is not None:
-        _external_key(rollout.external_key_env, rollout.external_urls)
+        _external_key(rollout.external_key_env, [*rollout.external_urls, *([rollout.join] if rollout.join else [])])
     for url in rollout.external_urls:
         if not re.fullmatch(r"https?://[^/\s:]+(:\d+)?/?", url):
             raise ConfigError(f"rollout.external_urls: {url!r} is not http://host:port")
@@ -118,7 +122,7 @@ def _rollout(cfg: SlimeConfig) -> None:
 def _external_key(name: str, urls: list[str]) -> None:
     knob = f"rollout.external_key_env={name}"
     if not urls:
-        raise _inert(knob, "no rollout.external_urls", "set rollout.external_urls, or remove it")
+        raise _inert(knob, "no rollout.external_urls", "set rollout.external_urls or rollout.join, or remove it")
     if name not in os.environ:
         raise ConfigError(f"{knob}: no environment variable has this name; export it with the servers' key (the knob is its name alone)")
 

@@ -18,7 +18,7 @@ SERVING = tuple(
     for knob in (
         *("engines", "tensor_parallel", "max_in_flight", "engine_python", "sglang", "replay_experts"),
         *("start_timeout_s", "request_timeout_s"),
-        *("external_urls", "external_key_env"),
+        *("external_urls", "external_key_env", "join"),
     )
 )
 GENERATING = tuple(f"rollout.{knob}" for knob in ("mode", "top_p", "stop", "generate", "filter", "select", "oversample", "dump"))

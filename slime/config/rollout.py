@@ -40,8 +40,10 @@ class RolloutConfig:
     """Write every batch and its samples to rollouts/ in the run's directory."""
     external_urls: list[str] = field(default_factory=list)
     """SGLang servers that run already; slime starts none then."""
+    join: str | None = None
+    """A file of URLs, one a line, read before each sync: servers on the driver's host that it lists are caught up, proven and used."""
     external_key_env: str | None = None
-    """Name of the environment variable that holds the API and admin key of rollout.external_urls."""
+    """Name of the environment variable that holds the API and admin key of rollout.external_urls and of those that join."""
     engine_python: str | None = None
     """Interpreter that serves; by default the one that runs slime."""
     replay_experts: bool = True

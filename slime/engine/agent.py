@@ -3,7 +3,7 @@
 import asyncio
 import importlib
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -93,23 +93,34 @@ class EngineActor:
         SGLang that is too old."""
         self._session = open_session()
         for i, url in enumerate(urls):
-            try:
-                info = await Control(Endpoint(url.rstrip("/"), self._key, f"engine {i} (rollout.external_urls)"), self._session).info()
-            except (EngineError, EngineLost, TimeoutError) as error:
-                raise PreflightError(f"{error}; start the server, or correct the url or rollout.external_key_env") from error
-            if self._cfg.rollout.replay_experts and has_experts(self._cfg.model) and not info.get("enable_return_routed_experts"):
-                raise PreflightError(
-                    f"engine {i} (rollout.external_urls) at {url} does not say which experts tokens go to: start it with "
-                    "--enable-return-routed-experts, or set rollout.replay_experts=false"
-                )
-            if settings.LOADER not in (info.get("custom_weight_loader") or []):
-                raise PreflightError(
-                    f"engine {i} (rollout.external_urls) at {url} cannot take deltas: start it on this host with --custom-weight-loader "
-                    f"{settings.LOADER} and slime on its PYTHONPATH"
-                )
-            endpoint = Endpoint(url.rstrip("/"), self._key, f"engine {i}", info["version"])
-            self._engines.append(LiveEngine(endpoint, info["tp_size"], self._session))
+            self._engines.append(await self._attached(Endpoint(url.rstrip("/"), self._key, f"engine {i}", ""), "rollout.external_urls"))
         return self.endpoints()
+
+    async def join(self, url: str, key: str, name: str) -> Endpoint:
+        """Use one more server of the user's: it is brought to the committed version, proven. Raises what `attach` raises, and ValueError or
+        EngineError where it does not come to hold that version."""
+        engine = await self._attached(Endpoint(url.rstrip("/"), key, name, ""), "rollout.join")
+        await self._weights.take_in(engine)
+        self._engines.append(engine)
+        return engine.endpoint
+
+    async def _attached(self, endpoint: Endpoint, knob: str) -> LiveEngine:
+        name, url = endpoint.name, endpoint.url
+        try:
+            info = await Control(replace(endpoint, name=f"{name} ({knob})"), self._session).info()
+        except (EngineError, EngineLost, TimeoutError) as error:
+            raise PreflightError(f"{error}; start the server, or correct the url or rollout.external_key_env") from error
+        if self._cfg.rollout.replay_experts and has_experts(self._cfg.model) and not info.get("enable_return_routed_experts"):
+            raise PreflightError(
+                f"{name} ({knob}) at {url} does not say which experts tokens go to: start it with --enable-return-routed-experts, or set "
+                "rollout.replay_experts=false"
+            )
+        if self._cfg.sync.mode == "delta" and settings.LOADER not in (info.get("custom_weight_loader") or []):
+            raise PreflightError(
+                f"{name} ({knob}) at {url} cannot take deltas: start it on this host with --custom-weight-loader {settings.LOADER} and "
+                "slime on its PYTHONPATH, or set sync.mode=full"
+            )
+        return LiveEngine(replace(endpoint, sglang=info["version"]), info["tp_size"], self._session)
 
     def endpoints(self) -> list[Endpoint]:
         return [engine.endpoint for engine in self._engines]

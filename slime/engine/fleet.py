@@ -1,5 +1,6 @@
 """All engines as the driver sees them: host agents started where the placement has devices, and calls to all of them."""
 
+import logging
 import os
 import secrets
 import time
@@ -13,12 +14,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from slime.cluster import deadline
 from slime.cluster.placement import RolePlacement
 from slime.config import SlimeConfig
+from slime.config.exits import PreflightError
 from slime.engine.agent import Assignment, EngineActor
 from slime.engine.endpoint import Endpoint
-from slime.engine.errors import EngineLost
+from slime.engine.errors import EngineError, EngineLost
 from slime.sync.protocol import Adoption, Answer
 from slime.sync.publication import Action
 from slime.sync.records import ModelSpec
+
+log = logging.getLogger(__name__)
 
 SYNC_KNOB, START_KNOB = "sync.timeout_s", "rollout.start_timeout_s"
 GRACE_S = 30.0  # beyond an agent's own deadline, which explains more
@@ -48,8 +52,7 @@ class EngineFleet:
         try:
             if cfg.rollout.external_urls:
                 here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-                name = cfg.rollout.external_key_env
-                agents.append(_agent(cfg, run_dir, run_id, os.environ[name] if name else "", here))
+                agents.append(_agent(cfg, run_dir, run_id, _external_key(cfg), here))
                 starting = [agents[0].attach.remote(cfg.rollout.external_urls)]
             else:
                 assert placement is not None, "engines need a placement"
@@ -66,6 +69,23 @@ class EngineFleet:
 
     def endpoints(self) -> list[Endpoint]:
         return list(self._endpoints)
+
+    def join(self) -> list[Endpoint]:
+        """Take in servers that rollout.join lists and that are not known yet, each at the committed version, proven. One that cannot be
+        taken in is warned of, and tried again at the next call."""
+        joined: list[Endpoint] = []
+        for url in _listed(self._cfg.rollout.join):
+            if url in {endpoint.url for endpoint in self._endpoints}:
+                continue
+            name, what = f"engine {len(self._endpoints)}", f"{url} to join"
+            try:
+                call = self._agents[0].join.remote(url, _external_key(self._cfg), name)
+                joined.append(deadline.get(call, self._cfg.sync.timeout_s, what, SYNC_KNOB))
+            except (EngineError, PreflightError, TimeoutError, ValueError) as error:
+                log.warning("%s does not join: %s", url, error)
+                continue
+            self._endpoints.append(joined[-1])
+        return joined
 
     def check(self) -> None:
         """Raises EngineLost naming a server that ended, with the end of its log."""
@@ -141,6 +161,19 @@ class EngineFleet:
 
     def _all(self, call: "Callable[[Any], ray.ObjectRef]", timeout_s: float, what: str) -> list[Any]:
         return deadline.get([call(agent) for agent in self._agents], timeout_s, what, SYNC_KNOB)
+
+
+def _external_key(cfg: SlimeConfig) -> str:
+    """Of the user's servers."""
+    name = cfg.rollout.external_key_env
+    return os.environ[name] if name else ""
+
+
+def _listed(path: str | None) -> list[str]:
+    """The URLs in a file, one a line; none where there is no file yet."""
+    if path is None or not Path(path).exists():
+        return []
+    return [line.strip().rstrip("/") for line in Path(path).read_text().splitlines() if line.strip() and not line.startswith("#")]
 
 
 def _agent(cfg: SlimeConfig, run_dir: Path, run_id: str, key: str, where: Any) -> Any:

@@ -90,13 +90,19 @@ class IncomingDelta:
                 whole[0].append(self._tensor(changes.tensor, None))
                 whole[1].append(self._tensor(changes.tensor, changes))
         self._check(reached)
-        if whole[0]:
-            self.opaque_before, self.opaque = folder / "opaque-before.safetensors", folder / "opaque.safetensors"
-            save_file(dict(whole[0]), self.opaque_before)
-            save_file(dict(whole[1]), self.opaque)
         paths = {signature: folder / f"{signature}.staged" for signature in stages}
-        for signature, stage in stages.items():
-            stage.write(paths[signature], self.label, self.manifest.parent_label)
+        try:
+            if whole[0]:
+                self.opaque_before, self.opaque = folder / "opaque-before.safetensors", folder / "opaque.safetensors"
+                save_file(dict(whole[0]), self.opaque_before)
+                save_file(dict(whole[1]), self.opaque)
+            for signature, stage in stages.items():
+                stage.write(paths[signature], self.label, self.manifest.parent_label)
+        except BaseException:  # no room, mostly: what is there would take some from the next
+            for path in paths.values():
+                path.unlink(missing_ok=True)
+            self.forget()
+            raise
         return paths
 
     def buckets(self, bucket_bytes: int) -> Iterator[Bucket]:

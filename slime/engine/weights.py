@@ -5,9 +5,8 @@ upon by the driver together with what the others answered (see sync/publication.
 """
 
 import asyncio
+import contextlib
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from slime.engine.errors import EngineError, EngineLost
 from slime.engine.host_copy import HostCopy
 from slime.engine.incoming import IncomingDelta, IncomingWhole
 from slime.engine.live import LiveEngine, Written
+from slime.engine.shared_folder import SharedFolder
 from slime.sync import transport
 from slime.sync.fold import Weights, anchor
 from slime.sync.inserver_client import RankError
@@ -32,7 +32,6 @@ from slime.types import WeightVersion
 log = logging.getLogger(__name__)
 
 MIB = 1 << 20
-SHARED_MEMORY = Path("/dev/shm")
 FAILURES = (EngineError, RankError, TimeoutError, Refused, OSError)
 NAMED = 4  # tensors in a message
 
@@ -49,11 +48,12 @@ class HostWeights:
         self._buckets: list[Bucket] = []  # of a whole version that is being offered
         self._healed: set[str] = set()  # engines that the version was loaded into whole
         self._anchor: asyncio.Task[None] | None = None
-        self._folder = Path(tempfile.mkdtemp(prefix="slime-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None))
+        self._shared = SharedFolder()
+        self._folder = self._shared.path
 
     def close(self) -> None:
         """Remove what lies in shared memory. May be called again."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._shared.close()
 
     @property
     def adopted(self) -> bool:
@@ -187,6 +187,8 @@ class HostWeights:
         try:
             found = await calls[action.do](engine)
         except FAILURES as error:
+            if action.do in (Do.UNDO, Do.HEAL):
+                await self._fence(engine, error)
             lost = isinstance(error, EngineLost) and engine.server is not None
             return Answer(action, f"{error}; the end of {engine.server.spec.log}:\n{engine.server.tail()}" if lost else str(error))  # type: ignore[union-attr]
         return Answer(action, **found)
@@ -267,6 +269,14 @@ class HostWeights:
         engine.state.accept()
         await engine.resume()
         return {}
+
+    async def _fence(self, engine: LiveEngine, error: Exception) -> None:
+        """It stays paused and takes part no more. SGLang has the label of what failed: it gets one that no client expects, if it answers."""
+        assert engine.state is not None
+        engine.state.fence(str(error))
+        if not isinstance(error, EngineLost | TimeoutError):
+            with contextlib.suppress(*FAILURES):
+                await engine.relabel(f"{self._run.run_id}/fenced")
 
     @property
     def _flush(self) -> bool:

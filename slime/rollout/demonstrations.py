@@ -7,6 +7,7 @@ import ray
 from slime.config import SlimeConfig
 from slime.data.source import PromptSource
 from slime.data.template import load_tokenizer, tokenize
+from slime.engine.endpoint import Endpoint
 from slime.observe.trace import Span
 from slime.rollout.draw import Draw
 from slime.rollout.handle import Pending, Ready, RolloutResult
@@ -42,6 +43,9 @@ class Demonstrations:
         shown = [example(g.samples[0]) | {"reward": None} for g in groups[: self._cfg.observe.examples]]
         summary = RolloutSummary(step, draw.drawn, first_ordinal, sorted(draw.kept), draw.dropped, metrics, shown)
         return Ready(step, RolloutResult(ray.put(Batch.from_groups(groups)), summary))
+
+    def add(self, endpoint: Endpoint) -> None:
+        raise AssertionError("no engine answers")
 
     def expect(self, version: WeightVersion) -> None:
         """No engines answer here."""

@@ -63,6 +63,10 @@ class BatchSource(Protocol):
         """From here on every answer must come from these weights."""
         ...
 
+    def add(self, endpoint: Endpoint) -> None:
+        """One more engine, where engines answer; it is used from the next `expect` on."""
+        ...
+
     def start(self, step: int, first_ordinal: int) -> Pending: ...
 
     def evaluate(self, step: int) -> tuple[list[EvalResult], list[Span]]:
@@ -150,6 +154,10 @@ class Rollout:
         """Wait for the manager and give it the engines. Raises ValueError naming the knob of what it cannot use."""
         deadline.get(self._opened, self._cfg.cluster.start_timeout_s, "the rollout manager to start", "cluster.start_timeout_s")
         deadline.get(self._manager.connect.remote(endpoints, vocab_size, routing), MANAGER_S, "the rollout manager to take the engines")
+
+    def add(self, endpoint: Endpoint) -> None:
+        """One more engine; it is used from the next `expect` on."""
+        deadline.get(self._manager.add.remote(endpoint), MANAGER_S, "the rollout manager to take an engine")
 
     def expect(self, version: WeightVersion) -> None:
         """From here on every answer must come from these weights. Raises StaleWeights naming an engine that holds others."""

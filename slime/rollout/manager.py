@@ -60,7 +60,17 @@ class RolloutManager:
         """Take these engines; with `routing`, they say which experts the tokens of a rollout went to."""
         cfg = self.cfg.rollout
         self.routing = routing
-        self.engines = EngineClient(endpoints, vocab_size=vocab_size, timeout_s=cfg.request_timeout_s, max_in_flight=cfg.max_in_flight)
+        self.engines = EngineClient(
+            endpoints,
+            vocab_size=vocab_size,
+            timeout_s=cfg.request_timeout_s,
+            max_in_flight=cfg.max_in_flight,
+            pause=self.cfg.sync.pause,
+        )
+
+    async def add(self, endpoint: Endpoint) -> None:
+        """One more engine."""
+        self.engines.add(endpoint)
 
     async def expect(self, label: str) -> None:
         """From here on, every answer must come from the weights of this label."""

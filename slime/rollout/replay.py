@@ -5,6 +5,7 @@ from pathlib import Path
 
 import ray
 
+from slime.engine.endpoint import Endpoint
 from slime.observe.trace import Span
 from slime.rollout.dump import read_rollout
 from slime.rollout.handle import Pending, Ready, RolloutResult
@@ -27,6 +28,9 @@ class Replay:
             dropped={o + shift: reason for o, reason in summary.dropped.items()},
         )
         return Ready(step, RolloutResult(ray.put(batch), summary))
+
+    def add(self, endpoint: Endpoint) -> None:
+        raise AssertionError("no engine answers")
 
     def expect(self, version: WeightVersion) -> None:
         """No engines answer here."""

@@ -52,8 +52,8 @@ class Grid:
 def merge(shares: Sequence[Changes]) -> Changes:
     """The changes of one tensor from disjoint shares of it, each in any order."""
     assert len({share.tensor for share in shares}) == 1, "shares of different tensors"
-    positions = _joined([share.positions for share in shares])
-    old, new = _joined([share.old for share in shares]), _joined([share.new for share in shares])
+    positions = joined([share.positions for share in shares])
+    old, new = joined([share.old for share in shares]), joined([share.new for share in shares])
     if not _ascending(positions):
         order = np.argsort(positions, kind="stable")  # which makes use of stretches that are in order, as shares have them
         positions, old, new = positions[order], old[order], new[order]
@@ -61,7 +61,8 @@ def merge(shares: Sequence[Changes]) -> Changes:
     return Changes(shares[0].tensor, positions, old, new)
 
 
-def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+def joined(arrays: list[np.ndarray]) -> np.ndarray:
+    """One after the other, without a copy where there is one."""
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 

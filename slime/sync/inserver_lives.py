@@ -15,8 +15,9 @@ class Moved(ValueError):
 
 
 class LiveTensors:
-    """The storages of a module: of parameters and buffers (`weights`), and of tensors that its modules keep as plain attributes. They
-    count only where load_weights writes to them. `taken` are addresses that belong to another model of this process, which shares them."""
+    """The storages of a module on one device, the first parameter's: of parameters and buffers (`weights`), and of tensors that its modules
+    keep as plain attributes, which count only where load_weights writes to them. `taken` are addresses that belong to another model of this
+    process, which shares them."""
 
     def __init__(self, model: torch.nn.Module, taken: frozenset[int] = frozenset()) -> None:
         self.lives: list[Live] = []
@@ -24,6 +25,8 @@ class LiveTensors:
         self._tensors: list[torch.Tensor] = []
         self._numbers: dict[int, int] = {}
         for name, tensor, weight in _tensors(model):
+            if tensor.device != (self._tensors[0].device if self._tensors else tensor.device):
+                continue
             storage = tensor.untyped_storage()
             dtype = str(tensor.dtype).removeprefix("torch.")
             if dtype not in ELEMENT_TYPES or not storage.nbytes() or storage.data_ptr() in taken:

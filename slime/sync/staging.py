@@ -145,13 +145,17 @@ class Stage:
         header = json.dumps(record, separators=(",", ":")).encode()
         start = -(-(HEAD.size + len(header)) // ALIGN) * ALIGN
         partial = Path(f"{path}.partial")
-        with open(partial, "wb") as file:
-            file.write(HEAD.pack(MAGIC, len(header), hashlib.blake2b(header, digest_size=16).digest()) + header)
-            for offset, pieces in arrays:
-                file.seek(start + offset)
-                for piece in pieces:
-                    file.write(piece.data)
-            file.truncate(start + end)
+        try:
+            with open(partial, "wb") as file:
+                file.write(HEAD.pack(MAGIC, len(header), hashlib.blake2b(header, digest_size=16).digest()) + header)
+                for offset, pieces in arrays:
+                    file.seek(start + offset)
+                    for piece in pieces:
+                        file.write(piece.data)
+                file.truncate(start + end)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(error.errno, f"{error.strerror}: a staged file of {start + end} bytes", str(partial)) from error
         os.replace(partial, path)
         return start + end
 

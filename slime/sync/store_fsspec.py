@@ -1,8 +1,8 @@
 """URLs as stores of weights: s3://bucket/path and what speaks S3 (MinIO, Ceph, R2), memory:// for tests. `open_store` takes any of them.
 
-An object appears whole when its upload ends, so a cut upload leaves nothing to be read. The pointer is replaced by a conditional write
-(If-Match with the ETag that was read, If-None-Match where there was none); a service without it is refused. Where the service is and who we
-are comes from the usual places: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ~/.aws, or the machine's role.
+An object appears whole when its upload ends, so a cut upload leaves nothing to be read, but room that only a lifecycle rule of the bucket
+frees. The pointer is replaced by a conditional write (If-Match with the ETag that was read, If-None-Match where there was none). Where the
+service is and who we are comes from the usual places: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ~/.aws, or the machine's role.
 """
 
 import errno

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from slime.sync.diff import merge
+from slime.sync.diff import joined, merge
 from slime.sync.records import Changes, ModelSpec, TensorSpec
 from slime.trainer.publish_slices import Stretches
 
@@ -55,8 +55,9 @@ def _place(tensor: TensorSpec) -> np.dtype:
 
 def _columns(tensor: TensorSpec, shares: Sequence[Changes]) -> tuple[np.ndarray, ...]:
     """All positions, all old bits, all new bits."""
-    positions = np.concatenate([share.positions for share in shares]).astype(_place(tensor))
-    return positions, np.concatenate([share.old for share in shares]), np.concatenate([share.new for share in shares])
+    positions = np.empty(sum(map(len, shares)), _place(tensor))
+    np.concatenate([share.positions for share in shares], out=positions, casting="unsafe")
+    return positions, joined([share.old for share in shares]), joined([share.new for share in shares])
 
 
 def _deliver(

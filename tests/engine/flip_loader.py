@@ -1,8 +1,7 @@
-"""A custom SGLang weight loader for tests: from `load` on, a thread of every rank flips bits of the live model, or dumps it, behind the weight
-channel's back.
+"""A custom SGLang weight loader for tests: a thread of every rank that flips bits of the live model, or dumps it, unknown to the channel.
 
-The update that reaches it is one empty tensor named by a path; each rank listens at `<path>.<rank>`. Everything is done on storages, byte by
-byte, so that what lies beyond a parameter's own elements (padding, buffers) is reached too.
+The update that starts it is one empty tensor named by a path; each rank listens at `<path>.<rank>`. Everything is done on storages, byte
+by byte, so that what lies beyond a parameter's own elements (padding, buffers) is reached too.
 """
 
 import ctypes

@@ -1,8 +1,8 @@
-"""The weight channel with real servers and without Ray: a trainer that is nothing but bits, and a host's weights on an event loop of a thread.
+"""The weight channel with real servers and without Ray: a trainer that is nothing but bits, and a host's weights on a thread's event loop.
 
-    weights = Bits(directory)                      HF tensors, changed at random
-    host = Host(cfg, [server])                     HostWeights and a LiveEngine for every server
-    channel = Channel(cfg.sync, weights, host, WeightVersion(0, 0, RUN_ID))
+weights = Bits(directory)                      HF tensors, changed at random
+host = Host(cfg, [server])                     HostWeights and a LiveEngine for every server
+channel = Channel(cfg.sync, weights, host, WeightVersion(0, 0, RUN_ID))
 """
 
 import asyncio

@@ -82,6 +82,27 @@ def test_without_its_opaque_tensors_a_commit_is_not_whole(tmp_path: Path) -> Non
     assert not same(dump(model), dump(loaded(1)))
 
 
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    model = loaded(0)
+    weights = Weights(model, SPEC, "run", "run/0/0")
+    path = stage(weights, tmp_path, 0, 1)
+    for flipped in (model.qk, model.scale, model.experts):
+        element = flipped.data.view(-1)[:1].view({2: torch.int16, 4: torch.int32}[flipped.element_size()])
+        element ^= 1
+        before = dump(model)
+        with pytest.raises(Refused, match="the live weights are not run/0/0: what run/0/1 would replace has other bits"):
+            weights.stage(path, "run/0/1", "run/0/0")
+        assert weights.staged is None and same(before, dump(model))
+        element ^= 1
+    weights.stage(path, "run/0/1", "run/0/0")
+
+
+def test_tensors_of_another_device_are_left_alone() -> None:
+    model = loaded(0)
+    model.unused_workspace = torch.zeros(7, device="meta")
+    assert "unused_workspace" not in [live.name for live in Weights(model, SPEC, "run").map.lives]
+
+
 class Failing:
     """Iterates opaque tensors and fails."""
 

@@ -19,26 +19,31 @@ from aiohttp import web
 from safetensors.torch import load_file, save_file
 
 from slime.engine.endpoint import Endpoint
-from slime.engine.host_copy import bits_of, tensor_of
+from slime.engine.host_copy import bits_of
 from slime.engine.settings import LOADER
-from slime.sync import inserver
+from slime.models.hf_files import HFReader
 from slime.sync.inserver import InserverRank
 
 BF16, FP32 = torch.bfloat16, torch.float32
-# Odd sizes, a scalar, one element, two dtypes; `big` has more elements than one part may hold.
+# Odd sizes, one element, two dtypes; `big` is more than a part of 1 MiB.
 SHAPES: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
     "embed": ((11, 7), BF16),
     "up": ((8, 7), BF16),
     "gate": ((8, 7), BF16),
     "down": ((7, 8), BF16),
     "norm": ((7,), FP32),
-    "scale": ((), FP32),
+    "scale": ((1, 1, 1), FP32),
     "one": ((1,), BF16),
-    "big": ((64, 1025), BF16),
+    "big": ((64, 8195), BF16),
     "turned": ((3, 5), BF16),
 }
 Hook = Callable[["ToyEngine", str, dict[str, Any]], Awaitable[None]]
 RANK = threading.local()
+
+
+def this_rank() -> int:
+    """Which rank runs now; stands in for inserver._rank, as all ranks are in one process."""
+    return getattr(RANK, "number", 0)
 
 
 class Model(torch.nn.Module):
@@ -55,8 +60,8 @@ class Model(torch.nn.Module):
         self.head = self.embed
         self.fused = weight(16 // ranks, 7)
         self.down = weight(7, 8 // ranks)
-        self.norm, self.scale, self.one = weight(7, dtype=FP32), weight(1, dtype=FP32), weight(1)
-        self.big = weight(64 // ranks, 1025)
+        self.norm, self.scale, self.one = weight(7, dtype=FP32), weight(1, 1, 1, dtype=FP32), weight(1)
+        self.big = weight(64 // ranks, 8195)
         self.turned = weight(5, 3)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -117,63 +122,56 @@ class ToyEngine:
         self.before: Hook | None = None
         self.after: Hook | None = None
         self.calls: list[str] = []  # paths, and the operations of commands
-        inserver._rank = lambda: getattr(RANK, "number", 0)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._runner: web.AppRunner | None = None
-        self._port = 0
         self.start()
-        self.spec = SimpleNamespace(endpoint=Endpoint(f"http://127.0.0.1:{self._port}", "", name, "0.5.23"), log=Path("engine.log"))
+        port = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(10)
+        self.spec = SimpleNamespace(endpoint=Endpoint(f"http://127.0.0.1:{port}", "", name, "0.5.23"), log=Path("engine.log"))
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """With the model directory's weights, as after a restart."""
-        self.paused = self.session = False
+        self.down = self.paused = self.session = False
         self.label = "run/loaded"
         self.inside = [Rank(number) for number in range(self.ranks)]
         self.models = [Model(number, self.ranks) for number in range(self.ranks)]
         for model in self.models:
             model.load_weights(load_file(self.directory / "model.safetensors").items())
-        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(10)
 
     def crash(self) -> None:
         """Nothing answers any more, and what it held is gone."""
-        asyncio.run_coroutine_threadsafe(self._hang_up(), self._loop).result(10)
+        self.down = True
+        for rank in self.inside:
+            rank.close()
+        self.models = []
 
     def stop(self) -> None:
         self.crash()
+        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     @property
     def alive(self) -> bool:
-        return self._runner is not None
+        return not self.down
 
     def tail(self) -> str:
         return "(a toy has no log)"
 
-    async def _listen(self) -> None:
+    async def _listen(self) -> int:
         app = web.Application(client_max_size=1 << 30)
         app.router.add_route("*", "/{path:.*}", self._serve)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True)
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
-        assert site._server is not None
-        self._port = site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]
-
-    async def _hang_up(self) -> None:
-        if self._runner is not None:
-            for rank in self.inside:
-                rank.close()
-            await self._runner.cleanup()
-        self._runner = None
+        return int(self._runner.addresses[0][1])
 
     # --- what it holds ------------------------------------------------------------------------------------------------
 
     def holds(self, bits: list[np.ndarray]) -> bool:
-        """Whether every rank's memory is what a full load of these tensors leaves (bits, in the order of the directory's names)."""
-        names = list(load_file(self.directory / "model.safetensors"))
+        """Whether every rank's memory is what a full load of these tensors leaves (bits, in the order of HFReader.names)."""
+        names = HFReader(self.directory).names
         for mine in self.models:
             full = Model(mine.rank, mine.ranks)
             full.load_weights((n, _tensor(n, b)) for n, b in zip(names, bits, strict=True))
@@ -190,6 +188,8 @@ class ToyEngine:
         try:
             if self.before is not None:
                 await self.before(self, path, body)
+            if self.down:
+                raise ConnectionError
             answer = self.do(path, body)
             if self.after is not None:
                 await self.after(self, path, body)
@@ -249,5 +249,3 @@ def _tensor(name: str, bits: np.ndarray) -> torch.Tensor:
     shape, dtype = SHAPES[name]
     return torch.from_numpy(bits.copy().view(f"i{bits.itemsize}")).view(dtype).reshape(shape)
 
-
-__all__ = ["Model", "ToyEngine", "make_model", "operation", "tensor_of"]
