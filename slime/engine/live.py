@@ -122,7 +122,7 @@ class LiveEngine:
     async def load_whole(self, found: Iterable[Bucket], version: str, flush: bool, timeout_s: float) -> Written:
         """All tensors through SGLang's own update, paused; then hash everything, if it could be learned where that is."""
         async with self._session():
-            for bucket in found:
+            for bucket in buckets.together(found):
                 payload = await asyncio.to_thread(buckets.serialise, bucket)
                 await self._control.update([payload] * self.ranks, None, flush=False, timeout_s=timeout_s)
         if self._links:

@@ -7,11 +7,34 @@ server dies. A plain pickle holds the data inline, works from any host, and SGLa
 import base64
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the module takes seconds to import, and an agent imports this one before it starts its servers
     import torch
+
+ATTENTION = ".self_attn."
+
+
+def together(found: "Iterable[Sequence[tuple[str, torch.Tensor]]]") -> "Iterator[list[tuple[str, torch.Tensor]]]":
+    """The same tensors in the same order; those of one attention, which follow one another, are never divided between buckets. SGLang fuses
+    some of them (q_a_proj with kv_a_proj_with_mqa), and drops one that comes in an update without the other."""
+    held: list[tuple[str, torch.Tensor]] = []
+    for bucket in found:
+        held += bucket
+        cut = len(held)
+        while cut and (owner := _attention(held[cut - 1][0])) and owner == _attention(held[-1][0]):
+            cut -= 1
+        if cut:
+            yield held[:cut]
+        held = held[cut:]
+    if held:
+        yield held
+
+
+def _attention(name: str) -> str:
+    """The attention that a tensor belongs to; empty where it belongs to none."""
+    return name.partition(ATTENTION)[0] if ATTENTION in name else ""
 
 
 def serialise(bucket: Sequence[tuple[str, "torch.Tensor"]]) -> str:

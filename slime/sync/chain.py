@@ -172,11 +172,16 @@ def deletable(
     if not versions:
         return []
     floor = min([versions[max(0, len(versions) - max(1, keep))], *acknowledged])
-    base = max((m.order for m in known if m.kind == ANCHOR and m.order <= floor), default=None)
+    base = max((m.order for m in known if m.kind == ANCHOR and m.order <= floor and _leads_on(m, known)), default=None)
     if base is None:
         return []
     leased = {key for held in leases if held.live(now_s, skew_s) for key in held.needs}
     return [m for m in known if not _needed(m, base) and key_of(m) not in leased]
+
+
+def _leads_on(anchor: Manifest, known: Sequence[Manifest]) -> bool:
+    """Not where a resumed trainer has gone on from before it, or from the model directory."""
+    return all(m.parent >= anchor.order for m in known if m.kind == DELTA and m.order > anchor.order)
 
 
 def _needed(manifest: Manifest, base: Order) -> bool:

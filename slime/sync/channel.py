@@ -217,12 +217,15 @@ class Channel:
             self._transport.settle(manifest, lambda whole: receivers.write_anchor(whole.to_json()), self._spec)
 
     def _report(self, publication: Publication, version: WeightVersion) -> None:
-        """Raises NotProven where it was aborted; engines that were lost on the way are named."""
+        """Raises NotProven where it was aborted, or left no engine; engines that were lost on the way are named."""
         for engine, reason in publication.fenced.items():
             log.error("%s is fenced: %s", engine, reason)
         if publication.phase is not Phase.DONE:
             fenced = f"; fenced: {', '.join(publication.fenced)}" if publication.fenced else ""
             raise NotProven(f"weights {version.label} were not published: {publication.reason}{fenced}")
+        if publication.fenced and not publication.live:
+            self._broken = f"no engine has gone on with {version.label}"
+            raise NotProven(f"weights {version.label}: no engine goes on: {'; '.join(publication.fenced.values())}")
 
 
 @dataclass(frozen=True)

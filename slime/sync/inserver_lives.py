@@ -1,6 +1,8 @@
 """The storages that hold a model's weights, as SGLang has them in memory: found, named, watched for being moved."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,8 +25,9 @@ class LiveTensors:
         self.lives: list[Live] = []
         self.weights: set[int] = set()
         self._tensors: list[torch.Tensor] = []
+        self._places: list[Place] = []
         self._numbers: dict[int, int] = {}
-        for name, tensor, weight in _tensors(model):
+        for name, tensor, weight, place in _tensors(model):
             if tensor.device != (self._tensors[0].device if self._tensors else tensor.device):
                 continue
             storage = tensor.untyped_storage()
@@ -35,6 +38,7 @@ class LiveTensors:
             if number == len(self.lives):
                 self.lives.append(Live(name, dtype, storage.nbytes() // tensor.element_size()))
                 self._tensors.append(tensor)
+                self._places.append(place)
             if weight:
                 self.weights.add(number)
 
@@ -57,28 +61,48 @@ class LiveTensors:
     def dtype(self, live: int) -> torch.dtype:
         return self._tensors[live].dtype
 
-    def check(self, model: torch.nn.Module, wanted: Iterable[int]) -> None:
-        """Raises Moved where the model has replaced one of the storages `wanted` since."""
-        found = {name: tensor.untyped_storage().data_ptr() for name, tensor, _ in _tensors(model)}
+    def check(self, wanted: Iterable[int]) -> None:
+        """Raises Moved where the model has replaced one of the storages `wanted` since. Fast: it is called in the pause."""
         for number in wanted:
-            name = self.lives[number].name
-            if found.get(name) != self._tensors[number].untyped_storage().data_ptr():
-                raise Moved(f"{name} is not where it was when the map was learned: learn again")
+            found = self._places[number].tensor()
+            if found is None or found.untyped_storage().data_ptr() != self._tensors[number].untyped_storage().data_ptr():
+                raise Moved(f"{self.lives[number].name} is not where it was when the map was learned: learn again")
 
 
-def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """(name, tensor, whether it is a parameter or a buffer)."""
-    for name, parameter in model.named_parameters():
-        yield name, parameter.data, True
-    for name, buffer in model.named_buffers():
-        yield name, buffer, True
-    for path, module in model.named_modules():
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a module keeps a tensor."""
+
+    names: dict[str, Any]  # its parameters, buffers, or attributes
+    name: str
+    item: int | None = None  # of a list or tuple
+
+    def tensor(self) -> torch.Tensor | None:
+        """The one that is there now."""
+        value = self.names.get(self.name)
+        if self.item is not None:
+            value = value[self.item] if isinstance(value, list | tuple) and self.item < len(value) else None
+        return value if isinstance(value, torch.Tensor) else None
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool, Place]]:
+    """(name, tensor, whether it is a parameter or a buffer, where it is kept)."""
+    modules = list(model.named_modules())
+    for path, module in modules:
+        for place in map(partial(Place, module._parameters), module._parameters):
+            yield from _named(path, place, True)
+    for path, module in modules:
+        for place in map(partial(Place, module._buffers), module._buffers):
+            yield from _named(path, place, True)
+    for path, module in modules:
         for name, value in vars(module).items():
-            yield from ((f"{path}.{found}" if path else found, tensor, False) for found, tensor in _held(name, value))
+            items = range(len(value)) if isinstance(value, list | tuple) and len(value) <= 64 else [None]
+            for item in items:
+                yield from _named(path, Place(vars(module), name, item), False)
 
 
-def _held(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(value, torch.Tensor):
-        yield name, value.detach()
-    elif isinstance(value, list | tuple) and len(value) <= 64:
-        yield from ((f"{name}.{i}", item.detach()) for i, item in enumerate(value) if isinstance(item, torch.Tensor))
+def _named(path: str, place: Place, weight: bool) -> Iterator[tuple[str, torch.Tensor, bool, Place]]:
+    tensor = place.tensor()
+    if tensor is not None:
+        name = place.name if place.item is None else f"{place.name}.{place.item}"
+        yield (f"{path}.{name}" if path else name), tensor.detach(), weight, place

@@ -105,7 +105,7 @@ class Weights:
         if self.held is not None and self.held != parent:
             raise Refused(f"{version} begins from {parent}, but {self.held} is held")
         self.staged = self.undo = None  # and with them their memory
-        self.lives.check(self.model, self._used)
+        self.lives.check(self._used)
         staged = staging.read(path, self.map, self._key)
         if (staged.version, staged.parent) != (version, parent):
             raise Refused(f"{path} holds {staged.version} from {staged.parent}, not {version} from {parent}")
@@ -144,7 +144,7 @@ class Weights:
             raise Refused(f"{version} from {parent} is not staged; {f'{ready.version} from {ready.parent}' if ready else 'nothing'} is")
         if self.held is not None and self.held != parent:
             raise Refused(f"{version} begins from {parent}, but {self.held} is held")
-        self.lives.check(self.model, self._used)
+        self.lives.check(self._used)
         self.staged, self.undo, self.held = None, ready, None
         try:
             seconds = self._put(ready.new, ready.lives, opaque)
@@ -165,7 +165,7 @@ class Weights:
             return {}
         if self.held == ready.parent:
             return {}
-        self.lives.check(self.model, self._used)
+        self.lives.check(self._used)
         self.held = None
         seconds = self._put(ready.old, ready.lives, opaque)
         self.held = ready.parent
@@ -179,7 +179,7 @@ class Weights:
 
     def adopt(self, version: str) -> None:
         """Something else has loaded the weights, and its caller says that they are `version`; the audit says whether that is so."""
-        self.lives.check(self.model, self._used)
+        self.lives.check(self._used)
         self.staged = self.undo = None
         self._rebase(self._loaded)
         self.held = version
@@ -187,7 +187,7 @@ class Weights:
     def _load(self, tensors: Tensors) -> None:
         with torch.no_grad():
             self.model.load_weights(self._known(tensors))
-        self.lives.check(self.model, self._used)
+        self.lives.check(self._used)
         self._rebase(self._loaded)
 
     def _known(self, tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
@@ -208,7 +208,7 @@ class Weights:
         if lives & self._feeding:
             with torch.no_grad():
                 self.model.post_load_weights()
-            self.lives.check(self.model, self._used)
+            self.lives.check(self._used)
             self._rebase(self.map.derived)
             clock.lap("derive_s")
         if opaque is not None:
@@ -221,7 +221,7 @@ class Weights:
     def audit(self) -> tuple[np.ndarray, list[str]]:
         """uint64 [moves]: the fingerprint of every move's live bits; and the names of storages in which something without a source has
         changed."""
-        self.lives.check(self.model, self._used)
+        self.lives.check(self._used)
         found = self._audit()
         moves = len(self.map.moves)
         return found[:moves], [self.lives.name(self._foreign[int(i)]) for i in np.flatnonzero(found[moves:] != self._baseline)]

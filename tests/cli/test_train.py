@@ -145,7 +145,7 @@ def test_help_lists_every_knob(slime: Slime, runs: list) -> None:
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        (["trian"], "slime trian: no such command; there are train, convert, report; did you mean train?"),
+        (["trian"], "slime trian: no such command; there are train, convert, report, sync; did you mean train?"),
         (["train"], "--config-name is missing: name a recipe; there are quickstart, quickstart_bf16, quickstart_sft"),
         (["train", "--dry-run", *GOOD], "--dry-run: no such flag; a knob is set by key=value, run.dry_run=true"),
         (["train", "--trainer.lr=1", *GOOD], "--trainer.lr: no such flag; a knob is set by key=value, trainer.lr=1"),

@@ -174,8 +174,8 @@ BAD_COMBINATIONS = {
     "reward.fn=math reward.signature=verl": "reward.signature=verl has no effect with reward.fn=math, which is built in: remove reward.signature",
     "reward.fn=math reward.url=http://h:1/r": "reward.fn=math has no effect with reward.url: set one of the two",
     "rollout.oversample=0.5": "rollout.oversample=0.5 has no effect with rollout.select=ordinal: set rollout.select=arrival, or remove it",
-    "rollout.external_key_env=KEY": "rollout.external_key_env=KEY has no effect with no rollout.external_urls: set rollout.external_urls, "
-    "or remove it",
+    "rollout.external_key_env=KEY": "rollout.external_key_env=KEY has no effect with no rollout.external_urls: set rollout.external_urls "
+    "or rollout.join, or remove it",
     "rollout.external_urls=['http://h:1'] rollout.external_key_env=NO_KEY": "rollout.external_key_env=NO_KEY: no environment variable has this "
     "name; export it with the servers' key (the knob is its name alone)",
     "rollout.external_urls=['http://h:1'] rollout.sglang.mem_fraction_static=0.5": "rollout.sglang has no effect with rollout.external_urls, "
@@ -197,6 +197,8 @@ BAD_COMBINATIONS = {
     "rollout.samples_per_prompt=1": "rollout.samples_per_prompt=1 with algorithm.name=grpo: a group of one has no advantage; set at least 2",
     "run.deterministic=true rollout.select=arrival": "run.deterministic=true with rollout.select=arrival: arrival order depends on timing; "
     "set rollout.select=ordinal",
+    "run.deterministic=true rollout.join=f": "run.deterministic=true with rollout.join: when a server joins decides which one answers; "
+    "unset rollout.join",
     "run.deterministic=true cluster.device=cuda": "run.deterministic=true with cluster.device=cuda: equal bits are promised on the CPU only; "
     "set cluster.device=cpu",
     "observe.mismatch_warn=0.9": "observe.mismatch_warn=0.9 is above observe.mismatch_stop=0.5, so it never warns: lower it",

@@ -33,6 +33,7 @@ def test_server_arguments_that_come_from_knobs(workdir) -> None:
     (workdir / "model" / "config.json").write_text(json.dumps({**MODEL, "model_type": "qwen3_moe"}))
     arguments = server_arguments(compose(overrides=["model.path=model"]).cfg, "cpu")
     assert arguments.keys() - serving.arguments(False).keys() - FROM_KNOBS.keys() == {
+        "custom_weight_loader",
         "log_level_http",
         "max_running_requests",
         "max_total_tokens",

@@ -33,9 +33,9 @@ VOCAB = 77  # which engines pad
 HIDDEN = 64
 CASES: dict[str, Any] = {
     "dense, tied": ("qwen3", 1, {"tied": True}),
-    "dense, untied, TP2": ("qwen3", 2, {}),
-    "experts, tied": ("qwen3_moe", 1, {"tied": True}),
-    "experts, untied, TP2": ("qwen3_moe", 2, {}),
+    "dense, TP2": ("qwen3", 2, {}),
+    "experts, TP2": ("qwen3_moe", 2, {}),
+    "latent": ("deepseek_v3", 1, {}),
 }
 QUICK = "dense, tied"
 Dump = list[dict[str, np.ndarray]]  # bytes of every storage, for each rank
@@ -147,7 +147,7 @@ def check_many(engine: Engine, record_property: Any) -> Dump:
     by_deltas = engine.dump()
     assert differing(loaded, by_deltas)
     engine.scramble()
-    assert sum(differing(by_deltas, engine.dump()).values()) >= 4 * engine.weights.spec().nbytes
+    assert sum(differing(by_deltas, engine.dump()).values()) > 3.9 * engine.weights.spec().nbytes, "four bits of every byte"
     engine.load_whole()
     assert differing(by_deltas, engine.dump()) == {}, "deltas do not lead to the bits of a full load"
     record_property("bits compared", bits_in(by_deltas))

@@ -194,7 +194,7 @@ class Proxy:
         """To a TCP address host:port, or from a unix socket `path` to another."""
         self.rule: Callable[[bytes, bool], float | None] = lambda data, answer: 0.0
         self.seen = 0  # connections
-        self._target, self._path = target, path
+        self.target, self._path = target, path
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._server = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(10)
@@ -215,9 +215,9 @@ class Proxy:
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.seen += 1
         if self._path is not None:
-            onward, out = await asyncio.open_unix_connection(self._target)
+            onward, out = await asyncio.open_unix_connection(self.target)
         else:
-            host, _, port = self._target.rpartition(":")
+            host, _, port = self.target.rpartition(":")
             onward, out = await asyncio.open_connection(host, int(port))
         ways = [asyncio.ensure_future(self._pass(reader, out, False)), asyncio.ensure_future(self._pass(onward, writer, True))]
         await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)

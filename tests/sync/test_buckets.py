@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from slime.sync.buckets import serialise
+from slime.sync.buckets import serialise, together
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
 
@@ -34,3 +34,15 @@ def test_a_view_sends_its_own_bytes_only() -> None:
         assert len(wire) < 2 * view.numel() * 4 + 2000
         [(_, found)] = pickle.loads(base64.b64decode(wire))
         assert torch.equal(found, view) and not found.requires_grad
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+def test_an_attention_comes_whole(size: int) -> None:
+    layers = [f"model.layers.{i}.{name}" for i in range(12) for name in ("norm", "self_attn.a", "self_attn.b", "self_attn.c", "mlp.up")]
+    names = ["model.embed_tokens", *layers, "model.norm"]
+    tensors = [(name, torch.zeros(1)) for name in names]
+    found = list(together(tensors[at : at + size] for at in range(0, len(tensors), size)))
+    assert [name for bucket in found for name, _ in bucket] == names and all(found)
+    for i in range(12):
+        assert sum(any(f"layers.{i}.self_attn" in name for name, _ in bucket) for bucket in found) == 1
+    assert max(map(len, found)) <= size + 3

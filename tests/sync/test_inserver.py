@@ -143,6 +143,24 @@ def test_a_commit_that_fails_is_undone(tmp_path: Path, monkeypatch: pytest.Monke
     assert same(before, dump(model)) and weights.held == "run/0/0"
 
 
+def test_a_commit_whose_undoing_fails_too_leaves_no_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded(0)
+    before = dump(model)
+    weights = Weights(model, SPEC, "run", "run/0/0")
+    weights.stage(stage(weights, tmp_path, 0, 1), "run/0/1", "run/0/0")
+
+    def fails() -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(model, "post_load_weights", fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        weights.commit("run/0/1", "run/0/0")
+    assert weights.held is None
+    monkeypatch.undo()
+    weights.revert("run/0/1")
+    assert weights.held == "run/0/0" and same(before, dump(model)) and not weights.audit()[1]
+
+
 def test_a_load_that_fails_leaves_no_label(tmp_path: Path) -> None:
     weights = Weights(loaded(0), SPEC, "run", "run/0/0")
     with pytest.raises(OSError, match="ends here"):

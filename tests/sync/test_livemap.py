@@ -243,12 +243,12 @@ def test_a_replaced_storage_is_noticed() -> None:
     model = Toy()
     found, lives = learned(model)
     used = {move.live for move in found.moves}
-    lives.check(model, used)
+    lives.check(used)
     model.unused_workspace = torch.zeros(9)
-    lives.check(model, used)
+    lives.check(used)
     model.kv.data = model.kv.data.clone()
     with pytest.raises(Moved, match="kv is not where it was"):
-        lives.check(model, used)
+        lives.check(used)
 
 
 def test_storages_of_another_model_are_left_to_it() -> None:
