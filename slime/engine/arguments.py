@@ -67,7 +67,7 @@ def known_arguments(python: str | None = None) -> Known:
     """
     python = python or this_python()
     version = _run(python, ["-c", ASK_VERSION], 60.0).strip()
-    kept = _cache_dir() / f"sglang-{version}-{hashlib.sha256(python.encode()).hexdigest()[:12]}.json"
+    kept = cache_dir() / f"sglang-{version}-{hashlib.sha256(python.encode()).hexdigest()[:12]}.json"
     if kept.exists():
         return _parse(kept.read_text())
     known = _parse(_run(python, ["-c", Path(__file__).with_name("inquire.py").read_text()], LIST_S))
@@ -161,5 +161,6 @@ def _run(python: str, arguments: list[str], timeout_s: float) -> str:
     return done.stdout
 
 
-def _cache_dir() -> Path:
+def cache_dir() -> Path:
+    """Where slime keeps what it can make again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slime"

@@ -12,6 +12,7 @@ On CUDA, SGLang sizes its pool itself.
 Deterministic mode fixes some arguments; a recipe may not change those.
 """
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +23,11 @@ from slime.config.check_files import model_config
 from slime.config.check_serving import longest_answers
 from slime.config.plan_memory import kv_bytes_per_token
 from slime.cpu import serving
+from slime.engine.arguments import cache_dir
 from slime.models.registry import has_experts
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 LOADER = "slime.sync.inserver.load"  # takes the weight channel's commands inside SGLang
-PACKAGE = Path(slime.__path__[0]).parent
 MOST_RUNNING = 256
 POOL_BYTES = 2 << 30
 ROUND_TO = 1024
@@ -101,8 +102,21 @@ def server_environment(cfg: SlimeConfig, device: Device, cpus: float) -> dict[st
     own = {"OMP_NUM_THREADS": str(threads)}
     if device == "cpu":
         own = serving.environment(cfg.run.deterministic, threads, cfg.rollout.tensor_parallel)
-    paths = [own.get("PYTHONPATH") or os.environ.get("PYTHONPATH", ""), str(PACKAGE)]  # where LOADER is imported from
+    paths = [own.get("PYTHONPATH") or os.environ.get("PYTHONPATH", ""), str(import_folder())]
     return os.environ | own | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def import_folder() -> Path:
+    """A folder that holds the package slime and nothing else of its environment: rollout.engine_python imports LOADER from there."""
+    package = Path(slime.__path__[0])
+    folder = cache_dir() / "import" / hashlib.sha256(str(package).encode()).hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / "slime"
+    if not link.is_symlink():
+        partial = folder / f".{os.getpid()}"
+        partial.symlink_to(package)
+        partial.replace(link)
+    return folder
 
 
 def cpu_pool(cfg: SlimeConfig) -> dict[str, int]:

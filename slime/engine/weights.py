@@ -271,7 +271,7 @@ class HostWeights:
         return {}
 
     async def _fence(self, engine: LiveEngine, error: Exception) -> None:
-        """It stays paused and takes part no more. SGLang has the label of what failed: it gets one that no client expects, if it answers."""
+        """It stays paused and takes part no more. SGLang calls what failed by its label: it gets one that no client expects."""
         assert engine.state is not None
         engine.state.fence(str(error))
         if not isinstance(error, EngineLost | TimeoutError):

@@ -111,14 +111,22 @@ def test_nothing_of_the_cpu_on_cuda(cfg: SlimeConfig, monkeypatch: pytest.Monkey
     chosen = server_arguments(cfg, "cuda")
     assert "attention_backend" not in chosen and "max_total_tokens" not in chosen
     environment = server_environment(cfg, "cuda", 4.0)
-    assert "PYTHONPATH" not in environment and "SGLANG_USE_CPU_ENGINE" not in environment
+    assert "SGLANG_USE_CPU_ENGINE" not in environment
+    assert [path.name for path in Path(environment["PYTHONPATH"]).iterdir()] == ["slime"], "the loader's package, nothing of the CPU"
+    assert chosen["custom_weight_loader"] == ["slime.sync.inserver.load"]
+
+
+def test_loaders_of_the_user_stay(cfg: SlimeConfig) -> None:
+    cfg.rollout.sglang = {"custom_weight_loader": ["mine.load"]}
+    assert server_arguments(cfg, "cpu")["custom_weight_loader"] == ["slime.sync.inserver.load", "mine.load"]
 
 
 def test_environment_of_a_cpu_server(cfg: SlimeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/mine")
     cfg.rollout.tensor_parallel, cfg.run.deterministic = 2, True
     environment = server_environment(cfg, "cpu", 2.9)
-    shims, mine = environment["PYTHONPATH"].split(":")
+    shims, mine, package = environment["PYTHONPATH"].split(":")
+    assert (Path(package) / "slime" / "sync" / "inserver.py").exists()
     assert mine == "/mine" and (Path(shims) / "sitecustomize.py").exists()
     assert environment["OMP_NUM_THREADS"] == "2" and environment["SGLANG_CPU_OMP_THREADS_BIND"] == "0|1"
     assert environment["SLIME_CPU_BATCH_INVARIANT"] == "1" and environment["CUDA_VISIBLE_DEVICES"] == ""

@@ -1,78 +1,157 @@
-"""The channel's order of calls, and what it does when one fails."""
+"""The channel's order of calls, and what it does when one fails. Doubles stand for ranks and engines."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from slime.config import SyncConfig
-from slime.sync.channel import Channel
+from slime.sync.channel import Channel, NotProven
+from slime.sync.diff import Delta, Summary
+from slime.sync.manifest import Manifest, PartRef, root_of, verify
+from slime.sync.protocol import Adoption, Answer
+from slime.sync.publication import Action, Do
+from slime.sync.records import ModelSpec, TensorSpec
 from slime.types import WeightVersion
 
 VERSION = WeightVersion(epoch=2, number=0, run_id="r")
+SPEC = ModelSpec((TensorSpec("w", (4, 2), "float32"), TensorSpec("norm", (2,), "float32")))
 
 
+@dataclass
 class Log:
-    """Publisher and receivers that write down what happens."""
+    """Publisher and receivers that write down what happens. `fails` is what fails: a call's name, or an action as "commit e1"."""
 
-    def __init__(self, buckets: int = 3, fails: str = "") -> None:
-        self.calls: list[Any] = []
-        self.buckets, self.fails = buckets, fails
+    fails: str = ""
+    names: tuple[str, ...] = ("e0", "e1")
+    calls: list[Any] = field(default_factory=list)
+    manifests: list[Manifest] = field(default_factory=list)
+    key: bytes = b""
+    step: int = 0  # makes every version another one
+
+    def _log(self, *call: Any) -> None:
+        self.calls.append(" ".join(map(str, call)))
+        if call[0] == self.fails:
+            raise RuntimeError(f"{self.fails} failed")
+
+    # --- the trainer
+
+    def spec(self) -> ModelSpec:
+        return SPEC
+
+    def take_base(self, run_id: str) -> list[int]:
+        self._log("base", run_id)
+        return [0, 0]
+
+    def delta(self, version: WeightVersion, codec: str, part_bytes: int) -> Delta:
+        self._log("delta", version.label, codec, part_bytes)
+        payload = f"part {version.label}".encode()
+        summary = Summary((self.step + 1, 7), root_of((self.step, 7)), (3, 0), 0, 0.1, 0.2, 0.3)
+        return Delta(["ref"], (PartRef.of(0, payload),), summary)
+
+    def acknowledge(self, version: WeightVersion) -> None:
+        self._log("acknowledge", version.label)
+        self.step += 1
 
     def weights(self, version: WeightVersion, bucket_bytes: int) -> Iterator[Any]:
-        assert bucket_bytes == 4 << 20
-        for k in range(self.buckets):
+        for k in range(3):
             self._log("gather", k)
             yield k
 
-    def begin(self, label: str, timeout_s: float) -> None:
-        self._log("begin", label)
+    # --- the engines
 
-    def load(self, bucket: Any, label: str | None, timeout_s: float) -> int:
-        assert 0 < timeout_s <= 10
-        self._log("load", bucket, label)
+    def adopt(self, spec: ModelSpec, run: Adoption, timeout_s: float) -> None:
+        self._log("adopt", spec.signature == SPEC.signature, run.run_id)
+        self.key = run.key
+
+    def engines(self) -> list[str]:
+        return list(self.names)
+
+    def offer(self, manifest: str, parts: Sequence[Any], timeout_s: float) -> None:
+        assert 0 < timeout_s <= 10 and parts == ["ref"]
+        self.manifests.append(Manifest.from_json(manifest))
+        self._log("offer", self.manifests[-1].label)
+
+    def offer_bucket(self, bucket: Any, timeout_s: float) -> int:
+        self._log("bucket", bucket)
         return 100
 
-    def commit(self, label: str, timeout_s: float) -> None:
-        self._log("commit", label)
+    def offer_whole(self, label: str, timeout_s: float) -> None:
+        self._log("whole", label)
+
+    def perform(self, actions: Sequence[Action], label: str, timeout_s: float) -> list[Answer]:
+        self._log("perform", ", ".join(f"{a.do} {a.engine}" for a in actions))
+        return [Answer(a, "it does not" if f"{a.do} {a.engine}" == self.fails else "", 0.25, 0.5, 100) for a in actions]
+
+    def advance(self, label: str, timeout_s: float) -> None:
+        self._log("advance", label)
+
+    def write_anchor(self, manifest: str) -> None:
+        raise AssertionError("objects of Ray keep no history")
 
     def relabel(self, label: str, timeout_s: float) -> None:
         self._log("relabel", label)
 
-    def _log(self, *call: Any) -> None:
-        self.calls.append(call)
-        if call[0] == self.fails:
-            raise RuntimeError(f"{self.fails} failed")
+
+def channel(log: Log | None, receivers: Log | None, **knobs: Any) -> Channel:
+    return Channel(SyncConfig(bucket_mb=4, timeout_s=10, **knobs), log, receivers, VERSION)
 
 
-def channel(publisher: Log | None, receivers: Log | None) -> Channel:
-    return Channel(SyncConfig(bucket_mb=4, timeout_s=10), publisher, receivers, VERSION)
+def opened(log: Log, **knobs: Any) -> Channel:
+    made = channel(log, log, **knobs)
+    assert made.open() == 2
+    log.calls.clear()
+    return made
+
+
+def test_the_base_is_taken_before_anything_is_published() -> None:
+    log = Log()
+    channel(log, log).open()
+    assert log.calls == ["base r", "adopt True r"]
+    whole = Log()
+    channel(whole, whole, mode="full").open()
+    assert whole.calls == ["adopt True r"], "no snapshot is kept for loads of everything"
 
 
 def test_order_and_metrics() -> None:
     log = Log()
-    made = channel(log, log)
+    made = opened(log)
     metrics = made.publish(5)
     assert log.calls == [
-        ("gather", 0),
-        ("begin", "r/2/5"),
-        ("gather", 1),
-        ("load", 0, None),
-        ("gather", 2),
-        ("load", 1, None),
-        ("load", 2, "r/2/5"),
-        ("commit", "r/2/5"),
+        f"delta r/2/5 steps {4 << 20}",
+        "offer r/2/5",
+        "perform prepare e0, prepare e1",
+        "perform commit e0, commit e1",
+        "perform resume e0, resume e1",
+        "acknowledge r/2/5",
+        "advance r/2/5",
     ]
-    assert metrics["sync/version"] == 5 and metrics["sync/wire_bytes"] == 300
-    assert {"sync/pause_s", "sync/commit_s", "sync/stage_s", "time/sync_s"} <= set(metrics)
-    assert metrics["time/sync_s"] >= metrics["sync/pause_s"] >= metrics["sync/stage_s"]
-    assert [span.name for span in made.spans()] == ["gather", "pause"] and made.spans() == []
+    wire = len(b"part r/2/5")
+    assert metrics["sync/version"] == 5 and metrics["sync/wire_bytes"] == wire and metrics["sync/ratio"] == 40 / wire
+    assert metrics["sync/density"] == 0.3 and metrics["sync/staged_bytes"] == 600 and metrics["sync/healed"] == 0
+    assert (metrics["sync/diff_s"], metrics["sync/encode_s"]) == (0.1, 0.5)
+    assert (metrics["sync/commit_s"], metrics["sync/verify_s"]) == (0.25, 0.5)
+    assert metrics["time/sync_s"] >= metrics["sync/pause_s"] > 0
+    assert [span.name for span in made.spans()] == ["adopt", "delta", "offer", "prepare", "commit", "resume"] and made.spans() == []
+
+
+def test_versions_are_signed_and_lead_from_one_to_the_next() -> None:
+    log = Log()
+    made = opened(log)
+    made.publish(5)
+    made.publish(6)
+    assert [(m.parent, m.order) for m in log.manifests] == [((-1, -1), (2, 5)), ((2, 5), (2, 6))]
+    assert log.manifests[1].parent_root == log.manifests[0].root
+    for manifest in log.manifests:
+        verify(manifest, log.key)
+    assert [(c.number, c.changed) for c in made.changes()] == [(6, (3, 0))], "what leads from the model directory is no step"
 
 
 def test_a_version_that_is_held_is_not_sent_again() -> None:
     log = Log()
-    made = channel(log, log)
+    made = opened(log)
     made.publish(5)
     count = len(log.calls)
     assert made.publish(5) == {} and len(log.calls) == count
@@ -80,34 +159,90 @@ def test_a_version_that_is_held_is_not_sent_again() -> None:
     assert len(log.calls) == 2 * count
 
 
-@pytest.mark.parametrize("fails", ["gather", "begin", "load", "commit"])
-def test_after_a_failure_no_version_counts(fails: str) -> None:
+def test_all_tensors_are_offered_with_mode_full() -> None:
     log = Log()
-    made = channel(log, log)
+    metrics = opened(log, mode="full").publish(5)
+    assert log.calls[:4] == ["gather 0", "bucket 0", "gather 1", "bucket 1"] and log.calls[6] == "whole r/2/5"
+    assert log.calls[-1] == "advance r/2/5" and not any(call.startswith("acknowledge") for call in log.calls)
+    assert metrics["sync/wire_bytes"] == 300 and "sync/density" not in metrics
+
+
+@pytest.mark.parametrize("fails", ["prepare e1", "commit e1"])
+def test_an_engine_that_fails_leaves_all_at_the_version_before(fails: str) -> None:
+    log = Log()
+    made = opened(log)
+    made.publish(5)
+    log.calls.clear()
+    log.fails = fails
+    with pytest.raises(NotProven, match=rf"weights r/2/6 were not published: e1: {fails.split()[0]} failed: it does not"):
+        made.publish(6)
+    assert not any(call.startswith(("acknowledge", "advance")) for call in log.calls)
+    assert ("drop e0" if "prepare" in fails else "undo e0") in " ".join(log.calls)
+    assert made.publish(5) == {}, "they hold it"
+    log.fails = ""
+    made.publish(6)
+    assert log.manifests[-1].parent == (2, 5)
+
+
+def test_a_mismatch_is_healed_where_that_is_wanted() -> None:
+    log = Log(fails="commit e1")
+    metrics = opened(log, on_mismatch="heal").publish(5)
+    assert "perform heal e1" in log.calls and log.calls[-1] == "advance r/2/5"
+    assert metrics["sync/healed"] == 1
+
+
+def test_an_engine_that_cannot_be_brought_back_is_fenced_and_named() -> None:
+    class Worse(Log):
+        def perform(self, actions: Sequence[Action], label: str, timeout_s: float) -> list[Answer]:
+            return [Answer(a, "gone" if a.engine == "e1" and a.do in (Do.COMMIT, Do.UNDO) else "") for a in actions]
+
+    log = Worse()
+    with pytest.raises(NotProven, match=r"e1: commit failed: gone; fenced: e1"):
+        opened(log).publish(5)
+
+
+@pytest.mark.parametrize("fails", ["perform", "acknowledge", "advance"])
+def test_after_an_interruption_nothing_can_be_published(fails: str) -> None:
+    log = Log()
+    made = opened(log)
     made.publish(5)
     log.fails = fails
     with pytest.raises(RuntimeError, match=f"{fails} failed"):
         made.publish(6)
     log.fails = ""
-    log.calls.clear()
+    for number in (5, 6):
+        with pytest.raises(NotProven, match="r/2/6 was interrupted; start the run again"):
+            made.publish(number)
+
+
+@pytest.mark.parametrize("fails", ["delta", "offer"])
+def test_what_fails_before_any_engine_knows_can_be_tried_again(fails: str) -> None:
+    log = Log()
+    made = opened(log)
     made.publish(5)
-    assert ("commit", "r/2/5") in log.calls, "the old version must be sent again"
+    log.fails = fails
+    with pytest.raises(RuntimeError, match=f"{fails} failed"):
+        made.publish(6)
+    assert made.publish(5) == {}
+    log.fails = ""
+    assert made.publish(6)["sync/version"] == 6
 
 
 def test_engines_keep_what_they_loaded_without_a_trainer() -> None:
     log = Log()
     made = channel(None, log)
-    assert made.publish(0) == {"sync/version": 0.0} and log.calls == [("relabel", "r/2/0")]
+    assert made.open() == 2
+    assert made.publish(0) == {"sync/version": 0.0} and log.calls == ["relabel r/2/0"]
     assert made.publish(0) == {}
 
 
 def test_nothing_is_published_without_engines() -> None:
-    assert channel(Log(), None).publish(3) == {}
+    made = channel(Log(), None)
+    assert made.open() == 2 and made.publish(3) == {}
 
 
 def test_deadline_names_its_knob(monkeypatch: pytest.MonkeyPatch) -> None:
-    log = Log()
-    made = channel(log, log)
+    made = opened(Log())
     clock = iter(range(0, 1000, 6))
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
     with pytest.raises(TimeoutError, match=r"publishing weights r/2/5: not in every engine after 10 s \(sync.timeout_s\)"):

@@ -155,7 +155,7 @@ def test_damaged_parts_and_manifests_change_nothing(damage: str, world: World) -
     ]
     for tamper in tampers:
         world.fleet.tamper = tamper
-        with pytest.raises(ManifestError, match="fetch it again|not this key's|another model"):
+        with pytest.raises(ManifestError, match=r"fetch it again|not this key's|another model"):
             world.channel.publish(1)
         world.check(held)
     world.fleet.tamper = lambda manifest, parts: (manifest, parts[::-1])
@@ -178,7 +178,9 @@ def test_a_damaged_staged_file_is_not_written(damage: str, world: World) -> None
 
     world.trainer.mutate(2, 0.03)
     host.before = spoil
-    with pytest.raises(NotProven, match=r"run/0/1 were not published: engine 0: prepare failed: engine 0 rank . refused to stage: StageError"):
+    with pytest.raises(
+        NotProven, match=r"run/0/1 were not published: engine 0: prepare failed: engine 0 rank . refused to stage: StageError"
+    ):
         world.channel.publish(1)
     world.check(held)
     host.before = lambda actions: None
@@ -240,7 +242,7 @@ def test_versions_that_are_missing_repeated_or_out_of_order(key: bytes, model: P
             take(world, *offered[number])
             held = number
         else:
-            with pytest.raises(ValueError, match="is not newer|begins from|decode to other bits"):
+            with pytest.raises(ValueError, match=r"is not newer|begins from|decode to other bits"):
                 take(world, *offered[number])
         world.check(bits[held] if held >= 0 else world.base)
     assert held == 3
@@ -313,7 +315,9 @@ def out_of_range(world: World, number: int) -> tuple[str, list[bytes]]:
         payloads.append(wire.HEAD.pack(*fields) + part[wire.HEAD.size :])
     refs = tuple(PartRef.of(i, payload) for i, payload in enumerate(payloads))
     last = Manifest.from_json(world.fleet.offered[-1][0])
-    made = replace(last, number=number, parent_epoch=last.epoch, parent_number=last.number, parent_root=last.root, parts=refs, mac="", key_id="")
+    made = replace(
+        last, number=number, parent_epoch=last.epoch, parent_number=last.number, parent_root=last.root, parts=refs, mac="", key_id=""
+    )
     return sign(made, world.channel._key).to_json(), payloads
 
 
@@ -372,7 +376,9 @@ def files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport.deadline, "get", lambda refs, *_: refs)
 
 
-def kill_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, ended: bool, condition: Callable[..., bool] | None = None) -> None:
+def kill_at(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, ended: bool, condition: Callable[..., bool] | None = None
+) -> None:
     """The trainer ends at the `call`-th call of a method, before or after it."""
     do, count = getattr(owner, name), iter(range(10**6))
 
@@ -474,7 +480,7 @@ def test_of_two_agents_the_one_that_came_first_cannot_write(key: bytes, model: P
     second = World(model, [engine], epoch=1, key_env="FAULTY_KEY")
     second.step(2)
     first.trainer.mutate(3, 0.03)
-    with pytest.raises(NotProven, match="run/0/1 were not published: engine 0: prepare failed: engine 0 rank . at .* was lost"):
+    with pytest.raises(NotProven, match=r"run/0/1 were not published: engine 0: prepare failed: engine 0 rank . at .* was lost"):
         first.channel.publish(1)
     second.check()
     second.step(4)
@@ -579,7 +585,7 @@ def test_an_engine_that_restarted_by_itself_between_prepare_and_commit(two: Worl
 
     two.fleet.hosts[1].before = again
     two.trainer.mutate(2, 0.03)
-    with pytest.raises(NotProven, match="were not published: engine 1: commit failed: .*; fenced: engine 1"):
+    with pytest.raises(NotProven, match=r"were not published: engine 1: commit failed: .*; fenced: engine 1"):
         two.channel.publish(1)
     assert two.engines[0].holds(held) and not two.engines[0].paused
     assert two.engines[1].paused and two.engines[1].holds(two.base) and two.fleet.engines() == ["engine 0"]
@@ -701,7 +707,7 @@ def test_every_call_that_writes_comes_twice(world: World, writes: Writes) -> Non
         held = world.trainer.copied()
         writes.times = 1
         world.trainer.mutate(3, 0.03)
-        with pytest.raises(NotProven, match="no memory|nothing is"):
+        with pytest.raises(NotProven, match=r"no memory|nothing is"):
             world.channel.publish(world.number + 1)
         world.check(held)
         setattr(world.engines[0], side, None)
@@ -735,7 +741,7 @@ def test_another_model_is_noticed_at_once(model: Path, engine: ToyEngine, tmp_pa
     save_file({name: tensor for name, tensor in tensors.items() if name != "down"}, tmp_path / "other" / "model.safetensors")
     World(model, [engine]).close()
     save_file(tensors | {"more": torch.zeros(3)}, tmp_path / "other" / "model.safetensors")
-    with pytest.raises((ValueError, RuntimeError), match="cannot follow deltas|serves another model"):
+    with pytest.raises((ValueError, RuntimeError), match=r"cannot follow deltas|serves another model"):
         World(tmp_path / "other", [engine])
     assert not engine.paused
 
@@ -744,7 +750,7 @@ def test_another_model_is_noticed_at_once(model: Path, engine: ToyEngine, tmp_pa
 
 
 def test_nothing_everything_and_there_and_back(world: World) -> None:
-    """Also several optimizer steps in one publication, of which one is undone by the next; and a spike of density in the middle of a run."""
+    """Also several optimizer steps in one publication, and a spike of density in the middle of a run."""
     start = world.trainer.copied()
     world.step(1, 0.02)
     sparse = world.trainer.copied()
@@ -803,8 +809,7 @@ def test_tensors_of_more_than_two_to_the_31_elements(tmp_path: Path) -> None:
 
 
 def settled(world: World, held: list[Any]) -> str:
-    """Where a publication of `trainer.now` has ended: the engine goes on with the version before or with the new one, or it is paused. Whether
-    somebody who takes over finds his way is tried after it."""
+    """Where a publication of `trainer.now` has ended: the engine goes on with the version before or with the new one, or it is paused."""
     [engine] = world.engines
     if engine.paused:
         return "paused"
@@ -858,7 +863,7 @@ def test_an_answer_is_lost_between_agent_and_driver(do: Do, two: World) -> None:
         two.channel.publish(1)
         two.number, held = 1, two.trainer.copied()
     else:
-        with pytest.raises(NotProven, match="engine 1: (prepare|commit) failed: the answer was lost"):
+        with pytest.raises(NotProven, match=r"engine 1: (prepare|commit) failed: the answer was lost"):
             two.channel.publish(1)
     assert two.engines[0].holds(held) and not two.engines[0].paused
     assert two.engines[1].holds(held), "what was asked was done"
@@ -878,7 +883,9 @@ def test_an_agent_ends_while_it_commits(two: World) -> None:
 
     two.fleet.hosts[1].before = ends
     two.trainer.mutate(2, 0.03)
-    with pytest.raises(NotProven, match="engine 1: commit failed: waiting for engine 1 to commit weights run/0/1: a process died or was lost"):
+    with pytest.raises(
+        NotProven, match="engine 1: commit failed: waiting for engine 1 to commit weights run/0/1: a process died or was lost"
+    ):
         two.channel.publish(1)
     assert two.engines[0].holds(held) and not two.engines[0].paused
     with pytest.raises(RuntimeError, match="a process died or was lost"):
@@ -894,7 +901,7 @@ def far(model: Path, engine: ToyEngine) -> Iterator[tuple[World, Proxy]]:
     """An engine behind a connection."""
     proxy = Proxy(engine.spec.endpoint.url.removeprefix("http://"))
     engine.spec.endpoint = replace(engine.spec.endpoint, url=proxy.url)
-    world = World(model, [engine], timeout_s=3.0)
+    world = World(model, [engine], timeout_s=1.5)
     yield world, proxy
     world.close()
     proxy.close()
@@ -917,14 +924,14 @@ def test_a_partition_ends_with_the_name_of_the_deadline(answer: bool, far: tuple
     def rule(data: bytes, back: bool) -> float | None:
         if b"POST /update_weights_from_tensor" in data:
             cut.append(time.monotonic())
-            return 0.0 if answer else 5.0
-        return 0.0 if not cut else 5.0 if back and len(cut) == 1 else None
+            return 0.0 if answer else 3.0
+        return 0.0 if not cut else 3.0 if back and len(cut) == 1 else None
 
     proxy.rule = rule
     world.trainer.mutate(2, 0.03)
-    with pytest.raises(TimeoutError, match=r"publishing weights run/0/1: not in every engine after 3 s \(sync.timeout_s\)"):
+    with pytest.raises(TimeoutError, match=r"publishing weights run/0/1: not in every engine after 1.5 s \(sync.timeout_s\)"):
         world.channel.publish(1)
-    assert time.monotonic() - cut[0] < 4
+    assert time.monotonic() - cut[0] < 2.2
     with pytest.raises(NotProven, match="run/0/1 was interrupted; start the run again, it resumes"):
         world.channel.publish(1)
     assert engine.paused, "nobody has proven what it holds"
@@ -937,7 +944,7 @@ def test_a_partition_ends_with_the_name_of_the_deadline(answer: bool, far: tuple
     again.check(again.base)
     again.step(4)
     commits = engine.calls.count("commit")
-    while time.monotonic() - cut[0] < 5.5:
+    while time.monotonic() - cut[0] < 3.3:
         time.sleep(0.1)
     assert engine.calls.count("commit") == commits + (not answer), "it came late, and outside of a session"
     again.check()
@@ -956,7 +963,10 @@ def test_a_door_that_breaks_and_one_that_does_not_answer(world: World, tmp_path:
     host.weights._cfg.sync.timeout_s = 1.0
     rules: list[tuple[Callable[[bytes, bool], float | None], str]] = [
         (lambda data, answer: None if b'"stage"' in data else 0.0, "prepare failed: engine 0 rank 1 at .* was lost while it should stage"),
-        (lambda data, answer: 2.0 if b'"entries"' in data else 0.0, "prepare failed: waiting for engine 0 rank 1 to stage: nothing after 1 s"),
+        (
+            lambda data, answer: 2.0 if b'"entries"' in data else 0.0,
+            "prepare failed: waiting for engine 0 rank 1 to stage: nothing after 1 s",
+        ),
         (lambda data, answer: None if b"commit-" in data else 0.0, "commit failed: engine 0 rank 1 at .* was lost while it should result"),
     ]
     for rule, says in rules:
@@ -1019,7 +1029,7 @@ def test_what_a_killed_agent_left_in_shared_memory_is_removed(model: Path, engin
     alive = shared_folder.SharedFolder()
     faulty.kill_an_agent(recipe(model, 2), engine.spec.endpoint, "the staged file is there")
     root = alive.path.parent
-    left = [path for path in root.glob("slime-*/*.staged")]
+    left = list(root.glob("slime-*/*.staged"))
     assert left, "the killed agent had a staged file"
     world = World(model, [engine], epoch=1)
     assert not any(path.exists() for path in left) and alive.path.is_dir()

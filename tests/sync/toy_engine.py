@@ -248,4 +248,3 @@ def operation(path: str, body: dict[str, Any]) -> str:
 def _tensor(name: str, bits: np.ndarray) -> torch.Tensor:
     shape, dtype = SHAPES[name]
     return torch.from_numpy(bits.copy().view(f"i{bits.itemsize}")).view(dtype).reshape(shape)
-
