@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import zstandard
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.rivals import Coo, Full, Gap16, Way, Xor
 from slime.sync import native
 from slime.sync.records import Changes, ModelSpec, TensorSpec
 from slime.sync.wire import decode_part, encode_part
@@ -72,66 +72,11 @@ class Row:
     decode_gb_s: float
 
 
-class Way:
-    """An encoding: `encode` makes bytes of a pair, `decode` writes the new bits over a copy of the old ones."""
-
-    def __init__(self, pair: Pair) -> None:
-        self.old, self.new = pair.old, pair.new
-
-    def encode(self) -> list[bytes]:
-        raise AssertionError
-
-    def decode(self, wire: list[bytes], bits: np.ndarray) -> None:
-        raise AssertionError
-
-
-class Full(Way):
-    def encode(self) -> list[bytes]:
-        return [self.new.tobytes()]
-
-    def decode(self, wire: list[bytes], bits: np.ndarray) -> None:
-        bits[:] = np.frombuffer(wire[0], np.uint16)
-
-
-class Xor(Way):
-    def encode(self) -> list[bytes]:
-        return [zstandard.ZstdCompressor(level=1).compress((self.old ^ self.new).view(np.uint8).data)]
-
-    def decode(self, wire: list[bytes], bits: np.ndarray) -> None:
-        np.bitwise_xor(bits, np.frombuffer(zstandard.ZstdDecompressor().decompress(wire[0]), np.uint16), out=bits)
-
-
-class Coo(Way):
-    def encode(self) -> list[bytes]:
-        positions = native.diff(self.old, self.new)
-        return [positions.astype(np.uint32).tobytes(), self.new[positions].tobytes()]
-
-    def decode(self, wire: list[bytes], bits: np.ndarray) -> None:
-        bits[np.frombuffer(wire[0], np.uint32)] = np.frombuffer(wire[1], np.uint16)
-
-
-class Gap16(Way):
-    def encode(self) -> list[bytes]:
-        positions = native.diff(self.old, self.new)
-        gaps = np.diff(positions, prepend=-1)
-        if gaps.max(initial=0) > 65535:  # 0: gaps of 32 bits, as NeMo-RL does
-            gaps, mark = gaps.astype(np.uint32), b"4"
-        else:
-            gaps, mark = gaps.astype(np.uint16), b"2"
-        pack = zstandard.ZstdCompressor(level=1).compress
-        return [mark, pack(gaps.tobytes()), pack((self.old[positions] ^ self.new[positions]).tobytes())]
-
-    def decode(self, wire: list[bytes], bits: np.ndarray) -> None:
-        unpack = zstandard.ZstdDecompressor().decompress
-        positions = np.cumsum(np.frombuffer(unpack(wire[1]), f"<u{wire[0].decode()}"), dtype=np.int64) - 1
-        bits[positions] ^= np.frombuffer(unpack(wire[2]), np.uint16)
-
-
 class Ours(Way):
     codec = "steps"
 
-    def __init__(self, pair: Pair) -> None:
-        super().__init__(pair)
+    def __init__(self, old: np.ndarray, new: np.ndarray) -> None:
+        super().__init__(old, new)
         self.model = ModelSpec((TensorSpec("w", self.old.shape, "bfloat16"),))
 
     def encode(self) -> list[bytes]:
@@ -229,7 +174,7 @@ def measure(pair: Pair) -> dict[str, Row]:
     changed = float(np.mean(pair.old != pair.new))
     sizes: dict[str, int] = {}
     for name, kind in sorted(WAYS.items(), key=lambda item: item[0] != XOR):
-        way = kind(pair)
+        way = kind(pair.old, pair.new)
         wire, encode_s = timed(way.encode)
         bits = pair.old.copy()
 

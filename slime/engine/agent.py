@@ -115,10 +115,10 @@ class EngineActor:
                 f"{name} ({knob}) at {url} does not say which experts tokens go to: start it with --enable-return-routed-experts, or set "
                 "rollout.replay_experts=false"
             )
-        if self._cfg.sync.mode == "delta" and settings.LOADER not in (info.get("custom_weight_loader") or []):
+        if settings.LOADER not in (info.get("custom_weight_loader") or []):
             raise PreflightError(
-                f"{name} ({knob}) at {url} cannot take deltas: start it on this host with --custom-weight-loader {settings.LOADER} and "
-                "slime on its PYTHONPATH, or set sync.mode=full"
+                f"{name} ({knob}) at {url} cannot prove what it holds: start it on this host with --custom-weight-loader {settings.LOADER} "
+                "and slime on its PYTHONPATH"
             )
         return LiveEngine(replace(endpoint, sglang=info["version"]), info["tp_size"], self._session)
 
@@ -128,10 +128,10 @@ class EngineActor:
     # --- weights: see HostWeights and sync/protocol.py ------------------------------------------------------------
 
     async def adopt(self, spec_json: str, run: Adoption) -> list[str]:
-        """Take the model directory as base; the names of the engines that are proven to hold it."""
+        """Take the model directory as base; every engine is proven to hold it. Returns what a user should be warned of."""
         self._labelled = None
         await self._weights.adopt(spec_json, run)
-        return await self.live()
+        return self._weights.warnings
 
     async def live(self) -> list[str]:
         """Names of the engines that take part in updates."""

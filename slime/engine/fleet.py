@@ -96,8 +96,9 @@ class EngineFleet:
     def adopt(self, spec: ModelSpec, run: Adoption, timeout_s: float) -> None:
         """Every engine is proven to hold the model directory's weights, and known tensor by tensor."""
         what = "every engine to prove its first weights"
-        found = self._all(lambda agent: agent.adopt.remote(spec.to_json(), run), timeout_s, what)
-        self._hosts = {engine: agent for agent, engines in zip(self._agents, found, strict=True) for engine in engines}
+        for warnings in self._all(lambda agent: agent.adopt.remote(spec.to_json(), run), timeout_s, what):
+            for warning in warnings:
+                log.warning("%s", warning)
 
     def engines(self) -> list[str]:
         """Names of the engines that take part in updates."""

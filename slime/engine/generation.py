@@ -47,7 +47,7 @@ class Generation:
     started_s: float  # the request was sent
     finished_s: float  # the answer had arrived
     engine_s: float  # what the engine says it took, see `parse`
-    response_sent_s: float  # when the engine says it sent the answer
+    response_sent_s: float  # when the engine says it sent the answer; of a streamed one it does not say, and this is finished_s
     experts: np.ndarray | None = None  # int16 [P + R - 1, layers, chosen], where asked for: the last token went nowhere
 
     @property
@@ -101,7 +101,7 @@ def parse(
         started_s=started_s,
         finished_s=finished_s,
         engine_s=max(0.0, meta["e2e_latency"] - meta.get("queue_time", 0.0)),
-        response_sent_s=meta["response_sent_to_client_ts"],
+        response_sent_s=meta.get("response_sent_to_client_ts", finished_s),
         experts=_experts(meta, len(ids), routing, engine) if routing and meta["finish_reason"]["type"] != "abort" else None,
     )
 

@@ -96,14 +96,23 @@ class LiveEngine:
         await asyncio.gather(*(link.drop(version, timeout_s) for link in self._links))
 
     async def pause(self, how: str, timeout_s: float) -> None:
-        """Stop decoding; `how` is sync.pause."""
+        """Stop decoding; `how` is sync.pause. Raises TimeoutError where `drain` waits too long."""
         if how == "drain":
-            deadline = time.monotonic() + timeout_s
+            await self._drain(time.monotonic() + timeout_s, timeout_s)
+        else:
+            await self._control.pause(how)
+
+    async def _drain(self, deadline: float, timeout_s: float) -> None:
+        """Pause with nothing running. A request may come between the last look and the pause: where that would be fatal, look again."""
+        while True:
             while await self._control.running():
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"{self.endpoint.name} still has requests after {timeout_s:g} s (sync.timeout_s, sync.pause=drain)")
                 await asyncio.sleep(IDLE_POLL_S)
-        await self._control.pause("retract" if how == "retract" else "in_place")
+            await self._control.pause("in_place")
+            if self.facts.flush_is_refused or not await self._control.running():
+                return
+            await self._control.resume()
 
     async def commit(self, version: str, parent: str, opaque: Path | None, flush: bool, timeout_s: float) -> Written:
         """Write what was staged, paused; `opaque` are tensors that it loads whole."""
@@ -116,6 +125,14 @@ class LiveEngine:
     async def resume(self) -> None:
         """Go on decoding."""
         await self._control.resume()
+
+    async def audit(self, timeout_s: float) -> Written:
+        """What it holds now; requests go on afterwards."""
+        await self._control.pause("in_place")
+        try:
+            return await self._write("audit", None, False, timeout_s)
+        finally:
+            await self._control.resume()
 
     # --- everything -------------------------------------------------------------------------------------------------
 

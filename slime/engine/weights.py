@@ -6,7 +6,6 @@ upon by the driver together with what the others answered (see sync/publication.
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,6 @@ from slime.sync.store import WeightStore
 from slime.sync.store_fsspec import open_store
 from slime.types import WeightVersion
 
-log = logging.getLogger(__name__)
-
 MIB = 1 << 20
 FAILURES = (EngineError, RankError, TimeoutError, Refused, OSError)
 NAMED = 4  # tensors in a message
@@ -47,6 +44,8 @@ class HostWeights:
         self._paths: dict[str, Path] = {}  # staged files by signature of the live map
         self._buckets: list[Bucket] = []  # of a whole version that is being offered
         self._healed: set[str] = set()  # engines that the version was loaded into whole
+        self._spoiled: dict[str, str] = {}  # engines that were found to hold other bits than the version before, and what was found
+        self.warnings: list[str] = []  # of engines that were taken in
         self._anchor: asyncio.Task[None] | None = None
         self._shared = SharedFolder()
         self._folder = self._shared.path
@@ -69,6 +68,8 @@ class HostWeights:
 
     async def adopt(self, spec_json: str, run: Adoption) -> None:
         """Read the model directory, and bring every engine to it, proven. Raises ValueError for an engine that cannot be followed."""
+        if self._cfg.sync.mode == "delta" and self._cfg.sync.transport == "host" and not Path(run.url).is_dir():
+            raise ValueError(f"sync.transport=host: {run.url} is not on this host, where engines run; set sync.transport to ray or store")
         self._run, run_id = run, run.run_id
         spec = ModelSpec.from_json(spec_json)
         (self._folder / "spec.json").write_text(spec_json)
@@ -100,12 +101,14 @@ class HostWeights:
         except (ValueError, EngineError) as error:
             if self._cfg.sync.mode == "delta" or isinstance(error, EngineLost):
                 raise
-            log.warning("%s: its weights are not proven, only labelled: %s", engine.endpoint.name, error)
+            self.warnings.append(f"{engine.endpoint.name}: its weights are not proven, only labelled: {error}")
             engine.forget(copy.spec, self._run.run_id)
             return ""
         assert engine.proof is not None
         for name, why in engine.proof.opaque.items():
-            log.warning("%s holds %s in another form (%s): it is loaded whole and not proven by its bits", engine.endpoint.name, name, why)
+            self.warnings.append(
+                f"{engine.endpoint.name} holds {name} in another form ({why}): it is loaded whole and not proven by its bits"
+            )
         return _wrong(engine, written, copy.fingerprints)
 
     def live(self) -> list[LiveEngine]:
@@ -170,7 +173,7 @@ class HostWeights:
             path.unlink(missing_ok=True)
         if isinstance(self._incoming, IncomingDelta):
             self._incoming.forget()
-        self._incoming, self._paths, self._healed = None, {}, set()
+        self._incoming, self._paths, self._healed, self._spoiled = None, {}, set(), {}
 
     # --- one engine ---------------------------------------------------------------------------------------------------
 
@@ -189,9 +192,15 @@ class HostWeights:
         except FAILURES as error:
             if action.do in (Do.UNDO, Do.HEAL):
                 await self._fence(engine, error)
-            lost = isinstance(error, EngineLost) and engine.server is not None
-            return Answer(action, f"{error}; the end of {engine.server.spec.log}:\n{engine.server.tail()}" if lost else str(error))  # type: ignore[union-attr]
+            return Answer(action, self._said(engine, error))
         return Answer(action, **found)
+
+    def _said(self, engine: LiveEngine, error: Exception) -> str:
+        """What went wrong, with the end of the log of a server that is lost, or the knob of a deadline that has passed."""
+        if isinstance(error, EngineLost) and engine.server is not None:
+            return f"{error}; the end of {engine.server.spec.log}:\n{engine.server.tail()}"
+        late = isinstance(error, TimeoutError) and str(error).endswith(f"after {self._cfg.sync.timeout_s:g} s")
+        return f"{error} (sync.timeout_s)" if late else str(error)
 
     async def _prepare(self, engine: LiveEngine) -> dict[str, Any]:
         incoming = self._incoming
@@ -200,9 +209,23 @@ class HostWeights:
             return {}
         assert incoming is not None
         engine.state.check(incoming.manifest)
-        staged = await engine.stage(self._paths, incoming.label, incoming.manifest.parent_label, self._cfg.sync.timeout_s)
+        try:
+            staged = await engine.stage(self._paths, incoming.label, incoming.manifest.parent_label, self._cfg.sync.timeout_s)
+        except RankError as refused:
+            staged = await self._refused(engine, refused)
         engine.state.stage(incoming.manifest)
         return {"staged_bytes": staged}
+
+    async def _refused(self, engine: LiveEngine, refused: RankError) -> int:
+        """A rank did not stage. Where its weights have changed since they were proven, their tensors are named; with on_mismatch=heal its
+        COMMIT fails by that, and is healed."""
+        reason = ""
+        with contextlib.suppress(*FAILURES):
+            reason = _wrong(engine, await engine.audit(self._cfg.sync.timeout_s), self.copy.fingerprints)
+        if not reason or self._cfg.sync.on_mismatch != "heal":
+            raise EngineError(f"{refused}; {reason}" if reason else str(refused)) from refused
+        self._spoiled[engine.endpoint.name] = reason
+        return 0
 
     async def _drop(self, engine: LiveEngine) -> dict[str, Any]:
         assert self._incoming is not None and engine.state is not None
@@ -218,6 +241,8 @@ class HostWeights:
         if isinstance(incoming, IncomingWhole):
             return await self._load(engine)
         engine.state.write(incoming.manifest.version)
+        if reason := self._spoiled.get(engine.endpoint.name):
+            raise EngineError(f"before it was written to, {reason}")
         written = await engine.commit(incoming.label, incoming.manifest.parent_label, incoming.opaque, self._flush, timeout_s)
         return self._proven(engine, written)
 

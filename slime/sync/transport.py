@@ -72,14 +72,17 @@ class StoreTransport:
         self._cfg, self._url, self._anchors = cfg, url, anchors
         self._store = WeightStore(open_store(url, cfg.timeout_s), run_id, key)
         self._known: list[Manifest] = []
+        self._described = False  # whether the model's tensors are there
 
     def claim(self, epoch: int) -> int:
         claimed, _ = self._store.claim(epoch)
+        self._known = list(self._store.manifests())  # of before a resume, too: nobody else will delete them
         return claimed
 
     def send(self, manifest: Manifest, parts: "Sequence[ray.ObjectRef]", spec: ModelSpec) -> "Sequence[ray.ObjectRef]":
-        if not self._known:
+        if not self._described:
             self._store.put_model(spec)
+            self._described = True
         payloads = deadline.get(list(parts), self._cfg.timeout_s, f"the parts of weights {manifest.label}", "sync.timeout_s")
         self._store.publish(manifest, payloads)
         self._known.append(manifest)

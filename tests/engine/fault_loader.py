@@ -1,7 +1,7 @@
 """A custom SGLang weight loader for tests: it makes the next writes of the weight channel fail half done, in one rank.
 
-The update that reaches it is one empty tensor named by a JSON record: rank, times, and how: the name of an exception, or "kill", which ends the
-rank's process as kill -9 does.
+The update that reaches it is one empty tensor named by a JSON record: rank, times, and how: the name of an exception, or "kill", which
+ends the rank's process as kill -9 does.
 """
 
 import builtins

@@ -1,6 +1,6 @@
 """Faults of the weight channel in real SGLang servers; docs/faults.md has the list, tests/sync/test_faults.py the cases that need none.
 
-Every one ends with live memory that is, byte for byte, what SGLang's own load of a committed version leaves, or with an error that has a name.
+Every one ends with live memory that is, byte for byte, what SGLang's own load of a committed version leaves, or with a named error.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from tests.tiny import make_tiny
 pytestmark = pytest.mark.e2e
 TIMEOUT_S = 60.0
 LOADERS = [flip_loader.LOADER, fault_loader.LOADER]
-SLOWER = ("the staged file is half there", "a rank has staged", "paused", "the session is open", "the session is closed", "going on")
+QUICK = ("the staged file is there", "the commit is sent", "written", "the host copy follows")
 
 
 def recipe(model: Path, ranks: int, dtype: str = "bf16", deterministic: bool = False, **sglang: Any) -> SlimeConfig:
@@ -122,9 +122,17 @@ class World:
 
         self.host.run(send())
 
-    def answer(self, prompt: list[int] | None = None) -> Generation:
-        """It generates, with the last version."""
-        return ask(self.host.servers[0], f"{self.label}{self.number}", [prompt or [7, 8, 9]])[0]
+    def sglangs_label(self) -> str:
+        return self.host.run(self.host.live[0]._control.label())
+
+    def answer(self) -> Generation:
+        """One more version, near the model directory's weights, so that it gives numbers; and an answer of it alone."""
+        self.trainer.now = [bits.copy() for bits in self.base]
+        self.trainer.step(17)
+        self.number += 1
+        self.channel.publish(self.number)
+        [generation] = ask(self.host.servers[0], f"{self.label}{self.number}", [[7, 8, 9]])
+        return generation
 
 
 def ask(server: Any, label: str, prompts: Sequence[list[int]], tokens: int = 12) -> list[Generation]:
@@ -142,7 +150,7 @@ def ask(server: Any, label: str, prompts: Sequence[list[int]], tokens: int = 12)
 # --- 1, 4 -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("point", [pytest.param(p, marks=[pytest.mark.slow] if p in SLOWER else []) for p in faulty.POINTS])
+@pytest.mark.parametrize("point", [pytest.param(p, marks=[] if p in QUICK else [pytest.mark.slow]) for p in faulty.POINTS])
 def test_a_new_agent_takes_over_where_one_was_killed(
     point: str, cfg: SlimeConfig, server: Server, epochs: Iterator[int], tmp_path: Path
 ) -> None:
@@ -150,10 +158,11 @@ def test_a_new_agent_takes_over_where_one_was_killed(
     faulty.kill_an_agent(cfg, server.spec.endpoint, point)
     world = World(cfg, server, next(epochs))
     try:
-        assert world.holds(world.base, tmp_path / "base")
+        assert world.holds(world.base, tmp_path)
         world.step(1)
         world.step(3)
-        assert world.holds(world.trainer.now, tmp_path / "after") and world.answer().versions[0].version == f"{world.label}1"
+        assert world.holds(world.trainer.now, tmp_path) and world.sglangs_label() == f"{world.label}1"
+        world.answer()
     finally:
         world.close()
 
@@ -161,7 +170,7 @@ def test_a_new_agent_takes_over_where_one_was_killed(
 # --- 7, 8, 10 ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("how", "times"), [("RuntimeError", 1), ("KeyboardInterrupt", 1), ("SystemExit", 2), ("MemoryError", 2)])
+@pytest.mark.parametrize(("how", "times"), [("KeyboardInterrupt", 1), ("MemoryError", 2)])
 def test_one_rank_fails_while_the_other_writes(how: str, times: int, world: World, tmp_path: Path) -> None:
     """It is undone in both, though SGLang says Success; the scheduler lives on. A second failure hits what puts the old bits back."""
     world.step(1)
@@ -169,11 +178,11 @@ def test_one_rank_fails_while_the_other_writes(how: str, times: int, world: Worl
     world.arm(1, times, how)
     with pytest.raises(NotProven, match=f"engine 0: commit failed: rank 1: {how}: as the test wants it"):
         world.step(2)
-    assert world.holds(held, tmp_path / "undone")
+    assert world.holds(held, tmp_path)
     world.number -= 1
-    assert world.answer().versions[0].version == f"{world.label}0"
+    assert world.sglangs_label() == f"{world.label}0"
     world.step(3)
-    assert world.holds(world.trainer.now, tmp_path / "after")
+    assert world.holds(world.trainer.now, tmp_path)
     world.answer()
 
 
@@ -183,7 +192,7 @@ def test_a_rank_that_fails_again_and_again_is_fenced(world: World, tmp_path: Pat
     world.arm(0, 3, "OSError")
     with pytest.raises(NotProven, match=r"commit failed: rank 0: OSError(.|\n)*fenced: engine 0"):
         world.step(2)
-    assert world.host.run(world.host.live[0]._control.label()) == "run/fenced" and world.fleet.engines() == []
+    assert world.sglangs_label() == "run/fenced" and world.fleet.engines() == []
     with pytest.raises(NotProven, match="no engine is left"):
         world.step(3)
 
@@ -192,25 +201,25 @@ def test_commit_and_undo_come_twice(world: World, tmp_path: Path) -> None:
     """As when a client sends again what was done. The embedding is tied, the norms are replicas."""
     twice(world)
     world.step(1)
-    assert world.holds(world.trainer.now, tmp_path / "committed")
+    assert world.holds(world.trainer.now, tmp_path)
     held = world.trainer.copied()
     world.fleet.lost = lambda action: action.do is Do.COMMIT
     with pytest.raises(NotProven, match="the answer was lost"):
         world.step(2)
-    assert world.holds(held, tmp_path / "undone")
+    assert world.holds(held, tmp_path)
     world.fleet.lost = lambda action: False
     world.number -= 1
     world.step(3)
-    assert world.holds(world.trainer.now, tmp_path / "after")
+    assert world.holds(world.trainer.now, tmp_path)
 
 
 def twice(world: World) -> None:
     control = world.host.live[0]._control
     update = control.update
 
-    async def again(*args: Any) -> None:
-        await update(*args)
-        await update(*args)
+    async def again(*args: Any, **kwargs: Any) -> None:
+        await update(*args, **kwargs)
+        await update(*args, **kwargs)
 
     control.update = again  # type: ignore[method-assign, assignment]
 
@@ -219,40 +228,48 @@ def twice(world: World) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["prepared", "half written", "committed"])
-def test_an_engine_is_killed_in_the_middle_of_a_publication(when: str, cfg: SlimeConfig, tmp_path: Path) -> None:
-    """kill -9 of a rank's process or of all; what starts anew is brought to the committed version and proven."""
+def test_an_engine_is_killed_in_the_middle_of_a_publication(cfg: SlimeConfig, tmp_path: Path) -> None:
+    """kill -9 of all its processes, or of one rank half way through its writes; what starts anew is brought to the committed version."""
     server = servers.start(cfg, tmp_path / "engine_0.log")
-    world = World(cfg, server, 0)
     try:
-        world.step(1)
-        held = world.trainer.copied()
-        if when == "half written":
-            world.arm(1, 1, "kill")
-
-        def ends(actions: Sequence[Action]) -> None:
-            if (when, actions[0].do) in (("prepared", Do.COMMIT), ("committed", Do.RESUME)):
-                world.host.servers[0].stop()
-
-        world.host.before = ends
-        with pytest.raises((NotProven, TimeoutError), match="engine 0|sync.timeout_s"):
-            world.step(2)
-        if when == "committed":
-            held = world.trainer.copied()  # proven, and so acknowledged: that is what it comes back to
-        world.host.before = lambda actions: None
+        for epoch, when in enumerate(("prepared", "half written", "committed")):
+            server = killed_and_back(when, cfg, server, World(cfg, server, epoch), tmp_path)
+    finally:
         server.stop()
-        again = world.host.servers[0] = servers.start(cfg, tmp_path / "engine_0_again.log")
+
+
+def killed_and_back(when: str, cfg: SlimeConfig, server: Server, world: World, folder: Path) -> Server:
+    """The server that came after."""
+    world.step(1)
+    held = world.trainer.copied()
+    if when == "half written":
+        world.arm(1, 1, "kill")
+
+    def ends(actions: Sequence[Action]) -> None:
+        if (when, actions[0].do) in (("prepared", Do.COMMIT), ("committed", Do.RESUME)):
+            server.stop()
+
+    world.host.before = ends
+    with pytest.raises(
+        NotProven, match=r"engine 0: resume failed" if when == "committed" else r"engine 0: commit failed: .* was lost during"
+    ):
+        world.step(2)
+    if when == "committed":
+        held = world.trainer.copied()  # proven, and so acknowledged
+    server.stop()
+    again = servers.start(cfg, folder / f"{when}.log")
+    try:
+        world.host.before = lambda actions: None
+        world.host.servers = [again]
         world.host.live = [LiveEngine(again.spec.endpoint, 2, world.host._session, again)]
         world.host.run(world.host.weights.take_in(world.host.live[0]))
-        assert world.holds(held, tmp_path / "again")
-        next_world = World(cfg, again, 1)
-        next_world.step(3)
-        assert next_world.holds(next_world.trainer.now, tmp_path / "after")
-        next_world.close()
+        assert world.holds(held, folder)
+    except BaseException:
+        again.stop()
+        raise
     finally:
         world.close()
-        for each in (server, *world.host.servers):
-            each.stop()
+    return again
 
 
 # --- 19 ---------------------------------------------------------------------------------------------------------------
@@ -263,14 +280,14 @@ PROMPTS = [list(range(5, 45)), [30, 31, 7] * 10, list(range(70, 10, -1)), [11] *
 @pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [False, True], ids=["radix cache", "deterministic"])
 def test_log_probs_after_a_delta_are_those_of_a_fresh_engine(deterministic: bool, tmp_path: Path) -> None:
-    """A version comes in the middle of prefills in chunks and of decoding; prompts are asked before it, so that their prefixes are cached. A
-    fresh engine that loads the same weights gives the same tokens, and the same log-probs to 1e-5, or to the bit in deterministic mode."""
+    """A version comes in the middle of prefills in chunks and of decoding; prompts are asked before it, so that their prefixes are cached.
+    A fresh engine that loads the same weights gives the same tokens, and log-probs equal to 1e-5, or to the bit in deterministic mode."""
     path = make_tiny(tmp_path / "model")
     sglang = {} if deterministic else {"chunked_prefill_size": 16}
     cfg = recipe(path, 1, "fp32", deterministic, **sglang)
     server = servers.start(cfg, tmp_path / "engine_0.log")
     world = World(cfg, server, 0)
-    prompts = [*PROMPTS, *PROMPTS, *(prompt + [9, 9] for prompt in PROMPTS)]
+    prompts = [*PROMPTS, *PROMPTS, *([*prompt, 9, 9] for prompt in PROMPTS)]
     try:
         world.cfg.sync.pause = world.host.weights._cfg.sync.pause = "drain" if deterministic else "retract"
         world.trainer.step(1)
@@ -294,6 +311,7 @@ def test_log_probs_after_a_delta_are_those_of_a_fresh_engine(deterministic: bool
     assert [g.output_ids for g in after] == [g.output_ids for g in fresh]
     far = max(abs(a - b) for x, y in zip(after, fresh, strict=True) for a, b in zip(x.logprobs, y.logprobs, strict=True))
     assert far == 0.0 if deterministic else far < 1e-5
+    assert deterministic or min(g.cached_tokens for g in [*before[4:], *after[4:]]) > 0, "no prefix came from the cache"
     moved = max(abs(a - b) for x, y in zip(before, fresh, strict=True) for a, b in zip(x.logprobs, y.logprobs, strict=True))
     assert moved > 1e-3, "the versions do not differ"
 

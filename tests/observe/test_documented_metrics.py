@@ -89,7 +89,7 @@ def test_recipes_on_the_pages_are_recipes(text: str, tmp_path: Path) -> None:
 def test_knobs_on_the_pages_exist(page: str) -> None:
     known = set(re.findall(r"`([\w.<>]+)`", (ROOT / "docs/knobs.md").read_text()))
     named = re.findall(
-        r"\b((?:run|rollout|reward|trainer|observe|algorithm|sync|cluster)\.[a-z_]+(?:\.[a-z_]+)*)", (ROOT / page).read_text()
+        r"(?<![\w.])((?:run|rollout|reward|trainer|observe|algorithm|sync|cluster)\.[a-z_]+(?:\.[a-z_]+)*)", (ROOT / page).read_text()
     )
     unknown = {
         k

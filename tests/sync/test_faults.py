@@ -2,6 +2,7 @@
 that was committed, or with an error that has a name and engines that get no requests."""
 
 import contextlib
+import re
 import resource
 import subprocess
 import time
@@ -441,6 +442,8 @@ def test_a_trainer_is_killed_and_resumes_from_an_older_checkpoint(
     for seed in range(3):
         world.step(20 + seed)
         check_files(tmp_path, world, key, {world.number: world.trainer.now})
+    left = list(WeightStore(open_store(str(tmp_path), 10), "run", key).manifests())
+    assert {manifest.epoch for manifest in left} == {1}, "what was before the resume is needed by nobody and stays"
     world.close()
 
 
@@ -965,7 +968,7 @@ def test_a_door_that_breaks_and_one_that_does_not_answer(world: World, tmp_path:
         (lambda data, answer: None if b'"stage"' in data else 0.0, "prepare failed: engine 0 rank 1 at .* was lost while it should stage"),
         (
             lambda data, answer: 2.0 if b'"entries"' in data else 0.0,
-            "prepare failed: waiting for engine 0 rank 1 to stage: nothing after 1 s",
+            r"prepare failed: waiting for engine 0 rank 1 to stage: nothing after 1 s \(sync.timeout_s\)",
         ),
         (lambda data, answer: None if b"commit-" in data else 0.0, "commit failed: engine 0 rank 1 at .* was lost while it should result"),
     ]
@@ -1037,3 +1040,13 @@ def test_what_a_killed_agent_left_in_shared_memory_is_removed(model: Path, engin
     world.close()
     alive.close()
     assert not alive.path.exists()
+
+
+def test_the_list_names_tests_that_there_are() -> None:
+    """Every test of docs/faults.md, and every number of a case from 1 to 22 in it."""
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "faults.md").read_text()
+    written = "\n".join(path.read_text() for path in (root / "tests").rglob("test_*.py"))
+    named = set(re.findall(r"test_\w+(?!\w*\.py)\b", text)) - {path.stem for path in (root / "tests").rglob("test_*.py")}
+    assert len(named) > 50 and not [name for name in named if f"def {name}(" not in written]
+    assert {int(number) for number in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)} == set(range(1, 23))
