@@ -1,4 +1,4 @@
-"""Whole runs under the weight channel: full and delta train alike, small steps are thin deltas, a killed run catches up before it goes on."""
+"""Whole runs under the weight channel: full and delta train alike, small steps are thin deltas, a killed run catches up first."""
 
 import gzip
 import json

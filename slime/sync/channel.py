@@ -168,6 +168,7 @@ class Channel:
         elements = sum(tensor.size for tensor in self._spec.tensors)
         return {
             "sync/density": sum(summary.changed) / elements,
+            "sync/dense_frac": summary.complete_blocks / sum(tensor.blocks for tensor in self._spec.tensors),
             "sync/wire_bytes": float(manifest.nbytes),
             "sync/ratio": self._spec.nbytes / max(1, manifest.nbytes),
             "sync/diff_s": summary.diff_s,

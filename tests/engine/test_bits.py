@@ -38,6 +38,7 @@ CASES: dict[str, Any] = {
     "latent": ("deepseek_v3", 1, {}),
 }
 QUICK = "dense, tied"
+FRESH = "experts, TP2"  # compared with a server that starts with the same weights, too
 Dump = list[dict[str, np.ndarray]]  # bytes of every storage, for each rank
 
 
@@ -165,7 +166,9 @@ def test_many_deltas_in_other_engines(case: str, tmp_path: Path, record_property
     with ExitStack() as stack:
         engine = start(stack, tmp_path, case)
         by_deltas = check_many(engine, record_property)
-        assert flip_many(engine, 60, 3) == 60
+        assert flip_many(engine, 30, 3) == 30
+        if case != FRESH:
+            return
         exported = engine.weights.export(tmp_path / "exported", engine.model)
     cfg = bf16_recipe(exported, engine.ranks)
     with ExitStack() as stack:

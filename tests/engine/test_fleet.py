@@ -16,6 +16,7 @@ from slime.cluster.placement import RolePlacement
 from slime.config import SyncConfig
 from slime.config.exits import PreflightError
 from slime.engine.client import EngineClient, Generation
+from slime.engine.endpoint import Endpoint
 from slime.engine.errors import EngineError, EngineLost, StaleWeights
 from slime.engine.fleet import EngineFleet
 from slime.engine.server import Server
@@ -61,14 +62,21 @@ class Weights:
 
 def ask(fleet: EngineFleet, label: str) -> Generation:
     """The answer to PROMPT, in a batch with prompts of other lengths."""
+    return answers(fleet.endpoints(), label, [PROMPT, PROMPT[:3], PROMPT * 3])[0]
 
+
+def ask_one(endpoint: Endpoint, label: str) -> Generation:
+    """The answer of this engine."""
+    return answers([endpoint], label, [PROMPT])[0]
+
+
+def answers(endpoints: list[Endpoint], label: str, prompts: list[list[int]]) -> list[Generation]:
     async def together() -> list[Generation]:
-        async with EngineClient(fleet.endpoints(), vocab_size=servers.VOCAB, timeout_s=60, max_in_flight=100) as client:
+        async with EngineClient(endpoints, vocab_size=servers.VOCAB, timeout_s=60, max_in_flight=100) as client:
             await client.expect(label)
-            prompts = [PROMPT, PROMPT[:3], PROMPT * 3]
             return await asyncio.gather(*(client.generate(prompt, SAMPLING, session=1) for prompt in prompts))
 
-    return asyncio.run(together())[0]
+    return asyncio.run(together())
 
 
 def test_two_ranks_take_published_weights_and_their_end_is_noticed_and_mended(
@@ -139,6 +147,39 @@ def test_servers_of_the_user_are_used_and_left_alone(
     cfg.rollout.external_urls = ["http://127.0.0.1:9"]
     with pytest.raises(PreflightError, match=r"engine 0 \(rollout.external_urls\) at http://127.0.0.1:9 was lost during /server_info"):
         EngineFleet.start(cfg, None, tmp_path, "run")
+
+
+def test_a_server_that_comes_late_is_caught_up_proven_and_then_used(
+    placement: RolePlacement,
+    server: Server,
+    models: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("ENGINE_KEY", server.spec.endpoint.key)
+    listed = tmp_path / "late.txt"
+    cfg = servers.recipe(models[0], join=str(listed), external_key_env="ENGINE_KEY")
+    fleet = EngineFleet.start(cfg, placement, tmp_path, "run")
+    try:
+        publisher = Weights(models[1])
+        channel = Channel(FULL, publisher, fleet, WeightVersion(0, 0, "run"))
+        channel.open()
+        channel.publish(1)
+        assert fleet.join() == [], "nobody is listed yet"
+        listed.write_text(f"# of other people\nhttp://127.0.0.1:9\n{server.spec.endpoint.url}/\n")
+        [late] = fleet.join()
+        assert late.name == "engine 1" and "http://127.0.0.1:9 does not join: engine 1 (rollout.join)" in caplog.text
+        for label, path in (("run/0/1", models[1]), ("run/0/2", models[0])):
+            if label == "run/0/2":
+                publisher.path = path
+                channel.publish(2)
+            for endpoint in fleet.endpoints():
+                assert distance(path, ask_one(endpoint, label), PROMPT) < 1e-5, f"{endpoint.name} at {label}"
+        assert [url.url for url in fleet.endpoints()][1] == server.spec.endpoint.url and fleet.engines() == ["engine 0", "engine 1"]
+    finally:
+        fleet.stop()
+    assert server.alive, "it is the user's"
 
 
 @pytest.mark.parametrize(

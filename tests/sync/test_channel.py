@@ -48,7 +48,7 @@ class Log:
     def delta(self, version: WeightVersion, codec: str, part_bytes: int) -> Delta:
         self._log("delta", version.label, codec, part_bytes)
         payload = f"part {version.label}".encode()
-        summary = Summary((self.step + 1, 7), root_of((self.step, 7)), (3, 0), 0, 0.1, 0.2, 0.3)
+        summary = Summary((self.step + 1, 7), root_of((self.step, 7)), (3, 0), 1, 0.1, 0.2, 0.3)
         return Delta(["ref"], (PartRef.of(0, payload),), summary)
 
     def acknowledge(self, version: WeightVersion) -> None:
@@ -130,7 +130,12 @@ def test_order_and_metrics() -> None:
     ]
     wire = len(b"part r/2/5")
     assert metrics["sync/version"] == 5 and metrics["sync/wire_bytes"] == wire and metrics["sync/ratio"] == 40 / wire
-    assert metrics["sync/density"] == 0.3 and metrics["sync/staged_bytes"] == 600 and metrics["sync/healed"] == 0
+    assert (
+        metrics["sync/density"] == 0.3
+        and metrics["sync/dense_frac"] == 0.5
+        and metrics["sync/staged_bytes"] == 600
+        and metrics["sync/healed"] == 0
+    )
     assert (metrics["sync/diff_s"], metrics["sync/encode_s"]) == (0.1, 0.5)
     assert (metrics["sync/commit_s"], metrics["sync/verify_s"]) == (0.25, 0.5)
     assert metrics["time/sync_s"] >= metrics["sync/pause_s"] > 0

@@ -111,6 +111,7 @@ def test_a_world_without_faults(world: World) -> None:
 # --- 1 ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("point", faulty.POINTS)
 def test_a_new_agent_takes_over_where_one_was_killed(point: str, model: Path, engine: ToyEngine) -> None:
     faulty.kill_an_agent(recipe(model, 2), engine.spec.endpoint, point)
@@ -1027,6 +1028,7 @@ def test_no_room_for_a_staged_file(kind: str, model: Path, engine: ToyEngine, tm
         world.close()
 
 
+@pytest.mark.e2e
 def test_what_a_killed_agent_left_in_shared_memory_is_removed(model: Path, engine: ToyEngine, tmp_path: Path) -> None:
     """By the next one on the host; what belongs to one that lives stays."""
     alive = shared_folder.SharedFolder()
