@@ -139,7 +139,8 @@ async def while_generating(made: World, client: EngineClient, *, rids: Sequence[
         while await control.running() < len(PROMPTS) and not any(task.done() for task in running):
             await asyncio.sleep(0.01)
     await asyncio.sleep(WELL_S)
-    assert not any(task.done() for task in running), "they ended before anything was published"
+    early = [task.exception() or "ended" for task in running if task.done()]
+    assert not early, "requests ended before anything was published"
     await asyncio.to_thread(made.channel.publish, 1)
     made.ended = sum(task.done() for task in running)
     return await asyncio.gather(*running)

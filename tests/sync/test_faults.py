@@ -1029,15 +1029,16 @@ def test_no_room_for_a_staged_file(kind: str, model: Path, engine: ToyEngine, tm
 
 
 @pytest.mark.e2e
-def test_what_a_killed_agent_left_in_shared_memory_is_removed(model: Path, engine: ToyEngine, tmp_path: Path) -> None:
+def test_what_a_killed_agent_left_in_shared_memory_is_removed(model: Path, engine: ToyEngine) -> None:
     """By the next one on the host; what belongs to one that lives stays."""
     alive = shared_folder.SharedFolder()
     faulty.kill_an_agent(recipe(model, 2), engine.spec.endpoint, "the staged file is there")
-    root = alive.path.parent
-    left = list(root.glob("slime-*/*.staged"))
-    assert left, "the killed agent had a staged file"
+    door = engine.inside[0]._door
+    assert door is not None
+    left = Path(door.path).parent
+    assert left.parent == alive.path.parent and list(left.glob("*.staged"))
     world = World(model, [engine], epoch=1)
-    assert not any(path.exists() for path in left) and alive.path.is_dir()
+    assert not left.exists() and alive.path.is_dir()
     world.step(1)
     world.close()
     alive.close()
