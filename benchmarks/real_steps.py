@@ -227,7 +227,7 @@ class Run:
         args, cfg = self.args, SlimeConfig()
         cfg.model.path, cfg.model.dtype, cfg.cluster.device = str(self.scratch / "model"), "bf16", args.device
         cfg.rollout.max_response_tokens = args.length
-        cfg.trainer.max_tokens_per_rank = 16384
+        cfg.trainer.max_tokens_per_rank = 8192
         self.trainer = Place(self.device, 0, 1, str(self.scratch / "store")).trainer(cfg)
         self.language = Language(args.vocab)
 

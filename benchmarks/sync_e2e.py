@@ -1,8 +1,8 @@
 """From the trainer's new weights to an engine that generates with them: slime's weight channel beside what others do, in one run.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.sync_e2e [--versions 5] [--layers 7 --hidden 768 --vocab 16384]
+    OMP_NUM_THREADS=1 python -m benchmarks.sync_e2e [--versions 5] [--layers 14 --hidden 768 --vocab 16384]
 
-A stock SGLang on the CPU serves a Qwen3 of some 60 million bf16 parameters. Adam (0.9, 0.98) is simulated with fp32 masters that lie
+A stock SGLang on the CPU serves a Qwen3 of some 110 million bf16 parameters. Adam (0.9, 0.98) is simulated with fp32 masters that lie
 anywhere in their bf16 cell; its consecutive steps are the versions: at lr 1e-6, and at rates for about .1, 1, 3 and 10 % changed elements;
 at 100 % weights are drawn anew. Every version goes through every route, from the same old weights to the same new ones, and the engine's
 live bits are proven to be the new ones, by the audit of slime, after each. Between two routes the old weights are put back.
@@ -14,12 +14,13 @@ live bits are proven to be the new ones, by the audit of slime, after each. Betw
     COO u32 + bf16             dense tensors of NaN and values through model.load_weights, all elements (verl, vLLM)
     gap16 + xor + zstd-1       decoded to whole tensors, which go through model.load_weights (NeMo-RL)
 
-Rivals are spared what measuring does not need: checksums, sessions, aborted requests, flushed caches; what can be done before the pause is
-done there, and their tensors reach the engine's process through shared memory where they would through NCCL. Nothing crosses a network.
+Rivals are spared what measuring does not need: checksums, proofs, aborted requests, flushed caches; what can be done before the pause is
+done there, and their tensors reach the engine's process through shared memory. The stock update alone carries tensors as text in a request,
+its only way into a server on a CPU: how long a dense load lasts without that is the pause of gap16. Nothing crosses a network.
 `sender` is CPU time of finding and encoding the difference; `before` what receivers do while the engine generates; `pause` from asking it
-to stop to its going on; `after` what the channel does then (the host copy becomes the version); `total` is sender, before and pause.
-`at 1 Gb/s` adds the wire's time at that rate. Medians; the full routes, whose cost no version changes, are measured once a case.
-No request runs: a pause is at its shortest for every route.
+to stop until it goes on, of ours the audit included; `after` what the channel does then (the host copy becomes the version); `total` is
+sender, before and pause on the clock; `at 1 Gb/s` adds the wire's time at that rate. Medians: of --versions where there are bars, else of
+half as many; the full routes, whose cost no version changes, are measured once in all. No request runs: every pause is at its shortest.
 
 Bars, at 1 and 3 % and at lr 1e-6: both deltas have the smallest wire and the shortest pause of all. Prints a table, writes
 benchmarks/results/sync_e2e.json; exit code 1 where a bar fails or bits differ.
@@ -31,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -45,7 +47,7 @@ from benchmarks import rivals
 from benchmarks.real_steps import Shape
 from benchmarks.sync_codec import BETAS, EPS, RATES, bits_of
 from slime.engine.host_copy import tensor_of
-from slime.engine.weights import _wrong
+from slime.engine.live import Written
 from slime.sync import buckets, fingerprint, native, wire
 from slime.sync.channel import Channel
 from slime.sync.diff import Delta, Grid, Summary
@@ -82,6 +84,8 @@ class Cost:
     before: float
     pause: float
     after: float = 0.0
+    write: float = 0.0
+    audit: float = 0.0
 
     @property
     def total(self) -> float:
@@ -105,13 +109,15 @@ class Row:
     at_1_gbit_s: float
     shortest_pause_s: float
     longest_pause_s: float
+    write_s: float
+    audit_s: float
     versions: int
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--versions", type=int, default=5, help="of a case")
-    parser.add_argument("--layers", type=int, default=7)
+    parser.add_argument("--versions", type=int, default=5, help="of a case that has bars")
+    parser.add_argument("--layers", type=int, default=14)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--vocab", type=int, default=16384)
     args = parser.parse_args()
@@ -137,20 +143,25 @@ def run(args: argparse.Namespace, scratch: Path) -> tuple[list[Row], dict[str, A
     make_tokenizer(scratch / "model", 80)
     cfg = servers.recipe(scratch / "model", sglang={"custom_weight_loader": [rivals.LOADER]})
     cfg.model.dtype, cfg.sync.pause = "bf16", "in_place"
-    server = servers.start(cfg, scratch / "engine.log")
+    trainer = Trainer(scratch / "model")
+    with ThreadPoolExecutor(1) as pool:
+        begun = pool.submit(Adam, trainer.now)
+        server = servers.start(cfg, scratch / "engine.log")
     try:
         with Host(cfg, [server]) as host:
-            trainer = Trainer(scratch / "model")
-            adam = Adam(trainer.now)
+            adam = begun.result()
             trainer.now = adam.weights()
             bench = Bench(cfg, host, trainer, scratch)
             bench.begin()
-            rows = [row for case, rate in CASES.items() for row in bench.case(case, adam, rate, args.versions)]
+            rows = [
+                row
+                for case, rate in CASES.items()
+                for row in bench.case(case, adam, rate, args.versions if case in BARRED else (args.versions + 1) // 2)
+            ]
             facts = {
                 "sglang": server.spec.endpoint.sglang,
                 "parameters": sum(bits.size for bits in trainer.now),
                 "full_bytes": trainer.spec().nbytes,
-                "versions": args.versions,
                 "proofs": bench.proofs,
             }
     finally:
@@ -299,9 +310,9 @@ class Bench:
             adam.step(rate)
             new = adam.weights()
             changed.append(sum(int((a != b).sum()) for a, b in zip(old, new, strict=True)) / sum(a.size for a in old))
-            for route, cost in self.version(old, new, full=len(changed) == 1):
+            for route, cost in self.version(old, new, full=case == LR and len(changed) == 1):
                 costs[route].append(cost)
-        rows = [self.row(case, median(changed), route, costs[route]) for route in ROUTES]
+        rows = [self.row(case, median(changed), route, costs[route]) for route in ROUTES if costs[route]]
         shown = "   ".join(f"{row.route.split(' (')[0]} {row.pause_s * 1e3:.0f}" for row in rows)
         print(f"{case:14} changed {rows[0].changed:8.3%}   pauses, ms: {shown}", flush=True)
         return rows
@@ -325,6 +336,8 @@ class Bench:
             at_1_gbit_s=middle(lambda c: c.total + c.wire / GBIT),
             shortest_pause_s=min(c.pause for c in costs),
             longest_pause_s=max(c.pause for c in costs),
+            write_s=middle(lambda c: c.write),
+            audit_s=middle(lambda c: c.audit),
             versions=len(costs),
         )
 
@@ -357,6 +370,7 @@ class Bench:
         else:
             before = said["sync/decode_s"] + said["sync/stage_s"]
         cost = Cost(int(said["sync/wire_bytes"]), trainer.cpu, trainer.wall, before, said["sync/pause_s"])
+        cost.write, cost.audit = said["sync/commit_s"], said["sync/verify_s"]
         cost.after = said["time/sync_s"] - cost.total
         return cost
 
@@ -430,8 +444,7 @@ class Bench:
     def prove(self) -> None:
         """Raises AssertionError unless the engine's live bits are the new version's."""
         written = self.host.run(self.live._write("audit", None, False, TIMEOUT_S))
-        wrong = _wrong(self.live, written, self.prints)
-        assert not wrong and self.live.proof is not None and not self.live.proof.opaque, wrong
+        self.expect(written, self.prints)
         self.proofs += 1
 
     def put_back(self, old: Tensors) -> None:
@@ -440,7 +453,13 @@ class Bench:
         self.checkpoint.put(old)
         self.paused(lambda: self.loaded(f"whole:{self.checkpoint.path}"))
         written = self.host.run(self.live._write("audit", copy.label, False, TIMEOUT_S, version=copy.label))
-        assert not (wrong := _wrong(self.live, written, copy.fingerprints)), wrong
+        self.expect(written, copy.fingerprints)
+
+    def expect(self, written: Written, prints: Sequence[int]) -> None:
+        """Raises AssertionError for an audit that says otherwise of any tensor."""
+        proof = self.live.proof
+        assert proof is not None and not proof.opaque and not written.errors, written.errors
+        assert not (wrong := proof.wrong(written.fingerprints, prints)), f"live bits of {wrong} are not the trainer's"
 
 
 class Clock:
@@ -458,7 +477,7 @@ def missed(rows: list[Row]) -> list[str]:
     """The bars that do not hold."""
     found = []
     for case in BARRED:
-        of = {row.route: row for row in rows if row.case == case}
+        of = {row.route: row for row in rows if row.case in (LR, case)}  # where a route was measured again, the later one
         others = [row for row in of.values() if row.route not in (STEPS, EXPONENT)]
         least, shortest = min(others, key=lambda row: row.wire_bytes), min(others, key=lambda row: row.pause_s)
         for row in (of[STEPS], of[EXPONENT]):
@@ -470,17 +489,16 @@ def missed(rows: list[Row]) -> list[str]:
 
 
 def table(rows: list[Row], facts: dict[str, Any]) -> Table:
-    title = (
-        f"{facts['parameters'] / 1e6:.0f} M bf16 parameters into SGLang {facts['sglang']} on a CPU; medians of {facts['versions']}, seconds"
-    )
+    title = f"{facts['parameters'] / 1e6:.0f} M bf16 parameters into SGLang {facts['sglang']} on a CPU, seconds"
     made = Table(title=title)
     for head in ("weights", "changed", "route"):
         made.add_column(head)
-    for head in ("wire MB", "of full", "sender", "before", "pause", "after", "total", "at 1 Gb/s"):
+    for head in ("wire MB", "of full", "sender", "before", "pause", "of it write", "audit", "shortest", "after", "total", "at 1 Gb/s"):
         made.add_column(head, justify="right")
     for row in rows:
         first = (row.case, f"{row.changed:.3%}") if row.route == STEPS else ("", "")
-        seconds = (row.sender_cpu_s, row.before_s, row.pause_s, row.after_s, row.total_s, row.at_1_gbit_s)
+        pauses = (row.pause_s, row.write_s, row.audit_s, row.shortest_pause_s)
+        seconds = (row.sender_cpu_s, row.before_s, *pauses, row.after_s, row.total_s, row.at_1_gbit_s)
         sizes = (f"{row.wire_bytes / 1e6:.3f}", f"1/{1 / row.of_full:.0f}" if row.of_full < 0.5 else f"{row.of_full:.2f}")
         made.add_row(*first, row.route, *sizes, *(f"{s:.3f}" if s else "" for s in seconds), end_section=row.route == ROUTES[-1])
     return made

@@ -22,6 +22,7 @@ from slime.cluster.signals import StopSignal
 from slime.config import SlimeConfig
 from slime.config.exits import GateStopped, SavedRunAgain
 from slime.data.ledger import Ledger
+from slime.engine.errors import EngineLost
 from slime.engine.fleet import EngineFleet
 from slime.observe.console import Console
 from slime.observe.density import DensityLog
@@ -103,6 +104,8 @@ class Run:
                 self._take_in(self.fleet)
             self._sync |= self.channel.publish(number)
             self._record_changes()
+            if lost := self.channel.lost():
+                raise EngineLost("; ".join(f"{engine} was lost and is fenced: {why}" for engine, why in lost.items()))
             self.rollout.expect(WeightVersion(self.version.epoch, number, self.version.run_id))
         self.published = number
 

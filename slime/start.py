@@ -136,7 +136,9 @@ def on_disk(cfg: SlimeConfig) -> SlimeConfig:
     train = [replace(file, path=str(Path(file.path).resolve())) for file in cfg.data.train]
     sets = {name: replace(s, path=str(Path(s.path).resolve())) for name, s in cfg.data.eval.items()}
     model = replace(cfg.model, path=str(local_directory(cfg.model.path).resolve()))
-    return replace(cfg, model=model, data=replace(cfg.data, train=train, eval=sets))
+    url = cfg.sync.url and (cfg.sync.url if "://" in cfg.sync.url else str(Path(cfg.sync.url).resolve()))
+    sync, join = replace(cfg.sync, url=url), cfg.rollout.join and str(Path(cfg.rollout.join).resolve())
+    return replace(cfg, model=model, sync=sync, rollout=replace(cfg.rollout, join=join), data=replace(cfg.data, train=train, eval=sets))
 
 
 def check_inputs(cfg: SlimeConfig) -> None:

@@ -97,6 +97,9 @@ class World:
     def join(self) -> list:
         return []
 
+    def lost(self) -> dict[str, str]:
+        return {}
+
     def check(self) -> None:
         pass
 

@@ -13,6 +13,7 @@ or `model` for the model directory.
 
 import argparse
 import os
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,9 @@ from rich.markup import escape
 from slime.cli import sync_tables as tables
 from slime.cli.sync_models import read_bits, write_hf
 from slime.config.exits import ConfigError
-from slime.sync.chain import Order, plan, source_of
+from slime.sync.chain import Order, source_of
 from slime.sync.fold import NotTheseWeights, Weights, fold
+from slime.sync.history import reading
 from slime.sync.manifest import ANCHOR, DELTA, FOLD, MODEL_DIRECTORY, Manifest, ManifestError, sign
 from slime.sync.records import ModelSpec
 from slime.sync.store import Artefact, Missing, WeightStore
@@ -42,6 +44,15 @@ class History:
     key: bytes | None
     manifests: list[Manifest]
     damaged: dict[Artefact, str]  # why
+
+    @property
+    def signed(self) -> bool:
+        return any(manifest.mac for manifest in self.manifests)
+
+    @property
+    def reader(self) -> str | None:
+        """Who takes a lease on what is read; nobody where the run's trainer could not read the lease."""
+        return None if self.signed and self.key is None else f"sync-{uuid.uuid4().hex[:12]}"
 
     @property
     def model(self) -> ModelSpec:
@@ -134,12 +145,8 @@ def read_history(where: str, run: str | None, key: bytes | None) -> History:
     if run is not None and run not in runs:
         raise ConfigError(f"slime sync: --run={run}: not in {store.where}; there are {', '.join(runs[:8])}")
     weights = WeightStore(store, run or runs[0], key)
-    manifests, damaged = [], {}
-    for artefact in weights.artefacts():
-        try:
-            manifests.append(weights.manifest(artefact))
-        except (ManifestError, Missing) as error:
-            damaged[artefact] = str(error)
+    damaged: dict[Artefact, str] = {}
+    manifests = list(weights.manifests(damaged))
     if not manifests:
         raise RuntimeError(f"slime sync: no version of {weights.run_id} can be read: {'; '.join(list(damaged.values())[:2])}")
     return History(weights, key, sorted(manifests, key=lambda m: m.order), damaged)
@@ -226,8 +233,7 @@ def _pointer_faults(history: History) -> list[str]:
     try:
         pointer = history.weights.latest()
     except ManifestError as error:
-        signed = any(manifest.mac for manifest in history.manifests)
-        return [] if signed and history.key is None else [str(error)]
+        return [] if history.signed and history.key is None else [str(error)]
     if pointer is None:
         return []
     found = [m for m in history.manifests if m.order == (pointer.epoch, pointer.number)]
@@ -258,26 +264,29 @@ def _reach(history: History, path: Path | None, order: Order, say: Say) -> Weigh
         if base is None:
             raise ConfigError("slime sync: version `model` needs --model")
         return base
-    steps = plan(history.manifests, order, base.node if base else None, base.root if base else "").steps
-    weights = Weights(model, run_id) if steps[0].kind == ANCHOR or base is None else base
-    for step in steps:
-        weights.apply(step, history.weights.parts(step))
-        say(f"  {step.kind} from {tables.parent(step)} to {step.label}: root {step.root}")
+    weights = base or Weights(model, run_id)
+    with reading(history.weights, history.reader, order, base.node if base else None, base.root if base else "") as steps:
+        for step, parts in steps:
+            if step.kind == ANCHOR:
+                weights = Weights(model, run_id)
+            weights.apply(step, parts)
+            say(f"  {step.kind} from {tables.parent(step)} to {step.label}: root {step.root}")
     return weights
 
 
 def add_fold(history: History, path: Path | None, first: Order, last: Order, codec: str, say: Say) -> None:
     """Raises ConfigError for fewer than two steps, NoWay where deltas do not lead from `first` to `last`, and what `replay` raises."""
-    if history.key is None and any(m.mac for m in history.manifests):
+    if history.key is None and history.signed:
         raise ConfigError("slime sync fold: the run's versions are signed; name the key by --key-env, so that the fold is too")
     base = _reach(history, path, first, say)
-    steps = plan([m for m in history.manifests if m.kind == DELTA], last, base.node).steps
-    if len(steps) < 2:
-        raise ConfigError(f"slime sync fold: {len(steps)} steps lead from --from to --to; a fold is of two or more")
-    made = fold(base, [(step, history.weights.parts(step)) for step in steps], codec)
-    manifest = sign(made.manifest, history.key) if history.key else made.manifest
-    history.weights.add(manifest, made.parts)
-    before = sum(step.nbytes for step in steps)
+    with reading(history.weights, history.reader, last, base.node, kinds=(DELTA,)) as found:
+        steps = list(found)
+        if len(steps) < 2:
+            raise ConfigError(f"slime sync fold: {len(steps)} steps lead from --from to --to; a fold is of two or more")
+        made = fold(base, steps, codec)
+        manifest = sign(made.manifest, history.key) if history.key else made.manifest
+        history.weights.add(manifest, made.parts)
+    before = sum(step.nbytes for step, _ in steps)
     share = manifest.nbytes / max(1, before)
     say(f"{manifest.label} from {tables.parent(manifest)}: {len(steps)} steps of {before} bytes as one of {manifest.nbytes} ({share:.2f})")
 

@@ -20,7 +20,7 @@ from slime.engine.live import LiveEngine
 from slime.engine.ports import free_ports
 from slime.engine.server import Server, ServerSpec
 from slime.engine.versions import facts
-from slime.engine.weights import HostWeights
+from slime.engine.weights import LOADED, HostWeights
 from slime.models.registry import has_experts
 from slime.sync.protocol import Adoption, Answer, Bucket
 from slime.sync.publication import Action
@@ -46,7 +46,7 @@ class EngineActor:
     def __init__(self, cfg: SlimeConfig, run_dir: str, run_id: str, key: str) -> None:
         """`key` is the API and admin key of the run's servers, or of the user's."""
         self._cfg, self._run_dir, self._key = cfg, Path(run_dir), key
-        self._loaded_label = f"{run_id}/loaded"  # weights that a server read from model.path
+        self._loaded_label = f"{run_id}/{LOADED}"  # weights that a server read from model.path
         self._engines: list[LiveEngine] = []
         self._weights = HostWeights(cfg, lambda: self._engines)
         self._labelled: str | None = None  # what the engines were told to call what they loaded themselves
@@ -97,8 +97,11 @@ class EngineActor:
         return self.endpoints()
 
     async def join(self, url: str, key: str, name: str) -> Endpoint:
-        """Use one more server of the user's: it is brought to the committed version, proven. Raises what `attach` raises, and ValueError or
-        EngineError where it does not come to hold that version."""
+        """Use one more server of the user's: it is brought to the committed version, proven. Raises what `attach` raises, and ValueError,
+        EngineError, RankError or TimeoutError where it does not come to hold that version."""
+        for known in self._engines:
+            if known.endpoint.url == url.rstrip("/"):  # an earlier call ended after its caller had given up
+                return known.endpoint
         engine = await self._attached(Endpoint(url.rstrip("/"), key, name, ""), "rollout.join")
         await self._weights.take_in(engine)
         self._engines.append(engine)
@@ -140,8 +143,8 @@ class EngineActor:
     async def offer(self, manifest: str, *parts: bytes) -> None:
         await self._weights.offer(manifest, parts)
 
-    async def offer_bucket(self, bucket: Bucket) -> int:
-        return await self._weights.offer_bucket(bucket)
+    async def offer_bucket(self, bucket: Bucket, first: bool) -> int:
+        return await self._weights.offer_bucket(bucket, first)
 
     async def offer_whole(self, label: str) -> None:
         await self._weights.offer_whole(label)
@@ -149,8 +152,8 @@ class EngineActor:
     async def perform(self, actions: list[Action], label: str) -> list[Answer]:
         return await self._weights.perform(actions, label)
 
-    async def advance(self, label: str) -> None:
-        await self._weights.advance(label)
+    async def advance(self, label: str) -> str:
+        return await self._weights.advance(label)
 
     async def write_anchor(self, manifest: str) -> None:
         self._weights.write_anchor(manifest)
@@ -191,6 +194,7 @@ class EngineActor:
         servers = [e.server for e in self._engines if e.server is not None]
         await asyncio.gather(*(asyncio.to_thread(server.stop) for server in servers))
         self._engines = []
+        await self._weights.anchor_written()
         self._weights.close()
         await self._session.close()
 

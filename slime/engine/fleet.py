@@ -18,6 +18,7 @@ from slime.config.exits import PreflightError
 from slime.engine.agent import Assignment, EngineActor
 from slime.engine.endpoint import Endpoint
 from slime.engine.errors import EngineError, EngineLost
+from slime.sync.inserver_client import RankError
 from slime.sync.protocol import Adoption, Answer
 from slime.sync.publication import Action
 from slime.sync.records import ModelSpec
@@ -81,7 +82,7 @@ class EngineFleet:
             try:
                 call = self._agents[0].join.remote(url, _external_key(self._cfg), name)
                 joined.append(deadline.get(call, self._cfg.sync.timeout_s, what, SYNC_KNOB))
-            except (EngineError, PreflightError, TimeoutError, ValueError) as error:
+            except (EngineError, PreflightError, RankError, TimeoutError, ValueError) as error:
                 log.warning("%s does not join: %s", url, error)
                 continue
             self._endpoints.append(joined[-1])
@@ -111,9 +112,9 @@ class EngineFleet:
         what = "every host to decode new weights"
         self._all(lambda agent: agent.offer.remote(manifest, *parts), timeout_s, what)
 
-    def offer_bucket(self, bucket: "ray.ObjectRef", timeout_s: float) -> int:
-        """A part of a whole version, to every host; returns its bytes, once for each host."""
-        return sum(self._all(lambda agent: agent.offer_bucket.remote(bucket), timeout_s, "every host to take weights"))
+    def offer_bucket(self, bucket: "ray.ObjectRef", first: bool, timeout_s: float) -> int:
+        """A part of a whole version, the `first` or a further one, to every host; returns its bytes, once for each host."""
+        return sum(self._all(lambda agent: agent.offer_bucket.remote(bucket, first), timeout_s, "every host to take weights"))
 
     def offer_whole(self, label: str, timeout_s: float) -> None:
         """The buckets since the last offer are the version `label`."""
@@ -137,7 +138,8 @@ class EngineFleet:
 
     def advance(self, label: str, timeout_s: float) -> None:
         """Host copies become the version."""
-        self._all(lambda agent: agent.advance.remote(label), timeout_s, f"every host to hold weights {label}")
+        for warning in filter(None, self._all(lambda agent: agent.advance.remote(label), timeout_s, f"every host to hold weights {label}")):
+            log.warning("%s", warning)
 
     def write_anchor(self, manifest: str) -> None:
         """One host begins to write the version that it holds whole."""

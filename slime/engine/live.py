@@ -5,8 +5,8 @@ What became of the update is asked of the ranks over their own sockets: SGLang s
 """
 
 import asyncio
-import itertools
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -50,30 +50,29 @@ class LiveEngine:
         self.server = server
         self.facts = facts(endpoint.sglang, endpoint.name)
         self.maps: list[LiveMap] = []
+        self.on_gpu = False
         self.proof: Proof | None = None
         self.state: Receiver | None = None
         self._links: list[RankClient] = []
-        self._commands = itertools.count()
         self._control = Control(endpoint, session)
 
     # --- the map ----------------------------------------------------------------------------------------------------
 
     async def learn(self, spec: ModelSpec, spec_file: Path, run_id: str, socket: Path, timeout_s: float) -> Written:
-        """Let every rank learn where it keeps the tensors, and hash everything.
+        """Paused: let every rank learn where it keeps the tensors, and hash everything.
 
         Raises ValueError for an engine whose weights cannot be followed, EngineError for one that was not started with the loader or whose
         sockets are not on this host.
         """
         self._links = [RankClient(f"{socket}.{rank}", f"{self.endpoint.name} rank {rank}") for rank in range(self.ranks)]
-        await self._control.pause("in_place")
-        try:
-            written = await self._write("learn", None, False, timeout_s, socket=str(socket), spec=str(spec_file), run_id=run_id)
-        finally:
-            await self._control.resume()
+        written = await self._write("learn", None, False, timeout_s, socket=str(socket), spec=str(spec_file), run_id=run_id)
         if written.errors:
             raise ValueError(f"{self.endpoint.name} cannot follow deltas: {'; '.join(written.errors)}; set sync.mode=full")
         described = await asyncio.gather(*(link.describe(timeout_s) for link in self._links))
-        self.maps = [found.map for found in described]
+        drafts = max(found.models for found in described) - 1
+        if drafts:
+            raise ValueError(f"{self.endpoint.name} serves {drafts} draft models beside its own, which get no weights; switch them off")
+        self.maps, self.on_gpu = [found.map for found in described], described[0].device != "cpu"
         self.proof = Proof(spec, self.maps, self.endpoint.name)
         self.state = Receiver(self.endpoint.name, run_id, spec.signature)
         return written
@@ -101,6 +100,19 @@ class LiveEngine:
             await self._drain(time.monotonic() + timeout_s, timeout_s)
         else:
             await self._control.pause(how)
+
+    async def halt(self) -> None:
+        """Stop decoding whatever goes on, so that everything may be loaded and flushed: running requests begin anew afterwards or, before
+        SGLang 0.5.21, are cut short."""
+        await self._control.pause("retract" if self.facts.flush_while_retracted else "abort")
+
+    async def label(self) -> str:
+        """What SGLang calls the weights that it holds."""
+        return await self._control.label()
+
+    async def flush(self) -> None:
+        """Drop every cached prefix."""
+        await self._control.flush()
 
     async def _drain(self, deadline: float, timeout_s: float) -> None:
         """Pause with nothing running. A request may come between the last look and the pause: where that would be fatal, look again."""
@@ -136,16 +148,16 @@ class LiveEngine:
 
     # --- everything -------------------------------------------------------------------------------------------------
 
-    async def load_whole(self, found: Iterable[Bucket], version: str, flush: bool, timeout_s: float) -> Written:
-        """All tensors through SGLang's own update, paused; then hash everything, if it could be learned where that is."""
+    async def load_whole(self, found: Iterable[Bucket], version: str, timeout_s: float) -> Written:
+        """All tensors through SGLang's own update, with nothing running (see `halt`), and without prefixes of other weights afterwards;
+        then hash everything, if it could be learned where that is."""
         async with self._session():
             for bucket in buckets.together(found):
                 payload = await asyncio.to_thread(buckets.serialise, bucket)
                 await self._control.update([payload] * self.ranks, None, flush=False, timeout_s=timeout_s)
         if self._links:
-            return await self._write("audit", version, flush, timeout_s, version=version)
-        if flush:
-            await self._control.flush()
+            return await self._write("audit", version, True, timeout_s, version=version)
+        await self._control.flush()
         await self.relabel(version)
         return Written([], [], 0.0, 0.0)
 
@@ -162,7 +174,7 @@ class LiveEngine:
         """A command, as an update of one empty tensor that is named by it, and what every rank says of it."""
         import torch
 
-        number = f"{op}-{next(self._commands)}"
+        number = f"{op}-{uuid.uuid4().hex}"  # nobody else's reply can answer for it
         payload = buckets.serialise([(command(op, id=number, **fields), torch.empty(0))])
         async with self._session():
             await self._control.update([payload] * self.ranks, label, flush, timeout_s, LOADER)

@@ -53,7 +53,7 @@ class HFReader(HFHeaders):
 
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor, on the CPU, in the file's dtype."""
-        return self._slice(name, prod(self.shape(name)))[:]
+        return self._slice(name, prod(self.shape(name)))[...]  # not [:], which a tensor without dimensions refuses
 
     def read_block(self, name: str, block: Block) -> torch.Tensor:
         """The elements of a block (a `Move.source`), shape block.shape, on the CPU. Reads the rows that the block touches, and of a block

@@ -62,20 +62,23 @@ def plan(manifests: Iterable[Manifest], target: Order, held: Node | None = None,
     """The cheapest steps to `target`.
 
     `held` is what is there now ((epoch, number), root), None for nothing. With `model_root`, the root of the model directory, a way may
-    also begin there. Raises NoWay naming both ends; what is missing between them may have been deleted.
+    also begin there. The plan is empty only where a manifest leads to just what is held: the same number with another root is another
+    version. Raises NoWay naming both ends; what is missing between them may have been deleted.
     """
     edges: dict[Node, list[Manifest]] = {}
+    exist: set[Node] = {(MODEL_DIRECTORY, model_root)} if model_root else set()
     for manifest in manifests:
         edges.setdefault(source_of(manifest), []).append(manifest)
+        exist.add(target_of(manifest))
     starts = [ANYWHERE, *([held] if held else []), *([(MODEL_DIRECTORY, model_root)] if model_root else [])]
-    if held is not None and held[0] == target:
+    if held is not None and held[0] == target and held in exist:
         return Plan(())
     best: dict[Node, int] = dict.fromkeys(starts, 0)
     came: dict[Node, Manifest] = {}
     queue: list[tuple[int, int, Node]] = [(0, 0, node) for node in starts]
     while queue:
         cost, steps, node = heapq.heappop(queue)
-        if node[0] == target:
+        if node[0] == target and node in exist:
             return Plan(_trace(came, node))
         if cost > best[node]:
             continue

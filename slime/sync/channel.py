@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 KEY_BYTES = 32
+ENDING_S = 60.0
 
 
 class NotProven(RuntimeError):
@@ -59,6 +61,7 @@ class Channel:
         self._url = transport.url_of(cfg, weights_dir, version.run_id)
         self._transport = transport.make(cfg, weights_dir, version.run_id, lasting)
         self._spec: ModelSpec | None = None
+        self._lost: dict[str, str] = {}
         self._changed: list[Changed] = []
         self._manifest_sent: Manifest | None = None  # of the delta that is on its way
         self._tracer = Tracer("sync")
@@ -108,6 +111,10 @@ class Channel:
         drained, self._changed = self._changed, []
         return drained
 
+    def lost(self) -> dict[str, str]:
+        """Engines that were fenced while the others went on, and why."""
+        return dict(self._lost)
+
     def close(self) -> None:
         """Let go what is of no use after the run."""
         self._transport.close()
@@ -116,32 +123,39 @@ class Channel:
 
     def _send(self, version: WeightVersion, publisher: Publisher, receivers: Receivers) -> dict[str, float]:
         begun = time.perf_counter()
-        clock = _Clock(begun + self._cfg.timeout_s, version, self._cfg.timeout_s)
         offer = self._offer_delta if self._cfg.mode == "delta" else self._offer_whole
-        metrics = offer(version, publisher, receivers, clock)
+        metrics, clock = offer(version, publisher, receivers)
         self._broken = f"{version.label} was interrupted"
         metrics |= self._commit(version, publisher, receivers, clock)
         return {**metrics, "time/sync_s": time.perf_counter() - begun}
 
-    def _offer_delta(self, version: WeightVersion, publisher: Publisher, receivers: Receivers, clock: "_Clock") -> dict[str, float]:
+    def _clock(self, version: WeightVersion) -> "_Clock":
+        """It begins when the trainer has done its part."""
+        return _Clock(time.perf_counter() + self._cfg.timeout_s, version, self._cfg.timeout_s)
+
+    def _offer_delta(self, version: WeightVersion, publisher: Publisher, receivers: Receivers) -> "tuple[dict[str, float], _Clock]":
+        assert self._spec is not None, "the channel is open"
         with self._tracer.span("delta", version=version.number):
             delta = publisher.delta(version, self._cfg.codec, self._cfg.bucket_mb * MIB)
-        manifest = self._manifest_sent = sign(self._manifest(version, delta), self._key)
-        offered = time.perf_counter()
+        clock, offered = self._clock(version), time.perf_counter()
+        manifest = self._manifest(version, delta)
+        signed = sign(manifest, self._key)
+        self._manifest_sent = signed if self._cfg.key_env else manifest  # a key that nobody has later signs nothing that stays
         with self._tracer.span("offer", version=version.number):
-            assert self._spec is not None
-            receivers.offer(manifest.to_json(), self._transport.send(manifest, delta.parts, self._spec), clock.left())
+            receivers.offer(signed.to_json(), self._transport.send(self._manifest_sent, delta.parts, self._spec), clock.left())
         if self._held is not None:  # the first one of a process leads from the model directory, which is no step
             self._changed.append(Changed(version.number, delta.summary.changed))
-        return {**self._of_delta(delta.summary, manifest), "sync/decode_s": time.perf_counter() - offered}
+        return {**self._of_delta(delta.summary, manifest), "sync/decode_s": time.perf_counter() - offered}, clock
 
-    def _offer_whole(self, version: WeightVersion, publisher: Publisher, receivers: Receivers, clock: "_Clock") -> dict[str, float]:
-        begun, wire = time.perf_counter(), 0
+    def _offer_whole(self, version: WeightVersion, publisher: Publisher, receivers: Receivers) -> "tuple[dict[str, float], _Clock]":
+        begun, wire, first = time.perf_counter(), 0, True
         with self._tracer.span("gather", version=version.number):
             for bucket in publisher.weights(version, self._cfg.bucket_mb * MIB):
-                wire += receivers.offer_bucket(bucket, clock.left())
+                wire += receivers.offer_bucket(bucket, first, self._cfg.timeout_s)
+                first = False
+            clock = self._clock(version)
             receivers.offer_whole(version.label, clock.left())
-        return {"sync/wire_bytes": float(wire), "sync/ratio": 1.0, "sync/gather_s": time.perf_counter() - begun}
+        return {"sync/wire_bytes": float(wire), "sync/ratio": 1.0, "sync/gather_s": time.perf_counter() - begun}, clock
 
     def _manifest(self, version: WeightVersion, delta: Delta) -> Manifest:
         assert self._spec is not None, "the channel is open"
@@ -188,18 +202,20 @@ class Channel:
                 due = publication.commit()
             asked = [action for action in due if action.do not in (Do.ACKNOWLEDGE, Do.FENCE)]
             with self._tracer.span("+".join(sorted({str(action.do) for action in asked})) or "fence", version=version.number):
-                answers = receivers.perform(asked, version.label, clock.left()) if asked else []
+                answers = receivers.perform(asked, version.label, clock.of(asked)) if asked else []
             if Action(Do.ACKNOWLEDGE) in due:
                 pause_s = time.perf_counter() - paused
                 if self._cfg.mode == "delta":
                     publisher.acknowledge(version)
-                receivers.advance(version.label, clock.left())
+                receivers.advance(version.label, self._cfg.timeout_s)
                 self._settle(receivers)
             due = []
             for answer in answers:
                 staged_bytes += answer.staged_bytes
                 write_s, audit_s = max(write_s, answer.write_s), max(audit_s, answer.audit_s)
                 healed += answer.action.do is Do.HEAL and not answer.failed
+                if answer.failed and answer.action.do is Do.COMMIT and self._cfg.on_mismatch == "heal":
+                    log.warning("%s: weights %s: %s; loading all of them", answer.action.engine, version.label, answer.failed)
                 due += publication.failed(answer.action, answer.failed) if answer.failed else publication.done(answer.action)
         self._broken = ""
         self._report(publication, version)
@@ -218,15 +234,16 @@ class Channel:
             self._transport.settle(manifest, lambda whole: receivers.write_anchor(whole.to_json()), self._spec)
 
     def _report(self, publication: Publication, version: WeightVersion) -> None:
-        """Raises NotProven where it was aborted, or left no engine; engines that were lost on the way are named."""
-        for engine, reason in publication.fenced.items():
-            log.error("%s is fenced: %s", engine, reason)
+        """Raises NotProven where it was aborted, or left no engine."""
         if publication.phase is not Phase.DONE:
             fenced = f"; fenced: {', '.join(publication.fenced)}" if publication.fenced else ""
             raise NotProven(f"weights {version.label} were not published: {publication.reason}{fenced}")
-        if publication.fenced and not publication.live:
+        if not publication.live:
             self._broken = f"no engine has gone on with {version.label}"
             raise NotProven(f"weights {version.label}: no engine goes on: {'; '.join(publication.fenced.values())}")
+        for engine, reason in publication.fenced.items():
+            log.error("%s is fenced: %s", engine, reason)
+        self._lost |= publication.fenced
 
 
 @dataclass(frozen=True)
@@ -239,6 +256,12 @@ class _Clock:
 
     def left(self) -> float:
         left = self.deadline - time.perf_counter()
-        if left <= 0:
+        if left <= 0:  # no engine has been written to yet
             raise TimeoutError(f"publishing weights {self.version.label}: not in every engine after {self.timeout_s:g} s (sync.timeout_s)")
         return left
+
+    def of(self, actions: Sequence[Action]) -> float:
+        """For these: what ends a publication, well or not, has time of its own."""
+        if actions[0].do in (Do.PREPARE, Do.COMMIT):
+            return self.left()
+        return max(min(ENDING_S, self.timeout_s), self.deadline - time.perf_counter())

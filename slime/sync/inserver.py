@@ -118,6 +118,8 @@ class InserverRank:
     def _learn(self, model: Any, fields: Fields) -> Fields:
         self._open(f"{_text(fields, 'socket')}.{_rank()}")  # first, so that a failure can be asked for
         started, number = time.perf_counter(), self._number(model)
+        for key in [key for key in self._replies if key[0] == number]:
+            del self._replies[key]  # of whoever learned before
         before = self._models.pop(number, None)  # what it knew and had staged goes, whether this succeeds or not
         if before is not None:
             before.drop()

@@ -160,9 +160,9 @@ class Weights:
         Returns seconds."""
         ready = self.undo
         if ready is None or ready.version != version:
-            if self.held == version or self.held is None:
+            if self.held == version:
                 raise Refused(f"{version} cannot be undone: what it replaced was dropped")
-            return {}
+            return {}  # it was not begun; the audit says what is held
         if self.held == ready.parent:
             return {}
         self.lives.check(self._used)

@@ -95,12 +95,12 @@ class Receivers(Protocol):
         """A delta, signed; its parts lie at Adoption.url where none are given. Raises what any agent raised; no engine has seen it then."""
         ...
 
-    def offer_bucket(self, bucket: "ray.ObjectRef", timeout_s: float) -> int:
-        """A part of a whole version; returns its bytes."""
+    def offer_bucket(self, bucket: "ray.ObjectRef", first: bool, timeout_s: float) -> int:
+        """A part of a whole version, the `first` or a further one; returns its bytes."""
         ...
 
     def offer_whole(self, label: str, timeout_s: float) -> None:
-        """The buckets since the last offer are the version `label`."""
+        """The buckets since the first are the version `label`."""
         ...
 
     def perform(self, actions: Sequence[Action], label: str, timeout_s: float) -> list[Answer]:

@@ -40,6 +40,7 @@ HEAD = struct.Struct("<16sQ16s")  # magic, bytes of the JSON, blake2b-128 of the
 ALIGN = 64
 WINDOW = 1 << 32  # elements that an index reaches
 RUN_AT = 512  # consecutive elements that are worth a segment of their own
+CHUNK = 1 << 16  # elements that small pieces are joined to: a model has many tensors with a few changes each, and every call has its price
 MOST_HEADER = 1 << 20
 BASE = "staged"
 
@@ -106,7 +107,7 @@ def project(moves: LiveMap, changes: Changes) -> Iterator[tuple[LiveMove, np.nda
 
 
 class Stage:
-    """Gathers the changes of a version for one rank and writes its staged file. Old bits are read once and not kept."""
+    """Gathers the changes of a version for one rank and writes its staged file. Of old bits at most a chunk is kept at a time."""
 
     def __init__(self, moves: LiveMap, run_key: int) -> None:
         self._map = moves
@@ -118,16 +119,9 @@ class Stage:
         """The changes of a tensor; a tensor may come in several pieces, as long as no element comes twice."""
         for move, positions, which in project(self._map, changes):
             width = self._map.lives[move.live].width
-            gathered = self._widths.setdefault(width, _Gathered())
+            gathered = self._widths.get(width) or self._widths.setdefault(width, _Gathered(self._key, self._table))
             for run, choice in _runs(positions):
-                chosen = positions[choice]
-                old = np.ascontiguousarray(changes.old[which][choice])
-                self._base(gathered, old)
-                gathered.add(move.live, run, chosen, changes.new[which][choice])
-
-    def _base(self, gathered: "_Gathered", old: np.ndarray) -> None:
-        key = fingerprint.tensor_key(self._key, BASE)
-        gathered.base = (gathered.base + fingerprint.full(old, key, self._table, gathered.entries)) % 2**64
+                gathered.add(move.live, run, positions[choice], changes.old[which][choice], changes.new[which][choice])
 
     def write(self, path: str | Path, version: str, parent: str) -> int:
         """Write the file, whole or not at all, and return its bytes. `version` and `parent` are labels."""
@@ -135,8 +129,9 @@ class Stage:
         widths: dict[str, Any] = {}
         end = 0
         for width, gathered in sorted(self._widths.items()):
-            where: dict[str, Any] = {"base": f"{gathered.base:016x}", "digest": f"{gathered.digest(self._key, self._table):016x}"}
-            for name, pieces in gathered.arrays().items():
+            columns = gathered.arrays()
+            where: dict[str, Any] = {"base": f"{gathered.base():016x}", "digest": f"{digest(columns, self._key, self._table):016x}"}
+            for name, pieces in columns.items():
                 where[name] = [end, sum(map(len, pieces))]
                 arrays.append((end, pieces))
                 end += -(-sum(piece.nbytes for piece in pieces) // ALIGN) * ALIGN
@@ -160,34 +155,68 @@ class Stage:
         return start + end
 
 
+class _Chunks:
+    """An array that comes in pieces, the small ones of which are joined."""
+
+    def __init__(self) -> None:
+        self._pieces: list[np.ndarray] = []
+        self._small: list[np.ndarray] = []
+        self.waiting = 0  # elements of small pieces that are not joined yet
+
+    def add(self, piece: np.ndarray) -> None:
+        if len(piece) >= CHUNK and self._small:
+            self._join()
+        self._small.append(piece)
+        self.waiting += len(piece)
+        if self.waiting >= CHUNK:
+            self._join()
+
+    def take(self) -> list[np.ndarray]:
+        """All pieces so far, contiguous, in their order; they are forgotten."""
+        if self._small:
+            self._join()
+        taken, self._pieces = self._pieces, []
+        return taken
+
+    def _join(self) -> None:
+        self._pieces.append(np.concatenate(self._small) if len(self._small) > 1 else np.ascontiguousarray(self._small[0]))
+        self._small, self.waiting = [], 0
+
+
 class _Gathered:
     """Entries of one width."""
 
-    def __init__(self) -> None:
-        self.entries = 0
-        self.base = 0
-        self._indices = 0
+    def __init__(self, run_key: int, table: np.ndarray) -> None:
+        self._key, self._table = fingerprint.tensor_key(run_key, BASE), table
+        self._entries, self._indices = 0, 0
+        self._base, self._based = 0, 0  # fingerprint of the old bits of so many entries
         self._places: list[tuple[int, int, int, int, int, int]] = []
-        self._index: list[np.ndarray] = []
-        self._bits: list[np.ndarray] = []
+        self._index, self._bits, self._old = _Chunks(), _Chunks(), _Chunks()
 
-    def add(self, live: int, run: bool, positions: np.ndarray, new: np.ndarray) -> None:
+    def add(self, live: int, run: bool, positions: np.ndarray, old: np.ndarray, new: np.ndarray) -> None:
         """Positions int64 [m], ascending."""
-        new = np.ascontiguousarray(new)
         for first, last in _windows(positions, run):
             offset = int(positions[first])
-            self._places.append((live, int(run), offset, self.entries + first, last - first, self._indices))
+            self._places.append((live, int(run), offset, self._entries + first, last - first, self._indices))
             if not run:
-                self._index.append((positions[first:last] - offset).astype("<u4"))
+                self._index.add((positions[first:last] - offset).astype("<u4"))
                 self._indices += last - first
-        self._bits.append(new)
-        self.entries += len(new)
+        self._bits.add(new)
+        self._old.add(old)
+        self._entries += len(new)
+        if not self._old.waiting:
+            self.base()
+
+    def base(self) -> int:
+        """Fingerprint of all old bits so far."""
+        for old in self._old.take():
+            self._base = (self._base + fingerprint.full(old, self._key, self._table, self._based)) % 2**64
+            self._based += len(old)
+        return self._base
 
     def arrays(self) -> dict[str, list[np.ndarray]]:
-        return {"places": [np.array(self._places, PLACE)], "index": self._index, "bits": self._bits}
-
-    def digest(self, key: int, table: np.ndarray) -> int:
-        return digest(self.arrays(), key, table)
+        """Once, at the end."""
+        return {"places": [np.array(self._places, PLACE)], "index": self._index.take(), "bits": self._bits.take()}
 
 
 def digest(arrays: dict[str, list[np.ndarray]], run_key: int, table: np.ndarray) -> int:
@@ -224,6 +253,7 @@ def _runs(positions: np.ndarray) -> Iterator[tuple[bool, slice | np.ndarray]]:
 def _windows(positions: np.ndarray, run: bool) -> Iterator[tuple[int, int]]:
     """Divide ascending positions so that an index of 32 bits reaches each from the first of its part."""
     first = 0
+    run = run or bool(positions[-1] - positions[0] < WINDOW)
     while first < len(positions):
         last = len(positions) if run else int(np.searchsorted(positions, positions[first] + WINDOW))
         yield first, last

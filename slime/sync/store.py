@@ -14,18 +14,22 @@ by exact name; a listing only suggests names. `store_local.py` and `store_fsspec
 import hashlib
 import hmac
 import json
+import logging
 import re
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from slime.sync.chain import Lease
 from slime.sync.manifest import ANCHOR, DELTA, FOLD, MAX_BYTES, MODEL_DIRECTORY, NO_ROOT, Manifest, ManifestError, verify
 from slime.sync.records import ModelSpec
+
+log = logging.getLogger(__name__)
 
 LATEST = "latest"
 LEASES = "leases"
@@ -97,6 +101,16 @@ class Patient(Store):
     ) -> None:
         self.where = store.where
         self._store, self._timeout_s, self._tries, self._clock, self._sleep = store, timeout_s, tries, clock, sleep
+        self._ends = float("inf")
+
+    @contextmanager
+    def within(self, timeout_s: float) -> Iterator[None]:
+        """Nothing is asked again after so many seconds from now, however many calls there are."""
+        self._ends = self._clock() + timeout_s
+        try:
+            yield
+        finally:
+            self._ends = float("inf")
 
     def put(self, name: str, data: bytes) -> None:
         self._again(f"write {name}", lambda: self._store.put(name, data))
@@ -127,7 +141,7 @@ class Patient(Store):
             return False
 
     def _again(self, what: str, call: Callable[[], T], errors: tuple[type[Exception], ...] = (Busy,)) -> T:
-        ends, wait = self._clock() + self._timeout_s, 0.05
+        ends, wait = min(self._clock() + self._timeout_s, self._ends), 0.05
         for tried in range(1, self._tries + 1):
             try:
                 return call()
@@ -189,9 +203,15 @@ class WeightStore:
     def claim(self, at_least: int) -> tuple[int, Pointer]:
         """Become the run's publisher. Returns the epoch to publish in, newer than any that was claimed before, and the newest version. A
         trainer that published before finds out when it next does. Raises SplitBrain where another claims just now, ManifestError where the
-        pointer is damaged."""
+        pointer is damaged. One from before there was a key is taken over: that gives away no more than a pointer that is gone."""
         raw = self._raw_pointer()
-        before = Pointer(*MODEL_DIRECTORY, NO_ROOT, -1, "") if raw is None else self._read_pointer(raw)
+        try:
+            before = Pointer(*MODEL_DIRECTORY, NO_ROOT, -1, "") if raw is None else self._read_pointer(raw)
+        except ManifestError:
+            if self._key is None or raw is None:
+                raise
+            before = WeightStore(self.store, self.run_id)._read_pointer(raw)
+            log.warning("%s was written without a key; from now on it is signed", self._at(LATEST))
         epoch = max(at_least, before.claim + 1)
         self._move(Pointer(before.epoch, before.number, before.root, epoch, self.publisher), raw)
         return epoch, before
@@ -268,13 +288,18 @@ class WeightStore:
                 found.append(Artefact(int(epoch), int(number), kind, base))
         return sorted(found, key=lambda a: (a.epoch, a.number, a.kind, a.base))
 
-    def manifests(self) -> Iterator[Manifest]:
-        """Of all versions that exist. Raises ManifestError for one that is damaged."""
+    def manifests(self, damaged: dict[Artefact, str] | None = None) -> Iterator[Manifest]:
+        """Of all versions that exist. One that is torn, forged or signed with another key is left out, and `damaged` told why. Raises
+        ManifestError for it where nobody is to be told."""
         for artefact in self.artefacts():
             try:
                 yield self.manifest(artefact)
             except Missing:
                 continue
+            except ValueError as error:
+                if damaged is None:
+                    raise
+                damaged[artefact] = str(error)
 
     def put_model(self, model: ModelSpec) -> None:
         """Write down which tensors travel, for those who only have the files."""

@@ -2,15 +2,17 @@
 
 import fcntl
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from slime.observe.files import fsync_directory
-from slime.sync.store import Missing, Store, checked
+from slime.sync.store import Busy, Missing, Store, checked
 
 LOCK = ".lock"
+LOCK_S = 5.0  # for the lock of another writer, who holds it for one small file; a host that hangs may hold it for long
 TEMPORARY = ".tmp-"  # no name in a store begins with a dot
 
 
@@ -61,9 +63,17 @@ class Files:
 
     @contextmanager
     def lock(self, path: Path) -> Iterator[None]:
-        """One holder at a time, of all processes of all hosts that see the file."""
+        """One holder at a time, of all processes of all hosts that see the file. Raises Busy where another keeps it."""
+        ends = time.monotonic() + LOCK_S
         with path.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= ends:
+                        raise Busy(f"{path}: another writer has held this lock for {LOCK_S:g} s") from None
+                    time.sleep(0.02)
             yield
 
 

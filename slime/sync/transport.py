@@ -8,23 +8,28 @@ The driver calls `claim` once, then for every version `send` before the engines 
 `fetch`. With host and store the bytes pass through the driver, which alone writes what is durable.
 """
 
-import shutil
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import ray
 
 from slime.cluster import deadline
+from slime.cluster.shared_folder import PREFIX, SharedFolder, shared_root
 from slime.config import SyncConfig
-from slime.sync.chain import anchor_due, deletable
-from slime.sync.manifest import ANCHOR, Manifest
+from slime.sync.chain import Order, anchor_due
+from slime.sync.history import collect
+from slime.sync.manifest import ANCHOR, Manifest, ManifestError
 from slime.sync.records import ModelSpec
-from slime.sync.store import WeightStore
+from slime.sync.store import Artefact, Missing, SplitBrain, WeightStore
 from slime.sync.store_fsspec import open_store
 
-SHARED_MEMORY = Path("/dev/shm")
+log = logging.getLogger(__name__)
+
+MOST_ASKED = 4  # anchors that are looked for; an agent that has not written an older one will not
 ANCHOR_RATIO = 0.7  # of the weights' bytes that an anchor takes, about: byte planes of bf16 under zstd
 
 
@@ -35,12 +40,16 @@ class Transport(Protocol):
         """Become the run's one publisher; the epoch to publish in, at least `epoch`. Raises SplitBrain where another is at work."""
         ...
 
-    def send(self, manifest: Manifest, parts: "Sequence[ray.ObjectRef]", spec: ModelSpec) -> "Sequence[ray.ObjectRef]":
-        """Bring a version to where agents `fetch` it; what they need beside the manifest. Raises SplitBrain, OSError."""
+    def send(
+        self, manifest: Manifest, parts: "Sequence[ray.ObjectRef]", spec: ModelSpec, timeout_s: float | None = None
+    ) -> "Sequence[ray.ObjectRef]":
+        """Bring a version to where agents `fetch` it, in at most `timeout_s` (by default sync.timeout_s); what they need beside the
+        manifest. Raises SplitBrain, TimeoutError, OSError."""
         ...
 
     def settle(self, manifest: Manifest, write_anchor: Callable[[Manifest], None], spec: ModelSpec) -> None:
-        """Every engine holds the version: delete what nobody needs, and have it written whole where that is due."""
+        """Every engine holds the version: delete what nobody needs, and have it written whole where that is due. What cannot be deleted
+        now is logged and tried again with the next version."""
         ...
 
     def close(self) -> None:
@@ -54,7 +63,9 @@ class RayTransport:
     def claim(self, epoch: int) -> int:
         return epoch
 
-    def send(self, manifest: Manifest, parts: "Sequence[ray.ObjectRef]", spec: ModelSpec) -> "Sequence[ray.ObjectRef]":
+    def send(
+        self, manifest: Manifest, parts: "Sequence[ray.ObjectRef]", spec: ModelSpec, timeout_s: float | None = None
+    ) -> "Sequence[ray.ObjectRef]":
         return parts
 
     def settle(self, manifest: Manifest, write_anchor: Callable[[Manifest], None], spec: ModelSpec) -> None:
@@ -65,51 +76,84 @@ class RayTransport:
 
 
 class StoreTransport:
-    """Files. Where `anchors` is False, as in shared memory, the newest version alone is kept."""
+    """Files. Where `anchors` is False, as in shared memory, the newest version alone is kept, and goes with this process."""
 
     def __init__(self, cfg: SyncConfig, url: str, run_id: str, key: bytes | None, anchors: bool) -> None:
         """`key` seals what is not a manifest: one that outlives this start, or none."""
         self._cfg, self._url, self._anchors = cfg, url, anchors
-        self._store = WeightStore(open_store(url, cfg.timeout_s), run_id, key)
+        self._place = open_store(url, cfg.timeout_s)
+        self._store = WeightStore(self._place, run_id, key)
+        self._shared: SharedFolder | None = None
         self._known: list[Manifest] = []
+        self._asked: list[Order] = []  # versions that an agent is writing whole
         self._described = False  # whether the model's tensors are there
 
     def claim(self, epoch: int) -> int:
+        if not self._anchors:
+            try:
+                self._shared = SharedFolder(Path(self._url))
+            except FileExistsError as error:
+                raise SplitBrain(
+                    f"{self._url}: another trainer of this host publishes {self._store.run_id}, or another user's: {error}"
+                ) from error
         claimed, _ = self._store.claim(epoch)
-        self._known = list(self._store.manifests())  # of before a resume, too: nobody else will delete them
+        damaged: dict[Artefact, str] = {}
+        self._known = list(self._store.manifests(damaged))  # of before a resume, too: nobody else will delete them
+        for artefact, why in damaged.items():
+            log.warning("%s stays until somebody deletes it: %s", artefact.folder, why)
         return claimed
 
-    def send(self, manifest: Manifest, parts: "Sequence[ray.ObjectRef]", spec: ModelSpec) -> "Sequence[ray.ObjectRef]":
-        if not self._described:
-            self._store.put_model(spec)
-            self._described = True
-        payloads = deadline.get(list(parts), self._cfg.timeout_s, f"the parts of weights {manifest.label}", "sync.timeout_s")
-        self._store.publish(manifest, payloads)
+    def send(
+        self, manifest: Manifest, parts: "Sequence[ray.ObjectRef]", spec: ModelSpec, timeout_s: float | None = None
+    ) -> "Sequence[ray.ObjectRef]":
+        ends = time.monotonic() + (timeout_s or self._cfg.timeout_s)
+        payloads = deadline.get(list(parts), ends - time.monotonic(), f"the parts of weights {manifest.label}", "sync.timeout_s")
+        with self._place.within(ends - time.monotonic()):
+            if not self._described:
+                self._store.put_model(spec)
+                self._described = True
+            self._store.publish(manifest, payloads)
         self._known.append(manifest)
         return ()
 
     def settle(self, manifest: Manifest, write_anchor: Callable[[Manifest], None], spec: ModelSpec) -> None:
         if not self._anchors:
-            for old in self._known[:-1]:
-                self._store.remove(old)
-            self._known = self._known[-1:]
+            with _housekeeping(manifest):
+                while len(self._known) > 1:
+                    self._store.remove(self._known[0])
+                    del self._known[0]
             return
-        self._known += self._new_anchors()
+        self._look_for_anchors()
         if anchor_due(self._known, manifest.order, self._cfg.anchor_every, int(ANCHOR_RATIO * spec.nbytes)):
             write_anchor(manifest)
-        for old in deletable(self._known, [manifest.order], self._store.leases(), time.time(), self._cfg.keep):
-            self._store.remove(old)
-            self._known.remove(old)
+            self._asked = [*self._asked, manifest.order][-MOST_ASKED:]
+        with _housekeeping(manifest):
+            gone = collect(self._store, self._known, [manifest.order], time.time(), self._cfg.keep)
+            self._known = [held for held in self._known if held not in gone]
 
-    def _new_anchors(self) -> list[Manifest]:
-        """Those that an agent has finished since."""
-        known = {found.order for found in self._known if found.kind == ANCHOR}
-        anchors = [found for found in self._store.artefacts() if found.kind == ANCHOR and (found.epoch, found.number) not in known]
-        return [self._store.manifest(found) for found in anchors]
+    def _look_for_anchors(self) -> None:
+        """Those that an agent has finished since, each by its name: a store of many versions takes long to list."""
+        asked, self._asked = self._asked, []
+        for order in asked:
+            try:
+                self._known.append(self._store.manifest(Artefact(*order, ANCHOR)))
+            except (Missing, OSError):
+                self._asked.append(order)
+            except ManifestError as error:
+                log.warning("an anchor cannot be used: %s", error)
 
     def close(self) -> None:
-        if not self._anchors:
-            shutil.rmtree(self._url, ignore_errors=True)
+        if self._shared is not None:
+            self._shared.close()
+
+
+@contextmanager
+def _housekeeping(manifest: Manifest) -> Iterator[None]:
+    """A store that is busy, or a lease that cannot be read, costs room and ends no run."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        log.warning("weights %s: not all that is old could be deleted, the next version tries again: %s", manifest.label, error)
 
 
 def make(cfg: SyncConfig, weights_dir: Path, run_id: str, key: bytes | None) -> Transport:
@@ -121,7 +165,7 @@ def make(cfg: SyncConfig, weights_dir: Path, run_id: str, key: bytes | None) -> 
 
 def url_of(cfg: SyncConfig, weights_dir: Path, run_id: str) -> str:
     """Where the files of a run are."""
-    return str(SHARED_MEMORY / f"slime-weights-{run_id}") if cfg.transport == "host" else cfg.url or str(weights_dir)
+    return str(shared_root() / f"{PREFIX}weights-{run_id}") if cfg.transport == "host" else cfg.url or str(weights_dir)
 
 
 def fetch(manifest: Manifest, parts: Sequence[bytes], url: str, timeout_s: float) -> Sequence[bytes]:

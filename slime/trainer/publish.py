@@ -113,13 +113,13 @@ def encode(snapshot: Snapshot, trainer: Trainer, codec: str, part_bytes: int, th
     begun = time.perf_counter()
     difference = _compare(snapshot, shards, codec, device)
     diff_s = time.perf_counter() - begun
-    encoded, exchange_s = [], 0.0
+    encoded, exchange_s, parts = [], 0.0, snapshot.spec.parts(part_bytes)
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[tuple[int, bytes, float]]] = deque()
-        for number, changes, old, seconds in _own_parts(snapshot, difference, shards, codec, part_bytes, device):
+        for number, changes, old, seconds in _own_parts(snapshot, difference, shards, codec, parts, device):
             exchange_s += seconds
             if number is not None:
-                waiting.append(pool.submit(_encode_part, snapshot.spec, part_bytes, number, changes, codec, old))
+                waiting.append(pool.submit(_encode_part, snapshot.spec, parts[number], number, changes, codec, old))
             while len(waiting) > threads:
                 encoded.append(waiting.popleft().result())
         encoded += [part.result() for part in waiting]
@@ -168,12 +168,11 @@ def _compare(snapshot: Snapshot, shards: dict[str, Tensor], codec: str, device: 
 
 
 def _own_parts(
-    snapshot: Snapshot, difference: Difference, shards: dict[str, Tensor], codec: str, part_bytes: int, device: torch.device
+    snapshot: Snapshot, difference: Difference, shards: dict[str, Tensor], codec: str, parts: tuple[range, ...], device: torch.device
 ) -> Iterator[tuple[int | None, list[Changes], dict[int, np.ndarray], float]]:
     """The parts that this rank encodes, a round after the other: number (None where a round has none for it), its changes, the old tensors
     that the codec needs, seconds that this took."""
     spec, rank, world = snapshot.spec, dist.get_rank(), dist.get_world_size()
-    parts = spec.parts(part_bytes)
     for first in range(0, len(parts), world):
         begun = time.perf_counter()
         those = parts[first : first + world]
@@ -186,11 +185,11 @@ def _own_parts(
 
 
 def _encode_part(
-    spec: ModelSpec, part_bytes: int, number: int, changes: list[Changes], codec: str, old: dict[int, np.ndarray]
+    spec: ModelSpec, tensors: range, number: int, changes: list[Changes], codec: str, old: dict[int, np.ndarray]
 ) -> tuple[int, bytes, float]:
     """(number, bytes, seconds) of a part."""
     begun = time.perf_counter()
-    payload = wire.encode_part(spec, spec.parts(part_bytes)[number], changes, codec, old.__getitem__)
+    payload = wire.encode_part(spec, tensors, changes, codec, old.__getitem__)
     return number, payload, time.perf_counter() - begun
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slime.layout import Block, Move
 from slime.models.map import ModelMap
+from slime.sync.bits import INTEGERS
 from slime.sync.diff import Grid
 from slime.sync.records import BLOCK, Changes, ModelSpec, TensorSpec
 from slime.trainer.distributed import Parallel
@@ -21,7 +22,6 @@ from slime.trainer.export import dtype_of
 from slime.trainer.model import Model
 
 PIECE = 1 << 22  # elements that are compared at a time
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,7 +94,7 @@ def update(server: Server, tensors: list[tuple[str, Any]], label: str) -> None:
     async def do(engine: LiveEngine, session: aiohttp.ClientSession) -> None:
         await engine.pause("drain", 60)
         half = len(tensors) // 2
-        await engine.load_whole([tensors[:half], tensors[half:]], label, True, 60)
+        await engine.load_whole([tensors[:half], tensors[half:]], label, 60)
         await engine.resume()
 
     with_engine(server, do)

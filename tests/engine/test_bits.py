@@ -80,7 +80,7 @@ class Engine:
         async def do() -> None:
             await self.live.pause("in_place", TIMEOUT_S)
             label = self.host.weights.copy.label
-            await self.live.load_whole(self.weights.weights(WeightVersion(0, 0), 1 << 16), label, True, TIMEOUT_S)
+            await self.live.load_whole(self.weights.weights(WeightVersion(0, 0), 1 << 16), label, TIMEOUT_S)
             await self.live.resume()
 
         self.host.run(do())

@@ -98,7 +98,7 @@ class World:
         async def load() -> None:
             label = await engine._control.label()
             await engine.pause("in_place", TIMEOUT_S)
-            await engine.load_whole(list(self.trainer.weights(None, 1 << 20)), label, True, TIMEOUT_S)  # type: ignore[arg-type]
+            await engine.load_whole(list(self.trainer.weights(None, 1 << 20)), label, TIMEOUT_S)  # type: ignore[arg-type]
             await engine.resume()
 
         self.host.run(load())

@@ -119,7 +119,7 @@ def test_a_session_that_cannot_be_opened_is_refused_as_it_was(server: Server, mo
     async def begin(engine: LiveEngine, session: aiohttp.ClientSession) -> None:
         engine._control = Refusing(server.spec.endpoint, session)
         with pytest.raises(EngineError, match="not today"):
-            await engine.load_whole([tensors(models[0])], "run/0/0", True, 60)
+            await engine.load_whole([tensors(models[0])], "run/0/0", 60)
 
     servers.with_engine(server, begin)
 

@@ -30,7 +30,7 @@ from tests.tiny import make_tiny
 
 pytestmark = pytest.mark.e2e
 TOKENS = 300
-WELL_S = 0.1  # in which requests get some tokens
+WELL = 20  # tokens after which a request is well under way
 CLOSE = 1e-4  # between engine and transformers, fp32
 PROMPTS = [list(range(5, 25)), [30, 31, 7] * 5, list(range(60, 20, -1))]
 GREEDY = servers.Endless(max_new_tokens=TOKENS, temperature=0.0)
@@ -134,16 +134,25 @@ async def while_generating(made: World, client: EngineClient, *, rids: Sequence[
     """Answers to PROMPTS, with version 1 published once they are well under way."""
     await client.expect("run/0/0")
     running = [asyncio.create_task(client.generate(prompt, GREEDY, rid=rid)) for prompt, rid in zip(PROMPTS, rids, strict=True)]
-    control = Control(client.endpoints[0], client._session)
-    async with asyncio.timeout(30):
-        while await control.running() < len(PROMPTS) and not any(task.done() for task in running):
-            await asyncio.sleep(0.01)
-    await asyncio.sleep(WELL_S)
+    well = asyncio.Event()
+    probe = asyncio.create_task(watch(client, well))
+    await asyncio.wait_for(well.wait(), 30)
     early = [task.exception() or "ended" for task in running if task.done()]
     assert not early, "requests ended before anything was published"
     await asyncio.to_thread(made.channel.publish, 1)
     made.ended = sum(task.done() for task in running)
+    await probe
     return await asyncio.gather(*running)
+
+
+async def watch(client: EngineClient, well: asyncio.Event) -> None:
+    """One more request, which says when those that came before it have some tokens."""
+    endpoint = client.endpoints[0]
+    body = {"input_ids": [9, 8, 7], "sampling_params": GREEDY.to_sglang(), "stream": True}
+    async with client._session.post(endpoint.url + "/generate", json=body, headers=endpoint.headers) as response:
+        async for chunk in streaming.chunks(response.content, endpoint.name):
+            if len(chunk["output_ids"]) >= WELL:
+                well.set()
 
 
 def spans(generation: Generation) -> list[tuple[str, int, int]]:
@@ -350,7 +359,7 @@ def test_an_engine_that_cannot_be_brought_back_is_fenced(world: Make, tmp_path: 
     matches(made, 0, "run/0/2", tmp_path, made.weights.now)
 
 
-def test_an_engine_that_fails_its_proof_is_healed(world: Make, tmp_path: Path) -> None:
+def test_an_engine_that_fails_its_proof_is_healed(world: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = world(engines=2, on_mismatch="heal")
     flip = keys_flipper(made, 1, tmp_path)
     made.weights.step(1)
@@ -360,6 +369,7 @@ def test_an_engine_that_fails_its_proof_is_healed(world: Make, tmp_path: Path) -
     assert made.channel.publish(2)["sync/healed"] == 1
     [failed] = [answer for answer in made.host.answers if answer.failed]
     assert failed.action == Action(Do.COMMIT, "engine 1") and KEYS in failed.failed
+    assert f"engine 1: weights run/0/2: the live bits of {KEYS} are not the trainer's; loading all of them" in caplog.text
     for engine in range(2):
         assert holds(made, engine, "run/0/2")
         matches(made, engine, "run/0/2", tmp_path, made.weights.now)

@@ -189,8 +189,8 @@ class Host:
     def offer(self, manifest: str, parts: Any, timeout_s: float) -> None:
         self.run(self.weights.offer(manifest, parts))
 
-    def offer_bucket(self, bucket: Bucket, timeout_s: float) -> int:
-        return self.run(self.weights.offer_bucket(bucket))
+    def offer_bucket(self, bucket: Bucket, first: bool, timeout_s: float) -> int:
+        return self.run(self.weights.offer_bucket(bucket, first))
 
     def offer_whole(self, label: str, timeout_s: float) -> None:
         self.run(self.weights.offer_whole(label))

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from slime.config import SlimeConfig
+from slime.engine.actions import Actions
 from slime.engine.control import Control
 from slime.engine.endpoint import Endpoint
 from slime.engine.live import LiveEngine
@@ -103,8 +104,8 @@ class Fleet:
 
         self.hosts[0].run(begin())
 
-    def offer_bucket(self, bucket: Any, timeout_s: float) -> int:
-        return sum(self._all(lambda host: host.offer_bucket(bucket, timeout_s)))
+    def offer_bucket(self, bucket: Any, first: bool, timeout_s: float) -> int:
+        return sum(self._all(lambda host: host.offer_bucket(bucket, first, timeout_s)))
 
     def offer_whole(self, label: str, timeout_s: float) -> None:
         self._all(lambda host: host.offer_whole(label, timeout_s))
@@ -126,10 +127,10 @@ POINTS: dict[str, tuple[Any, str, bool]] = {
     "the commit is sent": (Control, "update", False),
     "written": (Control, "update", True),
     "the session is closed": (Control, "end", True),
-    "proven": (HostWeights, "_commit", True),
-    "going on": (HostWeights, "_resume", True),
+    "proven": (Actions, "_commit", True),
+    "going on": (Actions, "_resume", True),
     "the host copy follows": (HostWeights, "advance", False),
-    "undone": (HostWeights, "_undo", True),
+    "undone": (Actions, "_undo", True),
 }
 
 

@@ -74,7 +74,8 @@ class Log:
         self.manifests.append(Manifest.from_json(manifest))
         self._log("offer", self.manifests[-1].label)
 
-    def offer_bucket(self, bucket: Any, timeout_s: float) -> int:
+    def offer_bucket(self, bucket: Any, first: bool, timeout_s: float) -> int:
+        assert first == (bucket == 0)
         self._log("bucket", bucket)
         return 100
 

@@ -14,14 +14,21 @@ SHARED_MEMORY = Path("/dev/shm")
 PREFIX, LOCK, TRIES = "slime-", "in-use", 3
 
 
-class SharedFolder:
-    """`path` is a new folder. `close` removes it."""
+def shared_root() -> Path:
+    """Where the folders are."""
+    return SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
 
-    def __init__(self) -> None:
-        root = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+
+class SharedFolder:
+    """`path` is a new folder that only this user can open. `close` removes it."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        """`path`: which one, in `shared_root()` and named with PREFIX; by default a name that nobody has. Raises FileExistsError where
+        another process holds it, or another user made it."""
+        root = shared_root() if path is None else path.parent
         _sweep(root)
         for _ in range(TRIES):  # a sweeper may come between the file and its lock
-            self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
+            self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root)) if path is None else _made(path)
             self._lock = _locked(self.path / LOCK, os.O_RDWR | os.O_CREAT)
             if self._lock >= 0:
                 break
@@ -32,6 +39,19 @@ class SharedFolder:
         if self._lock >= 0:
             os.close(self._lock)
         self._lock = -1
+
+
+def _made(path: Path) -> Path:
+    """A folder of this name. What a process left that was killed before it had the lock goes first."""
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(0o700)
+        return path
+    ours = not path.is_symlink() and path.is_dir() and path.stat().st_uid == os.getuid()
+    if ours and (lock := _locked(path / LOCK, os.O_RDWR | os.O_CREAT)) >= 0:
+        shutil.rmtree(path)
+        os.close(lock)
+    path.mkdir(0o700)
+    return path
 
 
 def _sweep(root: Path) -> None:

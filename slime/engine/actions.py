@@ -1,0 +1,204 @@
+"""What the engines of a host are told to do with one version, one action at a time for each (see sync/publication.py).
+
+An action that fails says so in its Answer and raises nothing, whatever went wrong, since the driver decides upon it together with what
+the other engines answered. Actions on one engine follow one another: an UNDO waits until the COMMIT that is given up has ended.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slime.config import SyncConfig
+from slime.engine.errors import EngineError, EngineLost
+from slime.engine.host_copy import HostCopy
+from slime.engine.incoming import IncomingDelta, IncomingWhole
+from slime.engine.live import LiveEngine, Written
+from slime.sync.inserver_client import RankError
+from slime.sync.manifest import root_of
+from slime.sync.protocol import Answer
+from slime.sync.publication import Action, Do
+from slime.sync.states import Held, Refused
+from slime.types import WeightVersion
+
+MIB = 1 << 20
+FAILURES = (EngineError, RankError, TimeoutError, Refused, OSError)
+FINAL = (Do.UNDO, Do.HEAL, Do.DROP, Do.RESUME)  # that fail for good: the engine is lost to the publication
+NAMED = 4  # tensors in a message
+STAGE_MOST = 0.25  # of a GPU rank's weights: more is not staged beside them but loaded whole
+
+
+class Actions:
+    """For the version `incoming`, from the one that `copy` holds. `paths` are staged files by signature of the live map."""
+
+    def __init__(self, cfg: SyncConfig, copy: HostCopy, incoming: IncomingDelta | IncomingWhole, paths: Mapping[str, Path]) -> None:
+        self.incoming = incoming
+        self._cfg, self._copy, self._paths = cfg, copy, paths
+        self._whole: set[str] = set()  # engines that the version is loaded into whole
+        self._spoiled: dict[str, str] = {}  # engines that were found to hold other bits than the version before, and what was found
+        self._turns: dict[str, asyncio.Lock] = {}
+        self._calls: dict[Do, Callable[[LiveEngine], Any]] = {
+            Do.PREPARE: self._prepare,
+            Do.DROP: self._drop,
+            Do.COMMIT: self._commit,
+            Do.UNDO: self._undo,
+            Do.HEAL: self._heal,
+            Do.RESUME: self._resume,
+        }
+
+    async def perform(self, actions: Sequence[Action], engines: Mapping[str, LiveEngine]) -> list[Answer]:
+        """Do these side by side; one answer each."""
+        ended = await asyncio.gather(*(self._perform(action, engines[action.engine]) for action in actions), return_exceptions=True)
+        answers = []
+        for action, end in zip(actions, ended, strict=True):
+            if isinstance(end, Answer):
+                answers.append(end)
+                continue
+            assert isinstance(end, Exception), end
+            if action.do in FINAL:
+                await self._fence(engines[action.engine], end, written=action.do is not Do.DROP)
+            answers.append(Answer(action, self._said(engines[action.engine], end)))
+        return answers
+
+    async def _perform(self, action: Action, engine: LiveEngine) -> Answer:
+        async with self._turns.setdefault(action.engine, asyncio.Lock()):
+            return Answer(action, **await self._calls[action.do](engine))
+
+    def _said(self, engine: LiveEngine, error: Exception) -> str:
+        """What went wrong, with the end of the log of a server that is lost, or the knob of a deadline that has passed."""
+        if isinstance(error, EngineLost) and engine.server is not None:
+            return f"{error}; the end of {engine.server.spec.log}:\n{engine.server.tail()}"
+        if not isinstance(error, FAILURES):
+            return f"{type(error).__name__}: {error}"
+        late = isinstance(error, TimeoutError) and str(error).endswith(f"after {self._cfg.timeout_s:g} s")
+        return f"{error} (sync.timeout_s)" if late else str(error)
+
+    # --- the actions --------------------------------------------------------------------------------------------------
+
+    async def _prepare(self, engine: LiveEngine) -> dict[str, Any]:
+        if isinstance(self.incoming, IncomingWhole):
+            self._whole.add(engine.endpoint.name)
+            return {}
+        assert engine.state is not None
+        engine.state.check(self.incoming.manifest)
+        staged = 0
+        if engine.on_gpu and self._too_much(engine):
+            self._whole.add(engine.endpoint.name)
+        else:
+            try:
+                staged = await engine.stage(self._paths, self.incoming.label, self.incoming.manifest.parent_label, self._cfg.timeout_s)
+            except RankError as refused:
+                await self._look_closer(engine, refused)
+        engine.state.stage(self.incoming.manifest)
+        return {"staged_bytes": staged}
+
+    def _too_much(self, engine: LiveEngine) -> bool:
+        """Whether a rank would hold too much beside its weights, as after a resume from a model that has learned much since."""
+        return any(
+            self._paths[found.signature].stat().st_size > STAGE_MOST * sum(live.size * live.width for live in found.lives)
+            for found in engine.maps
+        )
+
+    async def _look_closer(self, engine: LiveEngine, refused: RankError) -> None:
+        """A rank did not stage. Where its weights have changed since they were proven, their tensors are named; with on_mismatch=heal its
+        COMMIT fails by that, and is healed."""
+        reason = ""
+        with contextlib.suppress(*FAILURES):
+            reason = wrong(engine, await engine.audit(self._cfg.timeout_s), self._copy.fingerprints)
+        if not reason or self._cfg.on_mismatch != "heal":
+            raise EngineError(f"{refused}; {reason}" if reason else str(refused)) from refused
+        self._spoiled[engine.endpoint.name] = reason
+
+    async def _drop(self, engine: LiveEngine) -> dict[str, Any]:
+        assert engine.state is not None
+        if isinstance(self.incoming, IncomingDelta):
+            await engine.drop(self.incoming.label, self._cfg.timeout_s)
+            engine.state.drop()
+        return {}
+
+    async def _commit(self, engine: LiveEngine) -> dict[str, Any]:
+        assert engine.state is not None
+        await engine.pause(self._cfg.pause, self._cfg.timeout_s)
+        if engine.endpoint.name in self._whole:
+            return await self._load(engine)
+        assert isinstance(self.incoming, IncomingDelta)
+        if reason := self._spoiled.get(engine.endpoint.name):
+            raise EngineError(f"before it was written to, {reason}")
+        manifest = self.incoming.manifest
+        engine.state.write(manifest.version)
+        flush = self._cfg.pause != "in_place"  # else requests go on with the prefixes of old weights
+        written = await engine.commit(manifest.label, manifest.parent_label, self.incoming.opaque, flush, self._cfg.timeout_s)
+        reason = wrong(engine, written, self.incoming.fingerprints)
+        engine.state.proof("" if reason else root_of(self.incoming.fingerprints))
+        if reason:
+            raise EngineError(reason)
+        return {"write_s": written.write_s, "audit_s": written.audit_s}
+
+    async def _heal(self, engine: LiveEngine) -> dict[str, Any]:
+        self._whole.add(engine.endpoint.name)
+        await engine.halt()  # its COMMIT may have failed before it paused
+        return await self._load(engine)
+
+    async def _load(self, engine: LiveEngine) -> dict[str, Any]:
+        """The version, whole, through SGLang's own update."""
+        assert engine.state is not None
+        engine.state.reload()
+        buckets = self.incoming.buckets(self._cfg.bucket_mb * MIB)
+        written = await engine.load_whole(buckets, self.incoming.label, self._cfg.timeout_s)
+        if reason := wrong(engine, written, self.incoming.fingerprints):
+            raise EngineError(reason)
+        engine.state.adopted(Held(WeightVersion.parse(self.incoming.label), root_of(self.incoming.fingerprints)))
+        return {"audit_s": written.audit_s}
+
+    async def _undo(self, engine: LiveEngine) -> dict[str, Any]:
+        """Back to the version of the host copy, paused."""
+        assert engine.state is not None
+        root, label = root_of(self._copy.fingerprints), self._copy.label
+        if engine.endpoint.name in self._whole:
+            await engine.halt()
+            engine.state.reload()
+            written = await engine.load_whole(self._copy.buckets(self._cfg.bucket_mb * MIB), label, self._cfg.timeout_s)
+            if not (reason := wrong(engine, written, self._copy.fingerprints)):
+                engine.state.adopted(Held(WeightVersion.parse(label), root))
+        else:
+            assert isinstance(self.incoming, IncomingDelta)
+            await engine.pause("in_place", self._cfg.timeout_s)  # it is, unless that is what failed
+            written = await engine.undo(self.incoming.label, label, self.incoming.opaque_before, self._cfg.timeout_s)
+            if not (reason := wrong(engine, written, self._copy.fingerprints)):
+                engine.state.undo(self.incoming.manifest.version, root)
+        if reason:
+            raise EngineError(f"{label} was not restored: {reason}")
+        return {}
+
+    async def _resume(self, engine: LiveEngine) -> dict[str, Any]:
+        assert engine.state is not None
+        try:
+            await engine.resume()
+        except (EngineError, TimeoutError):
+            await engine.resume()  # it may have gone on already, which is no error
+        engine.state.accept()
+        return {}
+
+    async def _fence(self, engine: LiveEngine, error: Exception, written: bool) -> None:
+        """It takes part no more. Where it was `written` to, it is paused if it can be, and calls its weights by a label that no client
+        expects: SGLang may call what failed by the version's."""
+        assert engine.state is not None
+        engine.state.fence(str(error))
+        if not written:
+            return
+        with contextlib.suppress(*FAILURES):
+            await engine.pause("in_place", self._cfg.timeout_s)
+        with contextlib.suppress(*FAILURES):
+            await engine.relabel(f"{WeightVersion.parse(self.incoming.label).run_id}/fenced")
+
+
+def wrong(engine: LiveEngine, written: Written, expected: Sequence[int]) -> str:
+    """What of an engine's live weights is not as it should be; empty where all is."""
+    if engine.proof is None:
+        return ""
+    if written.errors:
+        return "; ".join(written.errors)
+    found = engine.proof.wrong(written.fingerprints, expected)
+    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    return f"the live bits of {', '.join(found[:NAMED])}{more} are not the trainer's" if found else ""
