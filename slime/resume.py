@@ -39,6 +39,7 @@ PROMPTS = (
     "data.max_prompt_tokens",
 )
 METRICS, EXAMPLES, DENSITY, TRACE = "metrics.jsonl", "examples.jsonl", density.NAME, "trace.json.gz"
+EPOCH = "epoch"
 
 
 def claim(cfg: SlimeConfig, directory: Path, stack: ExitStack) -> Restored | None:
@@ -83,13 +84,39 @@ def check_recipe(restored: Restored, directory: Path, resolved: dict[str, Any]) 
 
 
 def next_version(restored: Restored | None, directory: Path) -> WeightVersion:
-    """The version that this process begins with. A resume bumps the epoch, so that no engine takes old weights for new ones; a run that
-    begins from another's checkpoint is a run of its own."""
-    if restored is None:
-        return WeightVersion(0, 0, secrets.token_hex(4))
-    if not is_own(restored, directory):
-        return WeightVersion(0, restored.step, secrets.token_hex(4))
-    return WeightVersion(restored.state.version.epoch + 1, restored.step, restored.state.version.run_id)
+    """The version that this process begins with, whose epoch is taken: no later start gets it, also where this one saves nothing. So no
+    engine takes old weights for new ones. A run that begins from another's checkpoint is a run of its own.
+
+    Raises ConfigError where the record of epochs is damaged.
+    """
+    if restored is None or not is_own(restored, directory):
+        version = WeightVersion(0, 0 if restored is None else restored.step, secrets.token_hex(4))
+    else:
+        saved = restored.state.version
+        version = WeightVersion(max(saved.epoch, _taken(directory, saved.run_id)) + 1, restored.step, saved.run_id)
+    take_epoch(directory, version)
+    return version
+
+
+def take_epoch(directory: Path, version: WeightVersion) -> None:
+    """Write down, durably, that this epoch of the run is used; before anything of it is published."""
+    write_atomic(directory / EPOCH, json.dumps({"run_id": version.run_id, "epoch": version.epoch}) + "\n")
+
+
+def _taken(directory: Path, run_id: str) -> int:
+    """The last epoch that a start of the run has taken; -1 where there is no record of it."""
+    path = directory / EPOCH
+    try:
+        record = json.loads(path.read_text())
+        taken, of = int(record["epoch"]), str(record["run_id"])
+    except FileNotFoundError:
+        return -1
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}): it says which epoch of the run was used last. Write "
+            f'{{"run_id": "{run_id}", "epoch": N}} into it, N at least the number of starts, or choose another run.name'
+        ) from error
+    return taken if of == run_id else -1
 
 
 def prepare_files(directory: Path, restored: Restored | None) -> None:

@@ -37,7 +37,7 @@ from slime.observe.report import write_report
 from slime.observe.summary import Summary, write_summary
 from slime.observe.trace import TraceFile
 from slime.observe.trackers import start_trackers
-from slime.resume import check_recipe, claim, is_own, next_version, prepare_files, write_recipe
+from slime.resume import check_recipe, claim, is_own, next_version, prepare_files, take_epoch, write_recipe
 from slime.rollout.demonstrations import Demonstrations
 from slime.rollout.handle import BatchSource, Pending, Ready, Rollout, RolloutResult
 from slime.rollout.replay import Replay
@@ -187,6 +187,7 @@ def build(
     channel = Channel(cfg.sync, parts.trainer, parts.fleet, version, directory / "weights")
     stack.callback(channel.close)
     version = replace(version, epoch=channel.open())
+    take_epoch(directory, version)  # a store may know of later ones
     ledger, restored_batch, wall_s = Ledger(), None, 0.0
     metrics = MetricsLog(directory / "metrics.jsonl")
     if restored is not None:

@@ -12,7 +12,7 @@ from slime.checkpoint.state import DriverState, write_state
 from slime.config import RunConfig, SlimeConfig
 from slime.config.exits import ConfigError, NothingToDo
 from slime.observe.summary import Summary, read_summary, write_summary
-from slime.resume import check_recipe, claim, next_version, prepare_files, write_recipe
+from slime.resume import EPOCH, check_recipe, claim, next_version, prepare_files, take_epoch, write_recipe
 from slime.types import WeightVersion
 
 RECIPE = {"run": {"seed": 0, "steps": 10}, "data": {"train": [{"path": "old/a.jsonl", "weight": 1.0}]}, "trainer": {"lr": 0.1}}
@@ -48,6 +48,32 @@ def test_auto_resumes_the_newest_whole_iteration_under_a_higher_epoch(tmp_path: 
     assert next_version(restored, tmp_path) == WeightVersion(1, 3, "abc")
 
 
+def test_no_epoch_is_used_twice(tmp_path: Path):
+    """A start that ends before it saves has published all the same; a store may have given it a later epoch."""
+    commit(tmp_path, 3, epoch=1)
+    restored = resume_point(config(), tmp_path)
+    assert [next_version(restored, tmp_path).epoch for _ in range(3)] == [2, 3, 4]
+    take_epoch(tmp_path, WeightVersion(7, 3, "abc"))
+    assert next_version(restored, tmp_path) == WeightVersion(8, 3, "abc")
+    commit(tmp_path, 5, epoch=20)  # saved by a slime that kept no record
+    assert next_version(resume_point(config(), tmp_path), tmp_path).epoch == 21
+
+
+def test_another_run_s_epochs_count_for_nothing(tmp_path: Path):
+    take_epoch(tmp_path, WeightVersion(7, 3, "other"))
+    commit(tmp_path, 3, epoch=1)
+    assert next_version(resume_point(config(), tmp_path), tmp_path) == WeightVersion(2, 3, "abc")
+    assert next_version(None, tmp_path).epoch == 0
+
+
+@pytest.mark.parametrize("text", ["", "7", '{"run_id": "abc"}', '{"run_id": "abc", "epoch": "x"}'])
+def test_a_damaged_record_of_epochs_is_named(tmp_path: Path, text: str):
+    commit(tmp_path, 3)
+    (tmp_path / EPOCH).write_text(text)
+    with pytest.raises(ConfigError, match=r"epoch is damaged .* Write \{\"run_id\": \"abc\", \"epoch\": N\} into it"):
+        next_version(resume_point(config(), tmp_path), tmp_path)
+
+
 @pytest.mark.parametrize("named", ["old", "old/iter_0000003"])
 def test_a_path_is_where_a_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str):
     """Relative, of another run that may be going on: it is only read, and left alone once there is a commit of the run's own."""
@@ -57,6 +83,7 @@ def test_a_path_is_where_a_run_begins(tmp_path: Path, monkeypatch: pytest.Monkey
     restored = resume_point(config(resume=named), tmp_path / "new")
     assert restored is not None and restored.path == path and saving.is_dir()
     begun = next_version(restored, tmp_path / "new")
+    assert not (tmp_path / "old" / EPOCH).exists()
     assert (begun.epoch, begun.number) == (0, 3) and begun.run_id != "abc"
     own = commit(tmp_path / "new", 5)
     restored = resume_point(config(resume=named), tmp_path / "new")

@@ -264,7 +264,7 @@ def _reach(history: History, path: Path | None, order: Order, say: Say) -> Weigh
         if base is None:
             raise ConfigError("slime sync: version `model` needs --model")
         return base
-    weights = base or Weights(model, run_id)
+    weights = Weights(model, run_id) if base is None else base
     with reading(history.weights, history.reader, order, base.node if base else None, base.root if base else "") as steps:
         for step, parts in steps:
             if step.kind == ANCHOR:

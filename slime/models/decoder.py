@@ -14,6 +14,7 @@ EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 NOT_QUANTIZED = "quantized weights cannot be trained; use the model's unquantized checkpoint"
 INV_FREQ = "model.layers.*.self_attn.rotary_emb.inv_freq"  # derived from config.json; old checkpoints hold it
 MTP_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers")
+UNTIED = "tie_word_embeddings=true, and SGLang has an output layer of its own in this family, which nobody loads"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Family:
     only: dict[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)  # field -> (values that the map expresses, why no other)
     without_effect: tuple[str, ...] = ()
     unserved: str = ""  # why SGLang cannot serve it, where that is so
+    ties_served: bool = True  # whether SGLang ties the output layer to the embedding where config.json says so
 
     def build(self, config: ConfigJson, tp_size: int) -> ModelMap:
         """The map of one model. Raises ValueError for a field that is unknown or has a value that megatron-core cannot express, and for a
@@ -74,7 +76,7 @@ class Family:
             rope=rope,
             groups=groups,
             sandwich=self.sandwich,
-            unserved=self.unserved,
+            unserved=self.unserved or (UNTIED if tied and not self.ties_served else ""),
             kept=kept,
             spare=(INV_FREQ, "lm_head.weight") if tied else (INV_FREQ,),
         )

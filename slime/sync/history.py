@@ -1,5 +1,5 @@
-"""What readers and the publisher of a `WeightStore` do beside one another: a reader takes a lease on what it will read, the publisher deletes
-what nobody needs.
+"""What readers and the publisher of a `WeightStore` do beside one another: a reader takes a lease on what it will read, the publisher
+deletes what nobody needs.
 
     reader     plan, lease, look again: all still there?  --no-->  plan anew, from what is left
     publisher  lists leases, then deletes, each manifest before its parts
@@ -115,6 +115,6 @@ def collect(weights: WeightStore, manifests: Iterable[Manifest], acknowledged: I
     for manifest in gone:
         weights.remove(manifest)
     if gone:
-        # Before all that stays: whoever holds a lease may be writing a fold to one of the versions that it names.
-        weights.sweep(min([gone[0].order, *(m.order for m in known if m not in gone)]))
+        # Only before all that stays: whoever holds a lease may be writing a fold to one of the versions that it names.
+        weights.sweep(min(manifest.order for manifest in known if manifest not in gone))
     return gone

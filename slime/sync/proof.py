@@ -55,9 +55,9 @@ class Proof:
         )
 
     def wrong(self, found: Sequence[Sequence[int]], expected: Sequence[int]) -> list[str]:
-        """Names of the tensors whose live bits are not those of `expected` (a fingerprint a tensor). `found[rank][move]`. Engines are paused
-        while this runs, so that it is a few operations on arrays however many tensors there are."""
+        """Names of the tensors whose live bits are not those of `expected` (a fingerprint a tensor). `found[rank][move]`."""
         assert [len(said) for said in found] == self._counts, "a rank says a fingerprint for every move"
+        # Engines are paused meanwhile: a few operations on arrays, however many tensors there are.
         every = np.concatenate([np.array(said, np.uint64) for said in found])
         blocks = every[self._first]
         sums = np.append(np.uint64(0), np.cumsum(blocks, dtype=np.uint64))[np.append(0, self._ends)]

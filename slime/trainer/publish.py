@@ -173,14 +173,16 @@ def _own_parts(
     """The parts that this rank encodes, a round after the other: number (None where a round has none for it), its changes, the old tensors
     that the codec needs, seconds that this took."""
     spec, rank, world = snapshot.spec, dist.get_rank(), dist.get_world_size()
+    ends = np.array([(piece.tensors[0], piece.tensors[-1]) for piece in snapshot.pieces], np.int64).reshape(-1, 2)
     for first in range(0, len(parts), world):
         begun = time.perf_counter()
         those = parts[first : first + world]
         tensors = range(those[0].start, those[-1].stop)
-        changes = gather_changes(spec, those, _list(snapshot, difference, shards, tensors), device)
+        near = np.flatnonzero((ends[:, 1] >= tensors.start) & (ends[:, 0] < tensors.stop)).tolist()  # pieces
+        changes = gather_changes(spec, those, _list(snapshot, difference, shards, tensors, near), device)
         old: dict[int, np.ndarray] = {}
         if codec == "exponent":  # which codes a change by the old bits around it
-            old = gather_tensors(spec, those, _list_old(snapshot, {t for t in tensors if difference.changed[t]}), device)
+            old = gather_tensors(spec, those, _list_old(snapshot, {t for t in tensors if difference.changed[t]}, near), device)
         yield first + rank if rank < len(those) else None, changes, old, time.perf_counter() - begun
 
 
@@ -193,12 +195,13 @@ def _encode_part(
     return number, payload, time.perf_counter() - begun
 
 
-def _list(snapshot: Snapshot, difference: Difference, shards: dict[str, Tensor], tensors: range) -> dict[int, list[Changes]]:
-    """This rank's shares of what is sent of these tensors."""
+def _list(
+    snapshot: Snapshot, difference: Difference, shards: dict[str, Tensor], tensors: range, near: list[int]
+) -> dict[int, list[Changes]]:
+    """This rank's shares of what is sent of these tensors. `near`: pieces that may hold some of them."""
     shares: dict[int, list[Changes]] = {}
-    for number, piece in enumerate(snapshot.pieces):
-        if piece.tensors[-1] < tensors.start or piece.tensors[0] >= tensors.stop:
-            continue
+    for number in near:
+        piece = snapshot.pieces[number]
         found: Iterable[Changes] | None = difference.kept[number]
         if found is None or difference.complete[piece.runs.block].any():
             found = piece.changes(*snapshot.differences(number, shards, difference.complete))
@@ -208,10 +211,10 @@ def _list(snapshot: Snapshot, difference: Difference, shards: dict[str, Tensor],
     return shares
 
 
-def _list_old(snapshot: Snapshot, tensors: set[int]) -> dict[int, list[Stretches]]:
-    """All that this rank's snapshot holds of these tensors."""
+def _list_old(snapshot: Snapshot, tensors: set[int], near: list[int]) -> dict[int, list[Stretches]]:
+    """All that this rank's snapshot holds of these tensors; `near` as in `_list`."""
     found: dict[int, list[Stretches]] = {}
-    for piece, held in zip(snapshot.pieces, snapshot.held, strict=True):
+    for piece, held in ((snapshot.pieces[number], snapshot.held[number]) for number in near):
         for tensor in tensors & set(piece.tensors):
             found.setdefault(tensor, []).append(piece.stretches(tensor, _bits(held)))
     return found

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from slime.cli import sync
 from slime.config.exits import ConfigError
 from slime.sync.chain import NoWay
 from slime.sync.fold import Made, Weights, anchor, difference
+from slime.sync.history import collect
 from slime.sync.manifest import Manifest, PartRef, sign
 from slime.sync.records import ModelSpec, TensorSpec
 from slime.sync.store import WeightStore
@@ -273,6 +275,42 @@ def test_several_steps_as_one(place: Place, slime: Slime, tmp_path: Path) -> Non
             slime("fold", "--model", str(place.model), "--from", first, "--to", last, "--key-env", "RUN_KEY")
     with pytest.raises(NoWay, match="no files lead from 0/4 to 0/2"):
         slime("fold", "--model", str(place.model), "--from", "4", "--to", "2", "--key-env", "RUN_KEY")
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+def test_a_run_that_goes_on_deletes_nothing_that_is_read(
+    place: Place, slime: Slime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keyed: bool
+) -> None:
+    """Its trainer needs the deltas no more when the first is being read. Without the key of a signed run no lease is left, which the
+    trainer could not read."""
+    read, leases, due = WeightStore.part, place.run / "weights/ab12/leases", [True]
+    held: list[int] = []
+
+    def part(self: WeightStore, manifest: Manifest, index: int) -> bytes:
+        if due:
+            due.clear()
+            if keyed:
+                add_anchor(place, 4)
+                collect(place.store, list(place.store.manifests()), [(0, 4)], time.time(), keep=1)
+        held.append(len(list(leases.glob("sync-*"))))
+        return read(self, manifest, index)
+
+    monkeypatch.setattr(WeightStore, "part", part)
+    named = ["--key-env", "RUN_KEY"] if keyed else []
+    text = slime("replay", "--model", str(place.model), "--to", "4", "--out", str(tmp_path / "out"), *named)
+    assert "delta from 0/3 to ab12/0/4" in text and set(held) == {int(keyed)} and not list(leases.glob("*"))
+
+
+def test_a_fold_is_written_under_a_lease(place: Place, slime: Slime, monkeypatch: pytest.MonkeyPatch) -> None:
+    add, held = WeightStore.add, []
+
+    def seen(self: WeightStore, manifest: Manifest, parts: list[bytes]) -> None:
+        held.append(len(self.leases()))
+        add(self, manifest, parts)
+
+    monkeypatch.setattr(WeightStore, "add", seen)
+    slime("fold", "--model", str(place.model), "--from", "0", "--to", "4", "--key-env", "RUN_KEY")
+    assert held == [1] and place.store.leases() == []
 
 
 def test_places_without_a_history(place: Place, tmp_path: Path) -> None:

@@ -237,3 +237,16 @@ def test_a_family_that_no_engine_serves_learns_from_demonstrations_only(tmp_path
         check_model(cfg)
     cfg.algorithm.name = "sft"
     check_model(cfg)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe", "glm4_moe_lite", "mixtral"])
+def test_an_output_layer_that_an_engine_would_not_tie_is_not_served(family: str, tmp_path: Path) -> None:
+    cfg = SlimeConfig()
+    cfg.model.path = str(make_tiny(tmp_path / "tied", family, tied=True))
+    with pytest.raises(ValueError, match=rf"{family} can be trained but not served \(tie_word_embeddings=true, and SGLang has an output"):
+        check_model(cfg)
+    cfg.model.path = str(make_tiny(tmp_path / "untied", family))
+    check_model(cfg)
+    for ties in ("qwen3", "deepseek_v3"):
+        cfg.model.path = str(make_tiny(tmp_path / ties, ties, tied=True))
+        check_model(cfg)

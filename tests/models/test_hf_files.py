@@ -54,6 +54,14 @@ def test_one_file_and_shards_read_alike(single: Path, sharded: Path) -> None:
                 assert same_bits(reader.read(name), tensor)
 
 
+def test_a_tensor_without_dimensions(tmp_path: Path) -> None:
+    """Such as a scale."""
+    save_file({"scale": torch.tensor(2.5, dtype=torch.bfloat16), "row": torch.arange(3.0)}, tmp_path / SINGLE)
+    with HFReader(tmp_path) as reader:
+        assert reader.shape("scale") == () and same_bits(reader.read("scale"), torch.tensor(2.5, dtype=torch.bfloat16))
+        assert reader.read("row").tolist() == [0, 1, 2]
+
+
 def test_a_checkpoint_of_a_hundred_files_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its index and headers are read once, however often it is loaded; each file is then mapped once by a reader."""
     path = tmp_path / "many"

@@ -74,9 +74,9 @@ class VolatileFiles(Files):
 
     def sync_directory(self, path: Path) -> None:
         self._step(f"fsync {path}/")
-        for known in [p for p in self.durable if p.parent == path]:
-            del self.durable[known]
-        self.durable |= {p: inode for p, inode in self.names.items() if p.parent == path}
+        for known in [p for p in list(self.durable) if p.parent == path]:
+            self.durable.pop(known, None)
+        self.durable |= {p: inode for p, inode in dict(self.names).items() if p.parent == path}
         self.durable_directories |= {p for p in self.directories if p.parent == path}
 
     def unlink(self, path: Path) -> None:

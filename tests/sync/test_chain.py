@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from slime.sync import chain
 from slime.sync.chain import Lease, NoWay, plan
-from slime.sync.manifest import ANCHOR, FOLD, NO_ROOT, Manifest, PartRef, root_of
+from slime.sync.manifest import ANCHOR, FOLD, MODEL_DIRECTORY, NO_ROOT, Manifest, PartRef, root_of
 
 MODEL_ROOT = root_of((0,))
 
@@ -68,13 +68,15 @@ DELTAS = [delta(n) for n in range(8)]
         ([*DELTAS, anchor(4, 60)], 5, None, MODEL_ROOT, "delta -1->0, delta 0->1, delta 1->2, delta 2->3, delta 3->4, delta 4->5"),
         ([*DELTAS, anchor(4, 60)], 5, None, "", "anchor -1->4, delta 4->5"),
         ([*DELTAS, anchor(6, 5)], 7, held(2), "", "anchor -1->6, delta 6->7"),
+        ([*DELTAS, anchor(3)], 3, ((0, 3), "f" * 32), "", "anchor -1->3"),
+        (DELTAS, -1, ((-1, -1), MODEL_ROOT), MODEL_ROOT, ""),
         ([DELTAS[0], *DELTAS[4:], anchor(5)], 7, held(2), "", "anchor -1->5, delta 5->6, delta 6->7"),
         ([delta(3, 25, base=-1), delta(6, 20, base=3), *DELTAS], 6, None, MODEL_ROOT, "fold -1->3, fold 3->6"),
     ],
 )
 def test_the_cheapest_way(manifests: list[Manifest], target: int, at: chain.Node | None, model_root: str, expected: str) -> None:
     for order in (manifests, manifests[::-1]):
-        assert said(plan(order, (0, target), at, model_root)) == expected
+        assert said(plan(order, (0, target) if target >= 0 else MODEL_DIRECTORY, at, model_root)) == expected
 
 
 def test_no_way() -> None:
@@ -85,7 +87,9 @@ def test_no_way() -> None:
         (DELTAS, 3, ((0, 1), "f" * 32), ""),
         (DELTAS, 3, None, "f" * 32),
         (DELTAS, 1, held(3), ""),
+        (DELTAS, 3, ((0, 3), "f" * 32), ""),
         ([], 0, None, MODEL_ROOT),
+        ([], 3, held(3), ""),
     ):
         with pytest.raises(NoWay, match=rf"no files lead from .* to 0/{target}: take a newer version, or an anchor"):
             plan(manifests, (0, target), at, model_root)

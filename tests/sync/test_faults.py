@@ -36,6 +36,8 @@ from tests.sync import faulty, toy_engine
 from tests.sync.faulty import Fleet, Proxy, open_channel, recipe
 from tests.sync.toy_engine import ToyEngine
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -111,7 +113,6 @@ def test_a_world_without_faults(world: World) -> None:
 # --- 1 ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.e2e
 @pytest.mark.parametrize("point", faulty.POINTS)
 def test_a_new_agent_takes_over_where_one_was_killed(point: str, model: Path, engine: ToyEngine) -> None:
     faulty.kill_an_agent(recipe(model, 2), engine.spec.endpoint, point)
@@ -1024,7 +1025,6 @@ def test_no_room_for_a_staged_file(kind: str, model: Path, engine: ToyEngine, tm
         world.close()
 
 
-@pytest.mark.e2e
 def test_what_a_killed_agent_left_in_shared_memory_is_removed(model: Path, engine: ToyEngine) -> None:
     """By the next one on the host; what belongs to one that lives stays."""
     alive = shared_folder.SharedFolder()

@@ -26,6 +26,7 @@ PAGE = mmap.PAGESIZE
 NUMBERS = (0, 1, 7, 8, 254, 255, 256, 511, 512, 513, 0x7FFFFFFF, 0xFFFFFFFF)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("seed", [1, 2])
 def test_damaged_parts(seed: int) -> None:
     done = subprocess.run([sys.executable, __file__, str(seed)], capture_output=True, text=True, timeout=120)

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BLOCKED = (
     "ray",
     "hydra",
@@ -31,6 +33,7 @@ print(sorted(name for name in sys.modules if name.split(".")[0] == "slime"))
 """
 
 
+@pytest.mark.e2e
 def test_inserver_imports_alone() -> None:
     ran = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60)
     assert ran.returncode == 0, ran.stderr

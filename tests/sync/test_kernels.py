@@ -237,6 +237,7 @@ def test_a_tile_without_entries_moves_nothing(name):
     assert memory.tolist() == before and bits.all()
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(INTERPRETED or DEVICE != "cpu", reason="this is the interpreted run, or the GPU's")
 def test_triton_programs_interpreted():
     """This file again, with Triton's interpreter instead of compiled C."""
@@ -247,6 +248,7 @@ def test_triton_programs_interpreted():
     assert done.returncode == 0, done.stdout[-4000:]
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(INTERPRETED, reason="another process sees the same")
 def test_triton_is_imported_only_where_it_runs():
     """Beside torch and numpy nothing is needed."""

@@ -1,5 +1,8 @@
 """An engine's fingerprints against the trainer's."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 
 from slime.layout import Block
@@ -29,6 +32,45 @@ def test_shards_add_up_and_replicas_agree() -> None:
     assert proof.wrong([[5, 7], [3, 7]], [2, 7]) == ["w"]
     assert proof.wrong([[top, 7], [3, 8]], [2, 7]) == ["norm"], "replicas differ"
     assert proof.wrong([[5, 7], [3, 8]], [2, 7]) == ["w", "norm"]
+
+
+def test_many_tensors_of_many_ranks() -> None:
+    """Each against its own blocks, whatever its neighbours hold; a tensor without elements is proven by nothing."""
+    random = np.random.default_rng(0)
+    spec = ModelSpec(tuple(TensorSpec(f"t{n}", (0 if n % 7 == 3 else 6,), "bfloat16") for n in range(50)))
+    moves: list[list[LiveMove]] = [[], [], []]
+    for n, tensor in enumerate(spec.tensors):
+        for r in range(3 if tensor.size else 0):
+            source = run(2 * r, 2) if n % 2 else run(0, 6)  # divided among the ranks, or held by all
+            moves[r].append(LiveMove(n, source, 0, run(0, source.size)))
+            if n % 5 == 0:
+                moves[r].append(LiveMove(n, source, 0, run(50, source.size)))
+    maps = [LiveMap(spec.signature, (Live("a", "bfloat16", 100),), tuple(own), {}, (), {}, {}) for own in moves]
+    of_block = {(n, b): int(random.integers(0, 1 << 64, dtype=np.uint64)) for n in range(50) for b in range(3)}
+    found = [[of_block[move.tensor, move.source.offset // 2] for move in own] for own in moves]
+    expected = [sum(of_block[n, b] for b in range(3 if n % 2 else 1)) % (1 << 64) if t.size else 0 for n, t in enumerate(spec.tensors)]
+    proof = Proof(spec, maps, "engine 0")
+    assert proof.wrong(found, expected) == []
+    for r, own in enumerate(moves):
+        for m, move in enumerate(own):
+            found[r][m] ^= 1 << 63
+            assert proof.wrong(found, expected) == [f"t{move.tensor}"]
+            found[r][m] ^= 1 << 63
+    assert proof.wrong(found, [value ^ (n in (0, 3, 49)) for n, value in enumerate(expected)]) == ["t0", "t3", "t49"]
+
+
+def test_a_proof_is_quick() -> None:
+    """Engines are paused meanwhile. Fingerprints are not looked at one by one in Python."""
+
+    class Counted(list[int]):
+        looked = 0
+
+        def __getitem__(self, key: Any) -> Any:
+            Counted.looked += 1
+            return super().__getitem__(key)
+
+    found = [Counted([1, 7]), Counted([1, 7])]
+    assert Proof(SPEC, TWO, "engine 0").wrong(found, [2, 7]) == [] and Counted.looked <= 2 * len(found)
 
 
 def test_tied_places_count_once() -> None:

@@ -110,6 +110,23 @@ def test_pieces_of_a_tensor_and_their_order_do_not_matter_to_where_they_land(tmp
     assert all((a == b).all() for a, b in zip(*found, strict=True))
 
 
+def test_many_small_tensors_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms and experts: compiled code is called for many of them at once, and the file is what it would be without."""
+    hf, _ = memory(0)
+    pieces = [changed(hf[1], 1, [position, position + 1]) for position in range(0, 3000, 2)]
+    monkeypatch.setattr(staging, "CHUNK", 1)
+    each = write(tmp_path, pieces).read_bytes()
+    for chunk, most in ((1000, 16), (1 << 16, 4)):
+        monkeypatch.setattr(staging, "CHUNK", chunk)
+        calls, full = [], fingerprint.full
+        with monkeypatch.context() as patch:
+            patch.setattr(fingerprint, "full", lambda *args, calls=calls, full=full: calls.append(1) or full(*args))
+            path = write(tmp_path, pieces)
+        assert path.read_bytes() == each and len(calls) <= most
+    staged = staging.read(path, MAP, KEY)
+    assert staged.entries == 3000 + 2000, "of the tensor and of its tied part"
+
+
 def test_another_base_has_another_fingerprint(tmp_path: Path) -> None:
     hf, _ = memory(0)
     changes = some(hf)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import fcntl
 import itertools
 import os
 import re
@@ -22,6 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slime.sync import store_local
 from slime.sync.chain import Lease
 from slime.sync.manifest import ANCHOR, FOLD, NO_ROOT, ManifestError, PartRef, sign
 from slime.sync.store import Artefact, Busy, Missing, Patient, SplitBrain, Store, WeightStore
@@ -66,7 +68,7 @@ def _wait(url: str) -> None:
     raise AssertionError("moto's server does not answer")
 
 
-@pytest.fixture(params=["directory", "memory", "s3"])
+@pytest.fixture(params=["directory", "memory", pytest.param("s3", marks=pytest.mark.e2e)])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "s3":
         return Patient(folder_of(request.getfixturevalue("s3")), 20)
@@ -146,6 +148,21 @@ def test_versions_come_and_go(store: Store) -> None:
     assert weights.leases() == [Lease("host-1", ("a", "b"), 12.5)]
     weights.drop_lease("host-1")
     assert weights.leases() == []
+
+
+def test_a_lock_that_another_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one on a host that hangs: the store is busy, and Patient asks again."""
+    monkeypatch.setattr(store_local, "LOCK_S", 0.1)
+    store = LocalStore(tmp_path)
+    with (tmp_path / ".lock").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(Busy, match=r"\.lock: another writer has held this lock for 0\.1 s"):
+            store.put_if("a", b"1", None)
+        released = threading.Timer(0.25, fcntl.flock, (other, fcntl.LOCK_UN))
+        released.start()
+        assert Patient(store).put_if("a", b"1", None)
+        released.join()
+    assert store.get("a", 1) == b"1"
 
 
 def test_names_that_lead_elsewhere() -> None:
@@ -539,6 +556,7 @@ def test_a_manifest_before_its_parts_is_noticed(tmp_path: Path) -> None:
         weights.parts(weights.manifest(Artefact(0, 0)))
 
 
+@pytest.mark.e2e
 def test_a_cut_upload_is_not_there(s3: S3Store) -> None:
     """A multipart upload of which a part was sent and that never ended."""
     store = folder_of(s3)
@@ -566,6 +584,7 @@ def test_parts_are_named_by_their_content() -> None:
     assert PartRef.of(3, b"x").name != PartRef.of(3, b"y").name and PartRef.of(3, b"x").name.startswith("part-0003.")
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("code", ["SlowDown", "ServiceUnavailable", "InternalError", "503", "RequestTimeout", "ConditionalRequestConflict"])
 def test_what_s3_says_when_it_is_busy(s3: S3Store, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from botocore.exceptions import ClientError
@@ -583,6 +602,7 @@ def test_what_s3_says_when_it_is_busy(s3: S3Store, code: str, monkeypatch: pytes
             call()
 
 
+@pytest.mark.e2e
 def test_what_s3_refuses_is_not_asked_again(s3: S3Store) -> None:
     store = copy.copy(s3)
     store._root = "no-such-bucket/x"

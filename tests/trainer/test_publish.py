@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -121,7 +122,10 @@ def publish_versions(place: Any, cfg: Any, others: list[Path], on_host: bool) ->
     found["few"] = published(snapshot, trainer)
     found["few by exponent"] = published(snapshot, trainer, "exponent")
     found["few, dense"] = published(snapshot, trainer, "dense")
-    assert published(snapshot, trainer) == found["few"], "what is not acknowledged is published again"
+    divided, parts = [], ModelSpec.parts
+    with mock.patch.object(ModelSpec, "parts", lambda spec, size: divided.append(size) or parts(spec, size)):
+        assert published(snapshot, trainer) == found["few"], "what is not acknowledged is published again"
+    assert divided == [PART_BYTES], "the model is divided once, however many parts there are"
     load_version(trainer, others[1])
     found["many"] = published(snapshot, trainer)
     load_version(trainer, others[0])

@@ -14,4 +14,5 @@ FAMILY = Family(
     attention=GroupedQuery(qkv_bias=Flag("attention_bias", False), qk_norm=Flag("use_qk_norm", False), rope=RopeForm(partial=0.5)),
     feed_forward=Experts(Sigmoid(), after_first_dense, shared="n_shared_experts", groups=by_best_two),
     without_effect=("output_router_logits",),
+    ties_served=False,
 )

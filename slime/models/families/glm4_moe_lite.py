@@ -12,4 +12,5 @@ FAMILY = Family(
     attention=Latent(),
     feed_forward=Experts(Sigmoid(), after_first_dense, shared="n_shared_experts", groups=by_best_two),
     without_effect=("output_router_logits", "pretraining_tp", "ep_size"),  # how the original was trained and served
+    ties_served=False,
 )

@@ -23,4 +23,5 @@ FAMILY = Family(
         "router_jitter_noise": ((0, 0.0), "noise on the router's input is not mapped; set it to 0"),
     },
     without_effect=("router_aux_loss_coef", "output_router_logits"),  # of pre-training
+    ties_served=False,
 )

@@ -19,4 +19,5 @@ FAMILY = Family(
         "decoder_sparse_step": ((1,), DENSE_LAYERS),
     },
     without_effect=("sliding_window", "max_window_layers", "router_aux_loss_coef", "output_router_logits"),  # of pre-training
+    ties_served=False,
 )
