@@ -1,10 +1,17 @@
-"""What a recipe's paths become before anything is started."""
+"""What a recipe's paths become before anything is started, and what is written down before anything is published."""
 
+import json
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from slime import start
 from slime.config import DataConfig, DataFile, EvalSet, ModelConfig, SlimeConfig
+from slime.observe.console import Console
+from slime.resume import EPOCH
 from slime.start import on_disk
 
 
@@ -22,3 +29,23 @@ def test_paths_become_absolute_and_links_are_followed(tmp_path: Path, monkeypatc
 def test_a_model_that_is_nowhere_is_named():
     with pytest.raises(ValueError, match=r"model\.path=no/where/at/all: no such directory, and not a hub id"):
         on_disk(SlimeConfig(model=ModelConfig("no/where/at/all")))
+
+
+def test_the_epoch_that_a_store_gives_is_taken_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Before anything is published: the channel is open, and no more."""
+    before: list[Any] = []
+
+    def open_channel() -> int:
+        before.append(json.loads((tmp_path / EPOCH).read_text())["epoch"])
+        return 7
+
+    for name in ("check_device", "check_resources", "place", "check_run_dir"):
+        monkeypatch.setattr(start, name, lambda *_: None)
+    monkeypatch.setattr(start, "start_parts", lambda *_: start.Parts(None, None, SimpleNamespace()))
+    monkeypatch.setattr(start, "Channel", lambda *_: SimpleNamespace(open=open_channel, close=lambda: None))
+    cluster: Any = SimpleNamespace(device="cpu")
+    signal: Any = SimpleNamespace()
+    with ExitStack() as stack:
+        run = start.build(SlimeConfig(), tmp_path, {}, None, cluster, Console(steps=1, progress=False), signal, stack)
+    assert before == [0] and run.version.epoch == 7
+    assert json.loads((tmp_path / EPOCH).read_text()) == {"run_id": run.version.run_id, "epoch": 7}

@@ -28,8 +28,9 @@ from slime.sync.chain import Order, source_of
 from slime.sync.fold import NotTheseWeights, Weights, fold
 from slime.sync.history import reading
 from slime.sync.manifest import ANCHOR, DELTA, FOLD, MODEL_DIRECTORY, Manifest, ManifestError, sign
+from slime.sync.places import Missing
 from slime.sync.records import ModelSpec
-from slime.sync.store import Artefact, Missing, WeightStore
+from slime.sync.store import Artefact, WeightStore
 from slime.sync.store_fsspec import open_store
 from slime.sync.wire import WireError
 

@@ -12,10 +12,9 @@ import torch
 
 from slime.models.hf_files import HFReader
 from slime.sync import fingerprint
+from slime.sync.bits import INTEGERS
 from slime.sync.protocol import Bucket
 from slime.sync.records import Changes, ModelSpec
-
-SIGNED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # torch's integers of a width
 
 
 class HostCopy:
@@ -81,7 +80,7 @@ def bits_of(tensor: torch.Tensor) -> np.ndarray:
     """A tensor's bits, flat; a view where it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     width = flat.element_size()
-    return flat.view(SIGNED[width]).numpy().view(f"<u{width}")
+    return flat.view(INTEGERS[width]).numpy().view(f"<u{width}")
 
 
 def tensor_of(spec: ModelSpec, tensor: int, bits: np.ndarray) -> torch.Tensor:

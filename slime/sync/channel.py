@@ -142,7 +142,9 @@ class Channel:
         signed = sign(manifest, self._key)
         self._manifest_sent = signed if self._cfg.key_env else manifest  # a key that nobody has later signs nothing that stays
         with self._tracer.span("offer", version=version.number):
-            receivers.offer(signed.to_json(), self._transport.send(self._manifest_sent, delta.parts, self._spec), clock.left())
+            receivers.offer(
+                signed.to_json(), self._transport.send(self._manifest_sent, delta.parts, self._spec, clock.left()), clock.left()
+            )
         if self._held is not None:  # the first one of a process leads from the model directory, which is no step
             self._changed.append(Changed(version.number, delta.summary.changed))
         return {**self._of_delta(delta.summary, manifest), "sync/decode_s": time.perf_counter() - offered}, clock

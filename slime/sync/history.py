@@ -15,7 +15,8 @@ from contextlib import contextmanager, suppress
 
 from slime.sync.chain import Node, NoWay, Order, Plan, deletable, lease, plan
 from slime.sync.manifest import KINDS, Manifest
-from slime.sync.store import Artefact, Busy, Missing, WeightStore
+from slime.sync.places import Busy, Missing
+from slime.sync.store import Artefact, WeightStore
 
 log = logging.getLogger(__name__)
 

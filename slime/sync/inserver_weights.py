@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from slime.sync import fingerprint, staging
+from slime.sync.bits import INTEGERS
 from slime.sync.inserver_learn import learn
 from slime.sync.inserver_lives import LiveTensors
 from slime.sync.kernels.audit import Audit
@@ -27,7 +28,6 @@ from slime.sync.records import ModelSpec
 
 Tensors = Iterable[tuple[str, torch.Tensor]]  # HF names and tensors
 CHUNK = 32 << 20  # bytes copied to the device at a time, through pinned memory
-SIGNED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # what torch calls bits of a width
 
 
 class Refused(ValueError):
@@ -80,7 +80,7 @@ class Weights:
         pinned = [torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         del pinned  # torch keeps it for the next who asks
         for width in {self.lives.lives[live].width for live in self._used}:
-            memory, bits = (torch.zeros(1, dtype=SIGNED[width], device=self.device) for _ in range(2))
+            memory, bits = (torch.zeros(1, dtype=INTEGERS[width], device=self.device) for _ in range(2))
             segment = np.zeros(1, staging.SEGMENT)
             segment["address"], segment["count"], segment["width"] = memory.data_ptr(), 1, width
             scatter = Scatter(segment, torch.zeros(1, dtype=torch.int32, device=self.device), bits, self.device)
@@ -278,9 +278,9 @@ class Weights:
         flat = array.view(np.dtype(f"<i{width}") if width > 1 else np.uint8)
         if self._stream is None:
             return torch.from_numpy(np.array(flat))
-        made = torch.empty(len(flat), dtype=SIGNED[width], device=self.device)
+        made = torch.empty(len(flat), dtype=INTEGERS[width], device=self.device)
         step = CHUNK // width
-        pinned = [torch.empty(min(step, len(flat)), dtype=SIGNED[width], pin_memory=True) for _ in range(2)]
+        pinned = [torch.empty(min(step, len(flat)), dtype=INTEGERS[width], pin_memory=True) for _ in range(2)]
         done = [torch.cuda.Event(), torch.cuda.Event()]
         for i, first in enumerate(range(0, len(flat), step)):
             half, piece = pinned[i % 2], flat[first : first + step]

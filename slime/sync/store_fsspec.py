@@ -15,7 +15,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
 
-from slime.sync.store import Busy, Missing, Patient, Store, checked
+from slime.sync.places import Busy, Missing, Patient, Store, checked
 from slime.sync.store_local import LocalStore
 
 WAIT_S = 20.0  # for one answer; Patient asks again

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from slime.observe.files import fsync_directory
-from slime.sync.store import Busy, Missing, Store, checked
+from slime.sync.places import Busy, Missing, Store, checked
 
 LOCK = ".lock"
 LOCK_S = 5.0  # for the lock of another writer, who holds it for one small file; a host that hangs may hold it for long

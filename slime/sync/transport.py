@@ -23,8 +23,9 @@ from slime.config import SyncConfig
 from slime.sync.chain import Order, anchor_due
 from slime.sync.history import collect
 from slime.sync.manifest import ANCHOR, Manifest, ManifestError
+from slime.sync.places import Missing
 from slime.sync.records import ModelSpec
-from slime.sync.store import Artefact, Missing, SplitBrain, WeightStore
+from slime.sync.store import Artefact, SplitBrain, WeightStore
 from slime.sync.store_fsspec import open_store
 
 log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from slime.sync.manifest import Manifest, PartRef, root_of
+from slime.sync.places import Busy, Missing, Store
 from slime.sync.records import ModelSpec, TensorSpec
-from slime.sync.store import Busy, Missing, Store
 from slime.sync.store_local import Files
 
 MODEL = ModelSpec((TensorSpec("a", (4,), "bfloat16"), TensorSpec("b", (2, 2), "float32")))

@@ -25,10 +25,11 @@ from slime.sync.channel import NotProven
 from slime.sync.kernels.scatter import Scatter, unsigned
 from slime.sync.livemap import Live, LiveMap, LiveMove
 from slime.sync.manifest import Manifest, ManifestError, PartRef, sign, verify
+from slime.sync.places import Missing
 from slime.sync.publication import Action, Do, Phase, Publication
 from slime.sync.records import Changes, ModelSpec, TensorSpec
 from slime.sync.staging import Stage
-from slime.sync.store import Missing, SplitBrain, WeightStore
+from slime.sync.store import SplitBrain, WeightStore
 from slime.sync.store_fsspec import open_store
 from slime.sync.store_local import LocalStore
 from tests.engine.weights_double import Bits, Host

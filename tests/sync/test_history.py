@@ -10,7 +10,8 @@ from slime.sync import history as history_
 from slime.sync.chain import Lease, NoWay
 from slime.sync.history import collect, join, reading
 from slime.sync.manifest import ANCHOR, NO_ROOT, ManifestError, root_of
-from slime.sync.store import Artefact, Missing, WeightStore
+from slime.sync.places import Missing
+from slime.sync.store import Artefact, WeightStore
 from slime.sync.store_fsspec import MemoryStore
 from slime.sync.store_local import LocalStore
 from tests.sync.stores import Flaky, version

@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from slime.sync import store_local
 from slime.sync.chain import Lease
 from slime.sync.manifest import ANCHOR, FOLD, NO_ROOT, ManifestError, PartRef, sign
-from slime.sync.store import Artefact, Busy, Missing, Patient, SplitBrain, Store, WeightStore
+from slime.sync.places import Busy, Missing, Patient, Store
+from slime.sync.store import Artefact, SplitBrain, WeightStore
 from slime.sync.store_fsspec import MemoryStore, S3Store, open_store
 from slime.sync.store_local import Files, LocalStore
 from tests.sync.stores import KEY, MODEL, Flaky, FullDisk, PowerLoss, VolatileFiles, version
@@ -156,10 +157,10 @@ def test_a_lock_that_another_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     store = LocalStore(tmp_path)
     with (tmp_path / ".lock").open("ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
+        released = threading.Timer(1.0, fcntl.flock, (other, fcntl.LOCK_UN))
+        released.start()
         with pytest.raises(Busy, match=r"\.lock: another writer has held this lock for 0\.1 s"):
             store.put_if("a", b"1", None)
-        released = threading.Timer(0.25, fcntl.flock, (other, fcntl.LOCK_UN))
-        released.start()
         assert Patient(store).put_if("a", b"1", None)
         released.join()
     assert store.get("a", 1) == b"1"

@@ -17,8 +17,9 @@ from slime.config import SyncConfig
 from slime.sync import transport
 from slime.sync.chain import Lease
 from slime.sync.manifest import ANCHOR, NO_ROOT, Manifest, sign
+from slime.sync.places import Busy, Patient
 from slime.sync.records import ModelSpec, TensorSpec
-from slime.sync.store import Artefact, Busy, Patient, SplitBrain, WeightStore
+from slime.sync.store import Artefact, SplitBrain, WeightStore
 from slime.sync.store_local import LocalStore
 from slime.sync.transport import StoreTransport
 from tests.sync.stores import KEY, Flaky, version
