@@ -171,11 +171,16 @@ class _Chunks:
         if self.waiting >= CHUNK:
             self._join()
 
-    def take(self) -> list[np.ndarray]:
-        """All pieces so far, contiguous, in their order; they are forgotten."""
+    def all(self) -> list[np.ndarray]:
+        """All pieces so far, contiguous, in their order."""
         if self._small:
             self._join()
-        taken, self._pieces = self._pieces, []
+        return list(self._pieces)
+
+    def take(self) -> list[np.ndarray]:
+        """The same; they are forgotten."""
+        taken = self.all()
+        self._pieces = []
         return taken
 
     def _join(self) -> None:
@@ -215,8 +220,7 @@ class _Gathered:
         return self._base
 
     def arrays(self) -> dict[str, list[np.ndarray]]:
-        """Once, at the end."""
-        return {"places": [np.array(self._places, PLACE)], "index": self._index.take(), "bits": self._bits.take()}
+        return {"places": [np.array(self._places, PLACE)], "index": self._index.all(), "bits": self._bits.all()}
 
 
 def digest(arrays: dict[str, list[np.ndarray]], run_key: int, table: np.ndarray) -> int:

@@ -127,6 +127,18 @@ def test_many_small_tensors_are_joined(tmp_path: Path, monkeypatch: pytest.Monke
     assert staged.entries == 3000 + 2000, "of the tensor and of its tied part"
 
 
+def test_a_stage_may_be_written_again(tmp_path: Path) -> None:
+    """As for engines whose ranks have one map."""
+    hf, _ = memory(0)
+    stage = Stage(MAP, KEY)
+    for changes in some(hf):
+        stage.add(changes)
+    for name in ("one", "two"):
+        stage.write(tmp_path / name, "r/0/1", "r/0/0")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert staging.read(tmp_path / "two", MAP, KEY).entries > 0
+
+
 def test_another_base_has_another_fingerprint(tmp_path: Path) -> None:
     hf, _ = memory(0)
     changes = some(hf)
