@@ -122,7 +122,7 @@ def test_the_fingerprint_is_the_one_of_the_code() -> None:
         "are not the trainer's",
         "is fenced:",
         "; fenced: ",
-        "holds weights",
+        "was lost and is fenced:",
         "changed unasked",
         "refused to",
         "the live weights are not",
