@@ -122,7 +122,6 @@ def test_the_fingerprint_is_the_one_of_the_code() -> None:
         "are not the trainer's",
         "is fenced:",
         "; fenced: ",
-        "was lost and is fenced:",
         "changed unasked",
         "refused to",
         "the live weights are not",
