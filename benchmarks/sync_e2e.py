@@ -22,7 +22,7 @@ to stop until it goes on, of ours the audit included; `after` what the channel d
 sender, before and pause on the clock; `at 1 Gb/s` adds the wire's time at that rate. Medians: of --versions where there are bars, else of
 half as many; the full routes, whose cost no version changes, are measured once in all. No request runs: every pause is at its shortest.
 
-Bars, at 1 and 3 % and at lr 1e-6: both deltas have the smallest wire and the shortest pause of all. Prints a table, writes
+Bars, at 1 and 3 % and at lr 1e-6: both deltas have the smallest wire, and a pause within a quarter of the shortest. Prints a table, writes
 benchmarks/results/sync_e2e.json; exit code 1 where a bar fails or bits differ.
 """
 

@@ -319,6 +319,7 @@ def _label_blocks(labels: np.ndarray, places: np.ndarray) -> list[tuple[int, Blo
         if at + 1 < len(runs):
             steps = (int(runs[at + 1, 0]) - label, int(runs[at + 1, 1]) - place)
             follows = (np.diff(runs[at:, 0]) == steps[0]) & (np.diff(runs[at:, 1]) == steps[1]) & (runs[at + 1 :, 2] == length)
+            follows &= runs[at + 1 :, 0] >> SHIFT == label >> SHIFT  # a block does not go from one tensor into another
             rows = 1 + (len(follows) if follows.all() else int(follows.argmin()))
         source, number = label & ((1 << SHIFT) - 1), label >> SHIFT
         pair = paired((source, (steps[0], 1)), (place, (steps[1], 1)), (rows, length)) if min(steps) >= 0 else None

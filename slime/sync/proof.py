@@ -43,7 +43,7 @@ class Proof:
                         further.append(start + move)
                         of.append(block)
             held = sum(block.size for block in blocks)
-            if held != described.size:
+            if held != described.size or any(block.end > described.size for block in blocks):
                 raise ValueError(
                     f"{engine} holds {held} of the {described.size} elements of {described.name}: it serves another model than model.path, "
                     "or its SGLang loads this family in a way that slime does not follow; set sync.mode=full"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slime.layout import Block
-from slime.sync.inserver_learn import CannotLearn, learn
+from slime.sync.inserver_learn import SHIFT, CannotLearn, _label_blocks, learn
 from slime.sync.inserver_lives import LiveTensors, Moved
 from slime.sync.livemap import LiveMap, LiveMove, MapError, complement, paired
 from slime.sync.records import ModelSpec, TensorSpec
@@ -167,6 +167,14 @@ def test_concatenated_and_permuted_tensors_become_few_blocks() -> None:
     assert moves["b"] == [LiveMove(5, Block(0, (12,), (1,)), moves["a"][0].live, Block(18, (12,), (1,)))]
     assert moves["down"][0].source == Block(4, (6, 4), (8, 1))
     assert sum(move.source.size for move in moves["experts"]) == 48
+
+
+def test_a_block_stays_in_its_tensor() -> None:
+    """Two tensors of one size, one behind the other, are as regular as rows of one."""
+    labels = np.concatenate([(number << SHIFT) + np.arange(12) for number in (3, 6, 9)])
+    assert _label_blocks(labels, np.arange(36)) == [
+        (number, Block(0, (12,), (1,)), Block(12 * i, (12,), (1,))) for i, number in enumerate((3, 6, 9))
+    ]
 
 
 def test_json() -> None:
