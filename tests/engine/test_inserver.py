@@ -36,10 +36,10 @@ def probe(model: Any, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None
     fields = json.loads(next(iter(named_tensors))[0])
     rank = torch.distributed.get_rank()
     if fields["op"] == "dump":
-        arrays = {name: tensor.contiguous().view(BITS[tensor.element_size()]).numpy() for name, tensor, _ in _tensors(model)}
+        arrays = {name: tensor.contiguous().view(BITS[tensor.element_size()]).numpy() for name, tensor, *_ in _tensors(model)}
         np.savez(f"{fields['path']}.{rank}.npz", **arrays)
     if fields["op"] == "flip" and rank == fields["rank"]:
-        tensor = next(tensor for name, tensor, _ in _tensors(model) if name == fields["name"])
+        tensor = next(tensor for name, tensor, *_ in _tensors(model) if name == fields["name"])
         tensor.view(-1).view(BITS[tensor.element_size()])[fields["element"]] ^= 1
 
 
