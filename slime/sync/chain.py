@@ -118,24 +118,6 @@ def consecutive(steps: Sequence[Manifest]) -> None:
             raise ValueError(f"{following.label} begins from {following.parent_label} (root {following.parent_root}), not from {one.label}")
 
 
-def foldable(manifests: Iterable[Manifest], length: int) -> list[tuple[Manifest, ...]]:
-    """Runs of `length` consecutive deltas of one epoch that are not folded yet, oldest first, from the first that are there."""
-    known = list(manifests)
-    folded = {(m.parent, m.order) for m in known if m.kind not in (DELTA, ANCHOR)}
-    deltas = sorted((m for m in known if m.kind == DELTA), key=lambda m: m.order)
-    runs: list[tuple[Manifest, ...]] = []
-    run: list[Manifest] = []
-    for manifest in deltas:
-        if run and (source_of(manifest) != target_of(run[-1]) or manifest.epoch != run[-1].epoch):
-            run = []
-        run.append(manifest)
-        if len(run) == length:
-            if (run[0].parent, run[-1].order) not in folded:
-                runs.append(tuple(run))
-            run = []
-    return runs
-
-
 # --- retention --------------------------------------------------------------------------------------------------------
 
 

@@ -157,11 +157,7 @@ def test_when_an_anchor_is_due() -> None:
     )
 
 
-def test_what_is_folded() -> None:
-    runs = chain.foldable(DELTAS, 3)
-    assert [[m.number for m in run] for run in runs] == [[0, 1, 2], [3, 4, 5]]
-    assert [[m.number for m in run] for run in chain.foldable([*DELTAS, delta(2, base=-1)], 3)] == [[3, 4, 5]]
-    assert [[m.number for m in run] for run in chain.foldable([*DELTAS[:2], *DELTAS[3:]], 3)] == [[3, 4, 5]]
+def test_steps_that_do_not_follow_one_another() -> None:
     chain.consecutive(DELTAS)
     with pytest.raises(ValueError, match=r"run/0/3 begins from run/0/2 .*, not from run/0/1"):
         chain.consecutive([DELTAS[1], DELTAS[3]])
