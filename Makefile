@@ -25,8 +25,8 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest tests -m slow
 
-test-gpu:  # in an environment with a CUDA build of torch, on a machine with 4 GPUs
-	SLIME_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/trainer/test_layouts.py
+test-gpu:  # in an environment with a CUDA build of torch and with SGLang, on a machine with 4 Hopper GPUs
+	SLIME_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/trainer/test_layouts.py tests/engine/test_fp8.py
 
 unit: install
 	$(BIN)/python -m pytest tests -m "not e2e"

@@ -16,7 +16,7 @@ from slime.config.roles import needs_rollouts
 SERVING = tuple(
     f"rollout.{knob}"
     for knob in (
-        *("engines", "tensor_parallel", "max_in_flight", "engine_python", "sglang", "replay_experts"),
+        *("engines", "tensor_parallel", "max_in_flight", "engine_python", "sglang", "replay_experts", "quantization"),
         *("start_timeout_s", "request_timeout_s"),
         *("external_urls", "external_key_env", "join"),
     )

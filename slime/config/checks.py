@@ -13,7 +13,7 @@ from slime.config import SlimeConfig
 from slime.config.check_combinations import CPU_ONLY, check_combinations
 from slime.config.check_files import check_files
 from slime.config.check_functions import check_functions
-from slime.config.check_serving import check_serving
+from slime.config.check_serving import FP8_ON_GPU, check_serving
 from slime.config.check_sizes import check_sizes
 from slime.config.exits import ConfigError, PreflightError
 from slime.config.tree import figure, nearest
@@ -40,6 +40,8 @@ def check_device(cfg: SlimeConfig, device: Literal["cpu", "cuda"]) -> None:
     """What only the cluster tells: cluster.device=auto became `device`. Raises PreflightError where the recipe needs the other."""
     if cfg.run.deterministic and device == "cuda":
         raise PreflightError(f"run.deterministic=true with cluster.device={cfg.cluster.device}, which is cuda here: {CPU_ONLY}")
+    if cfg.rollout.quantization == "fp8" and device == "cpu":
+        raise PreflightError(f"rollout.quantization=fp8 with cluster.device={cfg.cluster.device}, which is cpu here: {FP8_ON_GPU}")
 
 
 def check_values(group: Any, prefix: str = "") -> None:

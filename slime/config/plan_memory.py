@@ -22,8 +22,9 @@ p - s micro-batches at once (one-forward-one-backward); v-fold interleaved, (2 (
 Logits of one micro-batch and their gradient, on the last stage: 2 x tokens x vocabulary / t, in the model's dtype. Log-probs are
 computed from them in fp32, a chunk of at most 2^24 values at a time; the backward pass holds at most five such chunks.
 
-An engine's device holds its share of the weights and, a token and layer, 2 x kv_heads x head_dim values of KV cache over its
-tensor-parallel ranks; with latent attention kv_lora_rank + qk_rope_head_dim values, on every rank.
+An engine's device holds its share of the weights (with rollout.quantization=fp8 a byte for all but embedding and head) and, a token and
+layer, 2 x kv_heads x head_dim values of KV cache over its tensor-parallel ranks; with latent attention kv_lora_rank + qk_rope_head_dim
+values, on every rank.
 """
 
 import json
@@ -188,8 +189,11 @@ def engine_memory(cfg: SlimeConfig, config: dict[str, Any], parameters: int, sam
     """What a device of an engine holds, with `samples` of a batch asked of all engines."""
     in_flight = min(cfg.rollout.max_in_flight, samples) / cfg.rollout.engines
     kv_per_token = kv_bytes_per_token(cfg, config)
-    weights = parameters * BYTES[cfg.model.dtype] // cfg.rollout.tensor_parallel
-    return EngineMemory(weights, kv_per_token, kv_per_token * math.ceil(in_flight) * longest(cfg))
+    held = parameters * BYTES[cfg.model.dtype]
+    if cfg.rollout.quantization == "fp8":  # norms and scales hardly count
+        tables = 1 if config.get("tie_word_embeddings") else 2
+        held = parameters + tables * size_of(cfg, config, "vocab_size") * size_of(cfg, config, "hidden_size")
+    return EngineMemory(held // cfg.rollout.tensor_parallel, kv_per_token, kv_per_token * math.ceil(in_flight) * longest(cfg))
 
 
 def kv_bytes_per_token(cfg: SlimeConfig, config: dict[str, Any]) -> int:

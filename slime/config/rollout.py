@@ -46,6 +46,8 @@ class RolloutConfig:
     """Name of the environment variable that holds the API and admin key of rollout.external_urls and of those that join."""
     engine_python: str | None = None
     """Interpreter that serves; by default the one that runs slime."""
+    quantization: str = choice("none", "fp8")
+    """fp8: engines hold projections as e4m3 codes with a scale for each 128 x 128 block, made anew from every version. Needs a GPU."""
     replay_experts: bool = True
     """Of a mixture of experts: the trainer sends each token to the experts that the engine sent it to (routing replay, R3)."""
     start_timeout_s: float = number(300.0, above=0)

@@ -12,9 +12,9 @@ from typing import Any
 
 from slime.config import SyncConfig
 from slime.engine.errors import EngineError, EngineLost
-from slime.engine.host_copy import HostCopy
 from slime.engine.incoming import IncomingDelta, IncomingWhole
 from slime.engine.live import LiveEngine, Written
+from slime.engine.served import Served
 from slime.sync.inserver_client import RankError
 from slime.sync.manifest import root_of
 from slime.sync.protocol import Answer
@@ -30,11 +30,11 @@ STAGE_MOST = 0.25  # of a GPU rank's weights: more is not staged beside them but
 
 
 class Actions:
-    """For the version `incoming`, from the one that `copy` holds. `paths` are staged files by signature of the live map."""
+    """For the version `incoming`, from the one that is `served`. `paths` are staged files by signature of the live map."""
 
-    def __init__(self, cfg: SyncConfig, copy: HostCopy, incoming: IncomingDelta | IncomingWhole, paths: Mapping[str, Path]) -> None:
+    def __init__(self, cfg: SyncConfig, served: Served, incoming: IncomingDelta | IncomingWhole, paths: Mapping[str, Path]) -> None:
         self.incoming = incoming
-        self._cfg, self._copy, self._paths = cfg, copy, paths
+        self._cfg, self._served, self._paths = cfg, served, paths
         self._whole: set[str] = set()  # engines that the version is loaded into whole
         self._spoiled: dict[str, str] = {}  # engines that were found to hold other bits than the version before, and what was found
         self._turns: dict[str, asyncio.Lock] = {}
@@ -105,7 +105,7 @@ class Actions:
         COMMIT fails by that, and is healed."""
         reason = ""
         with contextlib.suppress(*FAILURES):
-            reason = wrong(engine, await engine.audit(self._cfg.timeout_s), self._copy.fingerprints)
+            reason = wrong(engine, await engine.audit(self._cfg.timeout_s), self._served.engine.fingerprints)
         if not reason or self._cfg.on_mismatch != "heal":
             raise EngineError(f"{refused}; {reason}" if reason else str(refused)) from refused
         self._spoiled[engine.endpoint.name] = reason
@@ -129,7 +129,7 @@ class Actions:
         engine.state.write(manifest.version)
         flush = self._cfg.pause != "in_place"  # else requests go on with the prefixes of old weights
         written = await engine.commit(manifest.label, manifest.parent_label, self.incoming.opaque, flush, self._cfg.timeout_s)
-        reason = wrong(engine, written, self.incoming.fingerprints)
+        reason = wrong(engine, written, self.incoming.of_engines)
         engine.state.proof("" if reason else root_of(self.incoming.fingerprints))
         if reason:
             raise EngineError(reason)
@@ -146,7 +146,7 @@ class Actions:
         engine.state.reload()
         buckets = self.incoming.buckets(self._cfg.bucket_mb * MIB)
         written = await engine.load_whole(buckets, self.incoming.label, self._cfg.timeout_s)
-        if reason := wrong(engine, written, self.incoming.fingerprints):
+        if reason := wrong(engine, written, self.incoming.of_engines):
             raise EngineError(reason)
         engine.state.adopted(Held(WeightVersion.parse(self.incoming.label), root_of(self.incoming.fingerprints)))
         return {"audit_s": written.audit_s}
@@ -154,18 +154,18 @@ class Actions:
     async def _undo(self, engine: LiveEngine) -> dict[str, Any]:
         """Back to the version of the host copy, paused."""
         assert engine.state is not None
-        root, label = root_of(self._copy.fingerprints), self._copy.label
+        root, label = root_of(self._served.trainer.fingerprints), self._served.trainer.label
         if engine.endpoint.name in self._whole:
             await engine.halt()
             engine.state.reload()
-            written = await engine.load_whole(self._copy.buckets(self._cfg.bucket_mb * MIB), label, self._cfg.timeout_s)
-            if not (reason := wrong(engine, written, self._copy.fingerprints)):
+            written = await engine.load_whole(self._served.buckets(self._cfg.bucket_mb * MIB), label, self._cfg.timeout_s)
+            if not (reason := wrong(engine, written, self._served.engine.fingerprints)):
                 engine.state.adopted(Held(WeightVersion.parse(label), root))
         else:
             assert isinstance(self.incoming, IncomingDelta)
             await engine.pause("in_place", self._cfg.timeout_s)  # it is, unless that is what failed
             written = await engine.undo(self.incoming.label, label, self.incoming.opaque_before, self._cfg.timeout_s)
-            if not (reason := wrong(engine, written, self._copy.fingerprints)):
+            if not (reason := wrong(engine, written, self._served.engine.fingerprints)):
                 engine.state.undo(self.incoming.manifest.version, root)
         if reason:
             raise EngineError(f"{label} was not restored: {reason}")

@@ -4,7 +4,7 @@ An `Incoming` is made when the version is offered, before any engine knows of it
 the publication was given up. Nothing in it changes the host copy before `apply`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from slime.engine.host_copy import HostCopy, bits_of, tensor_of
+from slime.engine.served import Served
 from slime.sync import fingerprint, wire
 from slime.sync.livemap import LiveMap
 from slime.sync.manifest import Manifest
@@ -24,10 +25,11 @@ class Incoming(Protocol):
     """A version that was offered."""
 
     label: str
-    fingerprints: Sequence[int]  # of every tensor
+    fingerprints: Sequence[int]  # of every tensor of the trainer
+    of_engines: Sequence[int]  # of every tensor that engines hold
 
     def buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
-        """All its tensors."""
+        """All its tensors, as engines load them."""
         ...
 
     def apply(self) -> None:
@@ -38,35 +40,38 @@ class Incoming(Protocol):
 class IncomingWhole:
     """All tensors, as the trainer gathered them."""
 
-    def __init__(self, copy: HostCopy, buckets: list[Bucket], label: str) -> None:
+    def __init__(self, served: Served, buckets: list[Bucket], label: str) -> None:
         """Raises ValueError where the buckets are not the tensors of the model, each once."""
+        copy = served.trainer
         names = [name for bucket in buckets for name, _ in bucket]
         if sorted(names) != sorted(copy.spec.index):
             raise ValueError(f"weights {label}: {len(names)} tensors came for the {len(copy.spec.tensors)} of the model")
-        self.label, self._copy, self._buckets = label, copy, buckets
-        found = {name: copy.fingerprint(copy.spec.index[name], bits_of(tensor)) for bucket in buckets for name, tensor in bucket}
-        self.fingerprints = [found[tensor.name] for tensor in copy.spec.tensors]
+        self.label, self._served, self._buckets = label, served, buckets
+        self.fingerprints = self.of_engines = _fingerprints(copy, buckets)
+        if served.engine is not copy:
+            self.of_engines = _fingerprints(served.engine, map(served.bucket, buckets))
 
     def buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
         """As they came, whatever their size."""
-        yield from self._buckets
+        yield from map(self._served.bucket, self._buckets)
 
     def apply(self) -> None:
-        self._copy.replace(self._buckets, self.label, self.fingerprints)
+        self._served.replace(self._buckets, self.label, self.fingerprints, self.of_engines)
 
 
 class IncomingDelta:
     """A manifest and its parts. `payload` gives the bytes of a part; it is asked for each one anew whenever they are decoded."""
 
-    def __init__(self, manifest: Manifest, payload: Callable[[int], bytes | memoryview], copy: HostCopy) -> None:
+    def __init__(self, manifest: Manifest, payload: Callable[[int], bytes | memoryview], served: Served) -> None:
         """Raises ManifestError for a manifest of another model, or a part whose bytes are not the manifest's."""
-        manifest.check_model(copy.spec)
+        manifest.check_model(served.trainer.spec)
         for number, part in enumerate(manifest.parts):
             part.check(payload(number), manifest.label)
         self.manifest, self.label, self.fingerprints = manifest, manifest.label, manifest.fingerprints
+        self.of_engines: Sequence[int] = served.engine.fingerprints  # `stage` finds those of this version
         self.opaque: Path | None = None  # tensors that engines hold in another form: at this version,
         self.opaque_before: Path | None = None  # and at the one before
-        self._payload, self._copy = payload, copy
+        self._payload, self._served, self._copy = payload, served, served.trainer
 
     def changes(self) -> Iterator[Changes]:
         """Decoded against the host copy. Raises WireError for a part that does not decode."""
@@ -80,15 +85,18 @@ class IncomingDelta:
         Raises ValueError naming tensors whose decoded bits do not have the manifest's fingerprints.
         """
         stages = {signature: Stage(found, fingerprint.run_key(run_id)) for signature, found in maps.items()}
-        reached = list(self._copy.fingerprints)
+        engine = self._served.engine
+        reached, self.of_engines = list(self._copy.fingerprints), list(engine.fingerprints)
         whole: list[Bucket] = [[], []]
         for changes, after in self._copy.ahead(self.changes()):
             reached[changes.tensor] = after
-            for stage in stages.values():
-                stage.add(changes)
-            if self._copy.spec.tensors[changes.tensor].name in opaque:
-                whole[0].append(self._tensor(changes.tensor, None))
-                whole[1].append(self._tensor(changes.tensor, changes))
+            for there, sum_there in self._served.ahead(changes, after):
+                self.of_engines[there.tensor] = sum_there
+                for stage in stages.values():
+                    stage.add(there)
+                if engine.spec.tensors[there.tensor].name in opaque:
+                    whole[0].append(_tensor(engine, there.tensor, None))
+                    whole[1].append(_tensor(engine, there.tensor, there))
         self._check(reached)
         paths = {signature: folder / f"{signature}.staged" for signature in stages}
         try:
@@ -109,23 +117,16 @@ class IncomingDelta:
         spec = self._copy.spec
         for number, tensors in enumerate(spec.parts(self.manifest.part_bytes)):
             found = {c.tensor: c for c in wire.decode_part(spec, tensors, self._payload(number), self._copy.bits)}
-            yield [self._tensor(i, found.get(i)) for i in tensors]
+            yield self._served.bucket([_tensor(self._copy, i, found.get(i)) for i in tensors])
 
     def apply(self) -> None:
-        self._copy.apply(self.changes(), self.label, self.fingerprints)
+        self._served.apply(self.changes(), self.label, self.fingerprints, self.of_engines)
 
     def forget(self) -> None:
         """Remove the files of `stage` that only this object knows."""
         for path in (self.opaque, self.opaque_before):
             if path is not None:
                 path.unlink(missing_ok=True)
-
-    def _tensor(self, tensor: int, changes: Changes | None) -> tuple[str, torch.Tensor]:
-        """A copy of a tensor with these changes."""
-        bits = self._copy.bits(tensor).copy()
-        if changes is not None:
-            bits[changes.positions] = changes.new
-        return self._copy.spec.tensors[tensor].name, tensor_of(self._copy.spec, tensor, bits)
 
     def _check(self, reached: Sequence[int]) -> None:
         spec: ModelSpec = self._copy.spec
@@ -135,3 +136,17 @@ class IncomingDelta:
                 f"weights {self.label}: {len(wrong)} tensors decode to other bits than the trainer's, {wrong[0]} first: the host copy is "
                 f"at {self._copy.label}, the delta begins from {self.manifest.parent_label}"
             )
+
+
+def _tensor(copy: HostCopy, tensor: int, changes: Changes | None) -> tuple[str, torch.Tensor]:
+    """A copy of a tensor with these changes."""
+    bits = copy.bits(tensor).copy()
+    if changes is not None:
+        bits[changes.positions] = changes.new
+    return copy.spec.tensors[tensor].name, tensor_of(copy.spec, tensor, bits)
+
+
+def _fingerprints(copy: HostCopy, buckets: Iterable[Bucket]) -> list[int]:
+    """Of every tensor of the copy's model, with the bits in the buckets."""
+    found = {name: copy.fingerprint(copy.spec.index[name], bits_of(tensor)) for bucket in buckets for name, tensor in bucket}
+    return [found[tensor.name] for tensor in copy.spec.tensors]

@@ -58,8 +58,8 @@ class LiveEngine:
 
     # --- the map ----------------------------------------------------------------------------------------------------
 
-    async def learn(self, spec: ModelSpec, spec_file: Path, run_id: str, socket: Path, timeout_s: float) -> Written:
-        """Paused: let every rank learn where it keeps the tensors, and hash everything.
+    async def learn(self, spec: ModelSpec, spec_file: Path, travels: str, run_id: str, socket: Path, timeout_s: float) -> Written:
+        """Paused: let every rank learn where it keeps the tensors of `spec`, and hash everything. `travels`: signature of what is sent.
 
         Raises ValueError for an engine whose weights cannot be followed, EngineError for one that was not started with the loader or whose
         sockets are not on this host.
@@ -74,7 +74,7 @@ class LiveEngine:
             raise ValueError(f"{self.endpoint.name} serves {drafts} draft models beside its own, which get no weights; switch them off")
         self.maps, self.on_gpu = [found.map for found in described], described[0].device != "cpu"
         self.proof = Proof(spec, self.maps, self.endpoint.name)
-        self.state = Receiver(self.endpoint.name, run_id, spec.signature)
+        self.state = Receiver(self.endpoint.name, run_id, travels)
         return written
 
     def forget(self, spec: ModelSpec, run_id: str) -> None:

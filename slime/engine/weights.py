@@ -14,6 +14,7 @@ from slime.engine.errors import EngineError, EngineLost
 from slime.engine.host_copy import HostCopy
 from slime.engine.incoming import IncomingDelta, IncomingWhole
 from slime.engine.live import LiveEngine
+from slime.engine.served import Served, served
 from slime.sync import transport
 from slime.sync.fold import Weights, anchor
 from slime.sync.manifest import Manifest, root_of, sign, verify
@@ -34,7 +35,7 @@ class HostWeights:
     def __init__(self, cfg: SlimeConfig, engines: Callable[[], Sequence[LiveEngine]]) -> None:
         self._cfg = cfg
         self._engines = engines
-        self._copy: HostCopy | None = None
+        self._served: Served | None = None
         self._actions: Actions | None = None  # of the version that was offered
         self._paths: dict[str, Path] = {}  # its staged files
         self._buckets: list[Bucket] = []  # of a whole version that is being offered
@@ -51,12 +52,17 @@ class HostWeights:
     @property
     def adopted(self) -> bool:
         """Whether there is a version to bring an engine to."""
-        return self._copy is not None
+        return self._served is not None
+
+    @property
+    def served(self) -> Served:
+        assert self._served is not None, "adopt comes first"
+        return self._served
 
     @property
     def copy(self) -> HostCopy:
-        assert self._copy is not None, "adopt comes first"
-        return self._copy
+        """The trainer's tensors of the version that is held."""
+        return self.served.trainer
 
     # --- engines that come --------------------------------------------------------------------------------------------
 
@@ -66,9 +72,10 @@ class HostWeights:
             raise ValueError(f"sync.transport=host: {run.url} is not on this host, where engines run; set sync.transport to ray or store")
         self._run = run
         spec = ModelSpec.from_json(spec_json)
-        (self._folder / "spec.json").write_text(spec_json)
         self._base = WeightVersion(-1, -1, run.run_id).label
-        self._copy = await asyncio.to_thread(HostCopy.read, spec, Path(self._cfg.model.path), run.run_id, self._base)
+        copy = await asyncio.to_thread(HostCopy.read, spec, Path(self._cfg.model.path), run.run_id, self._base)
+        self._served = await asyncio.to_thread(served, copy, self._cfg.rollout.quantization, run.run_id)
+        (self._folder / "spec.json").write_text(self._served.engine.spec.to_json())
         await asyncio.gather(*(self._take_in(engine) for engine in self._engines()))
 
     async def take_in(self, engine: LiveEngine) -> None:
@@ -93,16 +100,17 @@ class HostWeights:
             await engine.resume()
             raise
         name = engine.endpoint.name
-        if reason and copy.label == self._base and await engine.label() == f"{self._run.run_id}/{LOADED}":
+        quantised = self.served.engine is not copy
+        if reason and not quantised and copy.label == self._base and await engine.label() == f"{self._run.run_id}/{LOADED}":
             raise ValueError(
                 f"{name} has just read model.path={self._cfg.model.path}, and does not hold its bits: {reason}; this SGLang keeps weights "
                 "in another layout, with which deltas would break them"
             )
         if reason or copy.label != self._base:
-            if reason and copy.label == self._base:
+            if reason and not quantised and copy.label == self._base:
                 self.warnings.append(f"{name} is loaded whole: {reason}")
-            written = await engine.load_whole(copy.buckets(self._cfg.sync.bucket_mb * MIB), copy.label, timeout_s)
-            if left := wrong(engine, written, copy.fingerprints):
+            written = await engine.load_whole(self.served.buckets(self._cfg.sync.bucket_mb * MIB), copy.label, timeout_s)
+            if left := wrong(engine, written, self.served.engine.fingerprints):
                 raise ValueError(f"{name} does not hold {copy.label} after it was loaded whole: {left}; it stays paused")
         elif engine.server is None:
             await engine.flush()
@@ -116,17 +124,37 @@ class HostWeights:
         copy, name = self.copy, engine.endpoint.name
         socket = self._folder / name.replace(" ", "_").replace("/", "_")
         try:
-            written = await engine.learn(copy.spec, self._folder / "spec.json", self._run.run_id, socket, self._cfg.sync.timeout_s)
+            written = await engine.learn(
+                self.served.engine.spec, self._folder / "spec.json", copy.spec.signature, self._run.run_id, socket, self._cfg.sync.timeout_s
+            )
         except (ValueError, EngineError) as error:
             if self._cfg.sync.mode == "delta" or isinstance(error, EngineLost):
                 raise
             self.warnings.append(f"{name}: its weights are not proven, only labelled: {error}")
             engine.forget(copy.spec, self._run.run_id)
             return ""
+        self._check_form(engine)
         assert engine.proof is not None
         for tensor, why in engine.proof.opaque.items():
             self.warnings.append(f"{name} holds {tensor} in another form ({why}): it is loaded whole and not proven by its bits")
-        return wrong(engine, written, copy.fingerprints)
+        return wrong(engine, written, self.served.engine.fingerprints)
+
+    def _check_form(self, engine: LiveEngine) -> None:
+        """Raises ValueError for an engine that is quantised and should not be, or otherwise than it should be: what it would make of the
+        weights is nobody's model."""
+        name, spec = engine.endpoint.name, self.served.engine.spec
+        if self.served.engine is self.copy:
+            eights = [live.name for found in engine.maps for live in found.lives if live.dtype.startswith("float8")]
+            if eights:
+                raise ValueError(f"{name} is quantised, it holds {eights[0]} as FP8: set rollout.quantization=fp8, or serve it in bf16")
+            return
+        assert engine.proof is not None
+        for tensor, why in engine.proof.opaque.items():
+            if spec.tensors[spec.index[tensor.removesuffix("_scale_inv")]].dtype.startswith("float8"):
+                raise ValueError(
+                    f"{name} does not hold {tensor} as codes in blocks of 128 x 128 ({why}): serve it from such a checkpoint, on hardware "
+                    "whose SGLang keeps that form, or set rollout.quantization=none"
+                )
 
     def live(self) -> list[LiveEngine]:
         """Engines that take part: those that learned and are not fenced."""
@@ -145,11 +173,11 @@ class HostWeights:
                 assert engine.state is not None, "adopt comes first"
                 engine.state.check(manifest)
             incoming, self._paths = await asyncio.to_thread(self._decode, manifest, parts)
-            self._actions = Actions(self._cfg.sync, self.copy, incoming, self._paths)
+            self._actions = Actions(self._cfg.sync, self.served, incoming, self._paths)
 
     def _decode(self, manifest: Manifest, given: Sequence[bytes]) -> tuple[IncomingDelta, dict[str, Path]]:
         parts = transport.fetch(manifest, given, self._run.url, self._cfg.sync.timeout_s)
-        incoming = IncomingDelta(manifest, lambda number: parts[number], self.copy)
+        incoming = IncomingDelta(manifest, lambda number: parts[number], self.served)
         maps = {found.signature: found for engine in self.live() for found in engine.maps}
         opaque = {name for found in maps.values() for name in found.opaque}
         return incoming, incoming.stage(maps, opaque, self._folder, self._run.run_id)
@@ -164,8 +192,8 @@ class HostWeights:
         async with self._turn:
             buckets, self._buckets = self._buckets, []
             self._forget()
-            incoming = await asyncio.to_thread(IncomingWhole, self.copy, buckets, label)
-            self._actions = Actions(self._cfg.sync, self.copy, incoming, {})
+            incoming = await asyncio.to_thread(IncomingWhole, self.served, buckets, label)
+            self._actions = Actions(self._cfg.sync, self.served, incoming, {})
 
     async def perform(self, actions: Sequence[Action], label: str) -> list[Answer]:
         """Do these side by side; one answer each."""

@@ -7,8 +7,9 @@ server dies. A plain pickle holds the data inline, works from any host, and SGLa
 import base64
 import io
 import pickle
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the module takes seconds to import, and an agent imports this one before it starts its servers
     import torch
@@ -40,8 +41,20 @@ def _attention(name: str) -> str:
 def serialise(bucket: Sequence[tuple[str, "torch.Tensor"]]) -> str:
     """What /update_weights_from_tensor takes for one TP rank. Every rank gets whole tensors and keeps its part."""
     stream = io.BytesIO()
-    pickle.dump([(name, _alone(tensor)) for name, tensor in bucket], stream, protocol=pickle.HIGHEST_PROTOCOL)
+    _Pickler(stream, protocol=pickle.HIGHEST_PROTOCOL).dump([(name, _alone(tensor)) for name, tensor in bucket])
     return base64.b64encode(stream.getbuffer()).decode("ascii")
+
+
+class _Pickler(pickle.Pickler):
+    """torch pickles tensors of 8-bit floats in a form that it cannot always read again; here they are bytes, with their dtype."""
+
+    def reducer_override(self, found: Any) -> Any:
+        import torch
+
+        if not isinstance(found, torch.Tensor) or found.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+            return NotImplemented
+        storage = torch.storage.TypedStorage(wrap_storage=found.untyped_storage(), dtype=torch.uint8, _internal=True)
+        return torch._utils._rebuild_tensor_v3, (storage, 0, tuple(found.shape), found.stride(), False, OrderedDict(), found.dtype)
 
 
 def _alone(tensor: "torch.Tensor") -> "torch.Tensor":

@@ -207,6 +207,15 @@ BAD_COMBINATIONS = {
     "sync.bucket_mb=600": "sync.bucket_mb=600 does not fit into cluster.object_store_mb=512: lower the one or raise the other",
     "sync.mode=full sync.codec=exponent": "sync.codec=exponent has no effect with sync.mode=full: set sync.mode=delta, or remove it",
     "sync.url=s3://b/w": "sync.url=s3://b/w has no effect with sync.transport=ray: set sync.transport=store, or remove it",
+    "rollout.sglang.quantization=fp8": "rollout.sglang.quantization is set by slime: use rollout.quantization",
+    "rollout.quantization=fp8 model.dtype=fp32": "rollout.quantization=fp8 with model.dtype=fp32: codes are made from bf16; set model.dtype=bf16",
+    "rollout.quantization=fp8 run.only=rollout rollout.dump=true": "rollout.quantization=fp8 with run.only=rollout, which publishes no weights: "
+    "engines get their codes with the weights; set rollout.quantization=none",
+    "rollout.quantization=fp8 cluster.device=cpu": "rollout.quantization=fp8 with cluster.device=cpu: SGLang multiplies FP8 on a GPU; "
+    "set rollout.quantization=none",
+    "rollout.quantization=fp8 rollout.sglang.load_format=auto": "rollout.sglang.load_format is set by slime with rollout.quantization=fp8: remove it",
+    "rollout.quantization=fp8": "rollout.quantization=fp8: hidden_size=64 in model/config.json is no whole number of blocks of 128: "
+    "set rollout.quantization=none",
     "sync.key_env=NO_SUCH_KEY": "sync.key_env=NO_SUCH_KEY: no such environment variable; export it, or unset sync.key_env",
     "cluster.roles.actor.devices=3 trainer.tensor_parallel=2": "cluster.roles.actor.devices=3 does not divide by trainer.tensor_parallel=2: "
     "make the devices a multiple of it",
@@ -328,6 +337,14 @@ def test_a_device_found_by_auto_is_checked_too() -> None:
         "run.deterministic=true with cluster.device=auto, which is cuda here: equal bits are promised on the CPU only; set cluster.device=cpu"
     )
     check_device(compose(overrides=GOOD).cfg, "cuda")
+    fp8 = compose(overrides=GOOD).cfg
+    fp8.rollout.quantization = "fp8"
+    check_device(fp8, "cuda")
+    with pytest.raises(PreflightError) as raised:
+        check_device(fp8, "cpu")
+    assert str(raised.value) == (
+        "rollout.quantization=fp8 with cluster.device=auto, which is cpu here: SGLang multiplies FP8 on a GPU; set rollout.quantization=none"
+    )
 
 
 def test_model_path_is_required(workdir) -> None:

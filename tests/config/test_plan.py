@@ -68,6 +68,14 @@ def test_memory_by_the_documented_formula(dtype: str, width: int, optimizer: int
     assert engine.kv_wanted == engine.kv_per_token * 128 * 32  # half of 256 samples, 32 tokens each
 
 
+def test_an_fp8_engine_holds_a_byte_for_all_but_embedding_and_head(workdir) -> None:
+    cfg = compose(overrides=[*GOOD, *PARALLEL]).cfg
+    cfg.rollout.quantization = "fp8"
+    memory = plan(cfg).memory
+    assert memory is not None and memory.engine is not None
+    assert memory.engine.weights == (676 + 2 * 100 * 64) // 2
+
+
 SPARSE = {
     **MODEL,
     "num_hidden_layers": 4,

@@ -4,7 +4,6 @@ The update that starts it is one empty tensor named by a path; each rank listens
 by byte, so that what lies beyond a parameter's own elements (padding, buffers) is reached too.
 """
 
-import ctypes
 import threading
 from collections.abc import Iterable
 from multiprocessing.connection import Client, Connection, Listener
@@ -17,6 +16,7 @@ import torch
 from slime.sync.inserver_lives import LiveTensors
 
 LOADER = "tests.engine.flip_loader.load"
+Storages = dict[str, torch.Tensor]  # uint8 [bytes]
 
 
 def load(model: Any, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -38,24 +38,24 @@ def _serve(listener: Listener, model: Any) -> None:
                 continue
 
 
-def _storages(model: Any) -> dict[str, np.ndarray]:
+def _storages(model: Any) -> Storages:
     """The bytes of every storage, by the name that the live map gives it; views."""
     lives = LiveTensors(model)
     return {
-        live.name: np.ctypeslib.as_array((ctypes.c_uint8 * (live.size * live.width)).from_address(address))
-        for live, address in zip(lives.lives, lives.addresses.tolist(), strict=True)
+        live.name: torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+        for live, tensor in zip(lives.lives, lives._tensors, strict=True)
     }
 
 
-def _dump(storages: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: storage.copy() for name, storage in storages.items()}
+def _dump(storages: Storages) -> dict[str, np.ndarray]:
+    return {name: storage.cpu().numpy().copy() for name, storage in storages.items()}
 
 
-def _flip(storages: dict[str, np.ndarray], name: str, byte: int, bit: int) -> None:
+def _flip(storages: Storages, name: str, byte: int, bit: int) -> None:
     storages[name][byte] ^= 1 << bit
 
 
-def _scramble(storages: dict[str, np.ndarray], name: str, start: int, end: int) -> None:
+def _scramble(storages: Storages, name: str, start: int, end: int) -> None:
     storages[name][start:end] ^= 0xA5
 
 

@@ -44,12 +44,13 @@ def recipe(model: Path, **rollout: Any) -> SlimeConfig:
 def spec(cfg: SlimeConfig, log: Path, port: int | None = None, name: str = "engine 0") -> ServerSpec:
     known = arguments.known_arguments()
     ports = free_ports(HOST, 2)
-    chosen = settings.server_arguments(cfg, "cpu") | {"nccl_port": ports[1]}
+    device: settings.Device = "cuda" if cfg.cluster.device == "cuda" else "cpu"
+    chosen = settings.server_arguments(cfg, device) | {"nccl_port": ports[1]}
     return ServerSpec(
         endpoint=Endpoint(f"http://{HOST}:{port or ports[0]}", secrets.token_hex(32), name, known.version),
         python=arguments.this_python(),
         words=arguments.command_line(chosen, known),
-        environment=settings.server_environment(cfg, "cpu", 1.0),
+        environment=settings.server_environment(cfg, device, 1.0),
         label=LOADED,
         log=log,
     )

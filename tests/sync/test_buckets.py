@@ -8,7 +8,7 @@ import torch
 
 from slime.sync.buckets import serialise, together
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.float8_e4m3fn, torch.float8_e5m2]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

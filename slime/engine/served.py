@@ -1,0 +1,158 @@
+"""What engines hold of the weights that travel: the same tensors, or, of FP8 engines, codes and scales made from them.
+
+    Served     `trainer`: HF tensors as they travel, what deltas are decoded against
+               `engine`: HF tensors as engines load them, what they are proven to hold; here the same
+    Quantised  `engine` holds codes and scales (see slime/sync/fp8.py) and shares the memory of what is not quantised
+
+A change of the trainer's tensors is carried over to the engines' without touching either; `apply` then changes both.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from slime.engine.host_copy import HostCopy, bits_of, tensor_of
+from slime.sync import fp8
+from slime.sync.protocol import Bucket
+from slime.sync.records import Changes
+
+
+class Served:
+    """See the module. Engines hold what travels."""
+
+    def __init__(self, trainer: HostCopy, engine: HostCopy | None = None) -> None:
+        self.trainer = trainer
+        self.engine = trainer if engine is None else engine
+
+    def ahead(self, changes: Changes, after: int) -> Iterable[tuple[Changes, int]]:
+        """What the changes of a trainer's tensor, which then has the fingerprint `after`, change in the engines' tensors, each with the
+        fingerprint that it will have; nothing is changed."""
+        return [(changes, after)]
+
+    def bucket(self, bucket: Bucket) -> Bucket:
+        """Whole tensors of the trainer as engines load them."""
+        return bucket
+
+    def buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
+        """All tensors as engines load them, of the version that is held."""
+        return self.engine.buckets(bucket_bytes)
+
+    def apply(self, found: Iterable[Changes], label: str, trainer: Sequence[int], engine: Sequence[int]) -> None:
+        """Become the version that the trainer's changes lead to, with these fingerprints of both."""
+        self.trainer.apply(found, label, trainer)
+
+    def replace(self, buckets: Iterable[Bucket], label: str, trainer: Sequence[int], engine: Sequence[int]) -> None:
+        """Become the version that consists of these tensors of the trainer's, with these fingerprints of both."""
+        self.trainer.replace(buckets, label, trainer)
+
+
+class Quantised(Served):
+    """Engines hold matrices as codes and scales."""
+
+    def __init__(self, trainer: HostCopy, run_id: str) -> None:
+        """Raises ValueError for a matrix that is not bfloat16."""
+        spec = fp8.served(trainer.spec)
+        self._blocks = {i: fp8.Blocks.of(t.shape) for i, t in enumerate(trainer.spec.tensors) if fp8.is_quantised(t)}
+        self._peaks: dict[int, np.ndarray] = {}
+        self._number = [spec.index[tensor.name] for tensor in trainer.spec.tensors]  # of the codes, or of the tensor; scales come next
+        held: list[np.ndarray] = []
+        for tensor in range(len(trainer.spec.tensors)):
+            if tensor in self._blocks:
+                codes, scales, self._peaks[tensor] = fp8.quantise(trainer.bits(tensor), self._blocks[tensor])
+                held += [codes, scales.view("<u4")]
+            else:
+                held.append(trainer.bits(tensor))
+        super().__init__(trainer, HostCopy(spec, run_id, trainer.label, held))
+
+    def ahead(self, changes: Changes, after: int) -> Iterable[tuple[Changes, int]]:
+        return self.engine.ahead(self._carried(changes))
+
+    def _carried(self, changes: Changes) -> list[Changes]:
+        number = self._number[changes.tensor]
+        if changes.tensor not in self._blocks:
+            return [Changes(number, changes.positions, changes.old, changes.new)]
+        peaks = self._peaks_after(changes)
+        moved = np.flatnonzero(peaks != self._peaks[changes.tensor])
+        positions, codes = self._codes_after(changes, peaks, moved)
+        old, old_scales = self.engine.bits(number)[positions], self.engine.bits(number + 1)[moved]
+        differ = old != codes
+        return [
+            Changes(number, positions[differ], old[differ], codes[differ]),
+            Changes(number + 1, moved, old_scales, fp8.scales(peaks[moved]).view("<u4")),
+        ]
+
+    def bucket(self, bucket: Bucket) -> Bucket:
+        found: Bucket = []
+        for name, tensor in bucket:
+            number = self.trainer.spec.index[name]
+            if number not in self._blocks:
+                found.append((name, tensor))
+                continue
+            codes, scales, _ = fp8.quantise(bits_of(tensor), self._blocks[number])
+            spec, place = self.engine.spec, self._number[number]
+            found.append((name, tensor_of(spec, place, codes)))
+            found.append((spec.tensors[place + 1].name, tensor_of(spec, place + 1, scales.view("<u4"))))
+        return found
+
+    def apply(self, found: Iterable[Changes], label: str, trainer: Sequence[int], engine: Sequence[int]) -> None:
+        def both() -> Iterator[Changes]:
+            for changes in found:
+                carried = self._carried(changes)
+                if changes.tensor in self._blocks:
+                    self._peaks[changes.tensor] = self._peaks_after(changes)
+                self.engine.apply(carried, label, engine)
+                yield changes
+
+        super().apply(both(), label, trainer, engine)
+        self.engine.apply((), label, engine)
+
+    def replace(self, buckets: Iterable[Bucket], label: str, trainer: Sequence[int], engine: Sequence[int]) -> None:
+        def both() -> Iterator[Bucket]:
+            for bucket in buckets:
+                for name, tensor in bucket:
+                    number = self.trainer.spec.index[name]
+                    if number in self._blocks:
+                        self._peaks[number] = self._blocks[number].peaks(bits_of(tensor))
+                self.engine.replace([self.bucket(bucket)], label, engine)
+                yield bucket
+
+        super().replace(both(), label, trainer, engine)
+
+    def _peaks_after(self, changes: Changes) -> np.ndarray:
+        """uint16 [blocks]: those of the tensor with these changes. Only a block that has lost an element of its peak is read whole."""
+        blocks, before = self._blocks[changes.tensor], self._peaks[changes.tensor]
+        of = blocks.at(changes.positions)
+        old, new = (bits & np.uint16(fp8.MAGNITUDE) for bits in (changes.old, changes.new))
+        peaks = before.copy()
+        np.maximum.at(peaks, of, new)
+        for block in np.unique(of[(old == before[of]) & (new < old)]).tolist():
+            if peaks[block] == before[block]:
+                peaks[block] = (self._after(changes, blocks.positions(block)) & np.uint16(fp8.MAGNITUDE)).max()
+        return peaks
+
+    def _codes_after(self, changes: Changes, peaks: np.ndarray, moved: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [n] and uint8 [n]: positions of elements that changed or lie in a block whose peak `moved`, ascending, and their codes."""
+        blocks = self._blocks[changes.tensor]
+        if 2 * len(moved) > len(peaks):
+            inside = np.arange(blocks.rows * blocks.columns, dtype=np.int64)
+        else:
+            inside = np.concatenate([np.zeros(0, np.int64), *(blocks.positions(block) for block in moved.tolist())])
+        if not len(inside):
+            return changes.positions, fp8.codes(changes.new, fp8.scales(peaks)[blocks.at(changes.positions)])
+        positions = np.union1d(changes.positions, inside)
+        bits = self._after(changes, positions)
+        return positions, fp8.codes(bits, fp8.scales(peaks)[blocks.at(positions)])
+
+    def _after(self, changes: Changes, positions: np.ndarray) -> np.ndarray:
+        """uint16 [n]: bits at these positions (int64 [n], ascending) with the changes."""
+        bits = self.trainer.bits(changes.tensor)[positions]
+        first, last = np.searchsorted(changes.positions, [positions[0], positions[-1] + 1])
+        at = np.searchsorted(positions, changes.positions[first:last])
+        there = positions[at] == changes.positions[first:last]
+        bits[at[there]] = changes.new[first:last][there]
+        return bits
+
+
+def served(trainer: HostCopy, quantization: str, run_id: str) -> Served:
+    """What engines with rollout.quantization=`quantization` hold."""
+    return Quantised(trainer, run_id) if quantization == "fp8" else Served(trainer)
