@@ -7,7 +7,7 @@ from slime.config.check_inert import changed, setting
 from slime.config.exits import ConfigError
 
 ONLY_STORE = ("url", "anchor_every", "keep")
-ONLY_DELTA = ("codec", "transport", "key_env", *ONLY_STORE)
+ONLY_DELTA = ("codec", "transport", "snapshot", "key_env", *ONLY_STORE)
 KEY_BYTES = 16
 
 

@@ -13,6 +13,8 @@ class SyncConfig:
     """How a delta is coded: steps is fast, exponent a third smaller and slower, for slow links."""
     transport: str = choice("ray", "host", "store")
     """How a delta travels: as Ray objects, in this host's shared memory, or as files of sync.url, which keep the history of weights."""
+    snapshot: str = choice("device", "host")
+    """Where trainer ranks keep the weights that engines have, 2 bytes a parameter over all replicas: on the device, or in host memory."""
     url: str | None = None
     """With sync.transport=store: a directory or an fsspec URL such as s3://bucket/path; by default weights/ in the run's directory."""
     pause: str = choice("drain", "retract", "in_place")

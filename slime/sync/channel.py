@@ -13,7 +13,7 @@ from slime.observe.trace import Span, Tracer
 from slime.sync import transport
 from slime.sync.diff import Delta, Summary
 from slime.sync.manifest import DELTA, MODEL_DIRECTORY, Manifest, sign
-from slime.sync.protocol import Adoption, Publisher, Receivers
+from slime.sync.protocol import Adoption, Answer, Publisher, Receivers
 from slime.sync.publication import Action, Do, Phase, Publication
 from slime.sync.records import ModelSpec
 from slime.types import WeightVersion
@@ -193,42 +193,30 @@ class Channel:
 
     def _commit(self, version: WeightVersion, publisher: Publisher, receivers: Receivers, clock: "_Clock") -> dict[str, float]:
         """Drive the publication to its end."""
-        publication = Publication(receivers.engines(), heal=self._cfg.on_mismatch == "heal")
-        begun, paused, staged_bytes, write_s, audit_s, healed = time.perf_counter(), 0.0, 0, 0.0, 0.0, 0
-        stage_s = pause_s = 0.0
+        publication, tally = Publication(receivers.engines(), heal=self._cfg.on_mismatch == "heal"), _Tally(time.perf_counter())
         due = publication.begin()
         while not publication.ended:
             if publication.phase is Phase.PREPARED:
-                paused = time.perf_counter()
-                stage_s = paused - begun
+                tally.prepared_s = time.perf_counter()
                 due = publication.commit()
             asked = [action for action in due if action.do not in (Do.ACKNOWLEDGE, Do.FENCE)]
             with self._tracer.span("+".join(sorted({str(action.do) for action in asked})) or "fence", version=version.number):
                 answers = receivers.perform(asked, version.label, clock.of(asked)) if asked else []
             if Action(Do.ACKNOWLEDGE) in due:
-                pause_s = time.perf_counter() - paused
+                tally.committed_s = time.perf_counter()
                 if self._cfg.mode == "delta":
                     publisher.acknowledge(version)
                 receivers.advance(version.label, self._cfg.timeout_s)
                 self._settle(receivers)
             due = []
             for answer in answers:
-                staged_bytes += answer.staged_bytes
-                write_s, audit_s = max(write_s, answer.write_s), max(audit_s, answer.audit_s)
-                healed += answer.action.do is Do.HEAL and not answer.failed
+                tally.add(answer)
                 if answer.failed and answer.action.do is Do.COMMIT and self._cfg.on_mismatch == "heal":
                     log.warning("%s: weights %s: %s; loading all of them", answer.action.engine, version.label, answer.failed)
                 due += publication.failed(answer.action, answer.failed) if answer.failed else publication.done(answer.action)
         self._broken = ""
         self._report(publication, version)
-        return {
-            "sync/stage_s": stage_s,
-            "sync/staged_bytes": float(staged_bytes),
-            "sync/pause_s": pause_s,
-            "sync/commit_s": write_s,
-            "sync/verify_s": audit_s,
-            "sync/healed": float(healed),
-        }
+        return tally.metrics()
 
     def _settle(self, receivers: Receivers) -> None:
         manifest, self._manifest_sent = self._manifest_sent, None
@@ -246,6 +234,34 @@ class Channel:
         for engine, reason in publication.fenced.items():
             log.error("%s is fenced: %s", engine, reason)
         self._lost |= publication.fenced
+
+
+@dataclass
+class _Tally:
+    """What a publication took. Times of time.perf_counter(); those of the engines are of the slowest."""
+
+    begun_s: float
+    prepared_s: float = 0.0  # every engine had staged
+    committed_s: float = 0.0  # every engine went on
+    staged_bytes: int = 0
+    write_s: float = 0.0
+    audit_s: float = 0.0
+    healed: int = 0
+
+    def add(self, answer: Answer) -> None:
+        self.staged_bytes += answer.staged_bytes
+        self.write_s, self.audit_s = max(self.write_s, answer.write_s), max(self.audit_s, answer.audit_s)
+        self.healed += answer.action.do is Do.HEAL and not answer.failed
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "sync/stage_s": self.prepared_s - self.begun_s,
+            "sync/staged_bytes": float(self.staged_bytes),
+            "sync/pause_s": self.committed_s - self.prepared_s,
+            "sync/commit_s": self.write_s,
+            "sync/verify_s": self.audit_s,
+            "sync/healed": float(self.healed),
+        }
 
 
 @dataclass(frozen=True)

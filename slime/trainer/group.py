@@ -104,10 +104,10 @@ class TrainerGroup:
         """The tensors that `delta` speaks of: equal for every layout."""
         return deadline.get(self._ranks[0].weights_spec.remote(), self.cfg.cluster.step_timeout_s, "the trainer's tensors", STEP_KNOB)
 
-    def take_base(self, run_id: str, on_host: bool = False) -> list[int]:
-        """Keep the weights as snapshot, on the ranks' devices or in their hosts' memory; returns the tensors' fingerprints. To be called
-        while they are the model directory's, before any checkpoint is loaded."""
-        refs = [rank.take_base.remote(run_id, on_host) for rank in self._ranks]
+    def take_base(self, run_id: str) -> list[int]:
+        """Keep the weights as snapshot, where sync.snapshot says; returns the tensors' fingerprints. To be called while they are the model
+        directory's, before any checkpoint is loaded."""
+        refs = [rank.take_base.remote(run_id, self.cfg.sync.snapshot == "host") for rank in self._ranks]
         return self._together(refs, "the trainer to keep its weights")[0]
 
     def delta(self, version: WeightVersion, codec: str, part_bytes: int) -> Delta:
