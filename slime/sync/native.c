@@ -18,7 +18,7 @@
 #define AVX2 __attribute__((target("avx2,bmi,popcnt")))
 #endif
 
-enum { VERSION = 2, BAD_POSITIONS = -1, BAD_VALUES = -2, BAD_STREAM = -3, NO_ROOM = -4, BAD_ARGUMENT = -5 };
+enum { VERSION = 3, BAD_POSITIONS = -1, BAD_VALUES = -2, BAD_STREAM = -3, NO_ROOM = -4, BAD_ARGUMENT = -5 };
 
 API int64_t slime_version(void) { return VERSION; }
 
@@ -219,12 +219,22 @@ API int64_t slime_steps_encode(int width, int is_float, int gap_width, const int
     BY_WIDTH(width, return steps_encode_of(old, new, n, signs, flags, large, raw, sizes, W, 0));
 }
 
+#define ONES 0x0101010101010101ull
+
 // Positions from gaps: exactly n of them, all below first + length, no gap left over. `low` is NULL for bytes.
 API int64_t slime_gaps_decode(const uint8_t *gaps, const uint8_t *low, uint64_t count, uint64_t n, int64_t first, int64_t length, int64_t *positions) {
     int64_t at = first - 1, end = first + length, ended = 1;
     uint64_t found = 0;
     int64_t skip = low ? 65535 : 255;
     for (uint64_t i = 0; i < count; i++) {
+        for (uint64_t eight; !low && i + 8 <= count && found + 8 <= n; i += 8, found += 8) {
+            memcpy(&eight, gaps + i, 8);
+            if ((~eight - ONES) & eight & ONES << 7) break;  // one of the bytes is 255: these go one by one
+            for (int b = 0; b < 8; b++) positions[found + b] = at += 1 + (int64_t)(eight >> 8 * b & 255);
+            if (at >= end) return BAD_POSITIONS;  // positions ascend: the last is the highest
+            ended = 1;
+        }
+        if (i == count) break;
         int64_t gap = low ? (int64_t)gaps[i] << 8 | low[i] : gaps[i];
         ended = gap != skip;
         at += gap + ended;
@@ -234,25 +244,56 @@ API int64_t slime_gaps_decode(const uint8_t *gaps, const uint8_t *low, uint64_t 
     return found == n && ended ? 0 : BAD_POSITIONS;
 }
 
+// New bits of at most 64 changes. Types as narrow as the elements, for vectors.
+INLINE void step_chunk(const uint8_t *restrict old, const int16_t *restrict steps, uint8_t *restrict new, int n, int width, int is_float) {
+#define STEP(type) \
+    for (int i = 0; i < n; i++) { \
+        type bits, sign = (type)((type)1 << (8 * sizeof(type) - 1)); \
+        memcpy(&bits, old + (uint64_t)i * sizeof(type), sizeof(type)); \
+        if (is_float) bits ^= (type)(sign | ((type)(0 - (bits >> (8 * sizeof(type) - 1))) & (type)(sign - 1))); \
+        bits = (type)(bits + (type)(int64_t)steps[i]); \
+        if (is_float) bits ^= (type)(sign | ((type)((bits >> (8 * sizeof(type) - 1)) - 1) & (type)(sign - 1))); \
+        memcpy(new + (uint64_t)i * sizeof(type), &bits, sizeof(type)); \
+    }
+    switch (width) {
+    case 1: STEP(uint8_t); break;
+    case 2: STEP(uint16_t); break;
+    case 4: STEP(uint32_t); break;
+    default: STEP(uint64_t); break;
+    }
+#undef STEP
+}
+
+// By 64 changes: the steps, without a branch by flag or sign, which are random where weights moved far; then all new bits at once.
 INLINE int64_t steps_decode_of(const uint8_t *block, const int64_t *positions, uint64_t n, int64_t first, const uint8_t *signs, const uint8_t *flags,
                                const uint8_t *large, uint64_t larges, const uint8_t *raw, uint64_t raws, uint8_t *old, uint8_t *new, int width,
                                int is_float) {
     uint64_t l = 0, r = 0;
-    for (uint64_t i = 0; i < n; i++) store(old, i, load(block, (uint64_t)(positions[i] - first), width), width);
-    for (uint64_t i = 0; i < n; i++) {
-        uint64_t before = load(old, i, width), magnitude = 1, after;
-        unsigned down = signs[i >> 3] >> (i & 7) & 1;
-        if (flags[i >> 3] >> (i & 7) & 1) {
-            if (l == larges) return BAD_VALUES;
-            magnitude = (uint64_t)large[l++] + 2;
+    for (uint64_t start = 0; start < n; start += 64) {
+        int count = n - start < 64 ? (int)(n - start) : 64, used = 0, far = 0;
+        uint64_t down = 0, flagged = 0, left = larges - l;
+        uint8_t few[65] = {0};  // the last of `large`, so that the loop may read one more than there is
+        const uint8_t *next = large + l;
+        int16_t steps[64];
+        for (uint64_t i = start; i < start + (uint64_t)count; i++) store(old, i, load(block, (uint64_t)(positions[i] - first), width), width);
+        memcpy(&down, signs + start / 8, (uint64_t)(count + 7) / 8);
+        memcpy(&flagged, flags + start / 8, (uint64_t)(count + 7) / 8);
+        if ((uint64_t)__builtin_popcountll(flagged) > left) return BAD_VALUES;
+        if (left < 65) next = memcpy(few, next, left);
+        for (int i = 0; !flagged && i < count; i++) steps[i] = (int16_t)(1 - 2 * (int)(down >> i & 1));
+        for (int i = 0; flagged && i < count; i++) {
+            int flag = flagged >> i & 1, sign = down >> i & 1;
+            steps[i] = (int16_t)(((1 + flag * (next[used] + 1)) ^ -sign) + sign);
+            used += flag;
         }
-        if (magnitude == 257) {
+        step_chunk(old + start * width, steps, new + start * width, count, width, is_float);
+        for (int i = 0; i < used; i++) far |= next[i] == 255;
+        for (int i = 0, k = 0; far && i < count; i++) {
+            if (!(flagged >> i & 1) || next[k++] != 255) continue;
             if (r == raws) return BAD_VALUES;
-            after = load(raw, r++, width);
-        } else {
-            after = stepped(before, magnitude, down, width, is_float);
+            store(new, start + (uint64_t)i, load(raw, r++, width), width);
         }
-        store(new, i, after, width);
+        l += (uint64_t)used;
     }
     return l == larges && r == raws ? 0 : BAD_VALUES;
 }
@@ -770,18 +811,37 @@ API uint64_t slime_fingerprint(const uint8_t *words, uint64_t start, uint64_t n,
     return sum;
 }
 
-INLINE uint64_t at_of(const int64_t *positions, const uint8_t *bits, uint64_t n, uint64_t key, const uint64_t *table, int width) {
-    uint64_t sum = 0, per = width == 1 ? 1 : width / 2;
-    for (uint64_t i = 0; i < n; i++) {
-        uint64_t x = load(bits, i, width), word = (uint64_t)positions[i] * per;
-        for (uint64_t k = 0; k < per; k++, word++) sum += factor(key, word >> 10) * table[word & 1023] * (x >> 16 * k & 0xffff);
+// Whether n positions are consecutive; in any order they may not be, whatever the last one is.
+INLINE int in_a_row(const int64_t *positions, uint64_t n) {
+    int64_t differ = positions[n - 1] - positions[0] - (int64_t)(n - 1);
+    for (uint64_t i = 0; !differ && i < n; i += 64)
+        for (uint64_t k = i; k < n && k < i + 64; k++) differ |= positions[k] - positions[0] - (int64_t)k;
+    return !differ;
+}
+
+// By rows of 1024 words: a row has one factor, and where its elements follow one another they are hashed as they lie.
+INLINE uint64_t at_of(const int64_t *positions, const uint8_t *bits, uint64_t n, uint64_t key, const uint64_t *table, int width, int level) {
+    uint64_t sum = 0, per = width == 1 ? 1 : width / 2, of_row = 1024 / per;
+    for (uint64_t i = 0; i < n;) {
+        uint64_t row = (uint64_t)positions[i] / of_row, in = (uint64_t)positions[i] % of_row, count = of_row - in, inner = 0;
+        if (count <= n - i && count > 1 && in_a_row(positions + i, count)) {
+            inner = dot(table + in * per, bits + i * width, count * per, width == 1 ? 1 : 2, level);
+            i += count;
+        } else {
+            for (; i < n && (uint64_t)positions[i] / of_row == row; i++) {
+                uint64_t x = load(bits, i, width), word = (uint64_t)positions[i] % of_row * per;
+                for (uint64_t k = 0; k < per; k++) inner += table[word + k] * (x >> 16 * k & 0xffff);
+            }
+        }
+        sum += factor(key, row) * inner;
     }
     return sum;
 }
 
 API int64_t slime_fingerprint_at(int width, const int64_t *positions, const uint8_t *bits, uint64_t n, uint64_t key, const uint64_t *table,
-                                 uint64_t *out) {
-    BY_WIDTH(width, *out = at_of(positions, bits, n, key, table, W));
+                                 uint64_t *out, int level) {
+    level = best(level);
+    BY_WIDTH(width, *out = at_of(positions, bits, n, key, table, W, level));
     return 0;
 }
 
@@ -831,4 +891,127 @@ API int64_t slime_move(const Segment *segments, uint64_t n, const uint32_t *inde
         }
     }
     return 0;
+}
+
+// ---- projection: changes of a tensor -> places in a storage, by stretches that are consecutive in both ----
+
+enum { MOST_DIMENSIONS = 8 };
+
+// The stretches of a strided block, in its order: `from` in the tensor and `to` in the storage are where the present one begins.
+typedef struct {
+    const int64_t *shape, *source, *target;  // of the dimensions outside a stretch; strides count elements
+    int dims;
+    int64_t length, from, to, digits[MOST_DIMENSIONS];
+} Stretches;
+
+// The stretch after the ones that have the same digits up to dimension `dims`, 0 where there is none.
+INLINE int next_stretch(Stretches *s, int dims) {
+    while (dims-- > 0) {
+        if (++s->digits[dims] < s->shape[dims]) {
+            s->from += s->source[dims];
+            s->to += s->target[dims];
+            return 1;
+        }
+        s->from -= (s->shape[dims] - 1) * s->source[dims];
+        s->to -= (s->shape[dims] - 1) * s->target[dims];
+        s->digits[dims] = 0;
+    }
+    return 0;
+}
+
+// The first stretch that ends after position `at` of the block's reach, 0 where there is none.
+static int find_stretch(Stretches *s, int64_t at) {
+    int64_t rest = at < 0 ? 0 : at;
+    memset(s->digits, 0, sizeof s->digits);
+    s->from = s->to = 0;
+    for (int d = 0; d < s->dims; d++) {
+        int64_t digit = rest / s->source[d];
+        if (digit >= s->shape[d]) return next_stretch(s, d);
+        s->digits[d] = digit;
+        s->from += digit * s->source[d];
+        s->to += digit * s->target[d];
+        rest -= digit * s->source[d];
+    }
+    return rest < s->length || next_stretch(s, s->dims);
+}
+
+// The first of positions [i, n), which ascend, that is at least `least`; n where none is.
+INLINE uint64_t first_from(const int64_t *positions, uint64_t i, uint64_t n, int64_t least) {
+    if (i == n || positions[i] >= least) return i;
+    uint64_t most = (uint64_t)(least - positions[i]), low = i, high, step = 1;
+    if (most <= n - i && positions[i + most - 1] == least - 1) return i + most;  // all are listed
+    if (most > n - i) most = n - i;
+    while (step < most && positions[i + step] < least) low = i + step, step *= 2;
+    high = step < most ? i + step : i + most;
+    while (high - low > 1) {
+        uint64_t middle = low + (high - low) / 2;
+        if (positions[middle] < least) low = middle;
+        else high = middle;
+    }
+    return high;
+}
+
+INLINE int64_t project_of(Stretches *s, int64_t source, int64_t target, const int64_t *positions, const uint8_t *olds, const uint8_t *news, uint64_t n,
+                          int64_t *to, uint8_t *old, uint8_t *new, uint64_t room, int width) {
+    uint64_t found = 0, i = 0;
+    int more = n && find_stretch(s, positions[0] - source);
+    while (more) {
+        i = first_from(positions, i, n, source + s->from);
+        if (i == n) break;
+        int64_t end = source + s->from + s->length, shift = target + s->to - source - s->from;
+        if (positions[i] >= end) {
+            more = find_stretch(s, positions[i] - source);
+            continue;
+        }
+        uint64_t last = first_from(positions, i, n, end), count = last - i;
+        if (count > room - found) return NO_ROOM;
+        for (uint64_t k = 0; k < count; k++) to[found + k] = positions[i + k] + shift;
+        if (count < 16) {
+            for (uint64_t k = 0; k < count; k++) store(old, found + k, load(olds, i + k, width), width);
+            for (uint64_t k = 0; k < count; k++) store(new, found + k, load(news, i + k, width), width);
+        } else {
+            memcpy(old + found * width, olds + i * width, count * (uint64_t)width);
+            memcpy(new + found * width, news + i * width, count * (uint64_t)width);
+        }
+        found += count;
+        i = last;
+        more = next_stretch(s, s->dims);
+    }
+    return (int64_t)found;
+}
+
+// positions ascending, olds and news [n]; the move: where it begins in the tensor and in the storage, then shape, strides in the tensor and
+// in the storage, [dims] each. Fills what of them lies in the move: `to`, its positions in the storage, old and new [room]. Returns how many.
+API int64_t slime_project(int width, const int64_t *positions, const uint8_t *olds, const uint8_t *news, uint64_t n, const int64_t *move, int dims,
+                          int64_t *to, uint8_t *old, uint8_t *new, uint64_t room) {
+    if (dims < 0 || dims > MOST_DIMENSIONS) return BAD_ARGUMENT;
+    Stretches s = {move + 2, move + 2 + dims, move + 2 + 2 * dims, dims, 1, 0, 0, {0}};
+    for (int d = 0; d < dims; d++)
+        if (s.shape[d] < 1 || s.source[d] < 1) return BAD_ARGUMENT;
+    if (dims && s.source[dims - 1] == 1 && s.target[dims - 1] == 1) s.length = s.shape[--s.dims];
+    BY_WIDTH(width, return project_of(&s, move[0], move[1], positions, olds, news, n, to, old, new, room, W));
+}
+
+// Stretches of at least `least` consecutive positions of n, which ascend: first entry and the one after the last, in `out` [room][2]. Returns
+// how many. A stretch that long has no break between an entry and the one `least` - 1 later, so most entries are never looked at.
+API int64_t slime_runs(const int64_t *positions, uint64_t n, uint64_t least, int64_t *out, uint64_t room) {
+    uint64_t found = 0, start = 0;
+    if (least < 2) return BAD_ARGUMENT;
+    while (n - start >= least) {
+        uint64_t end = start + least;
+        if (positions[end - 1] - positions[start] != (int64_t)(least - 1)) {
+            for (start = end - 1; positions[start] == positions[start - 1] + 1;) start--;
+            continue;
+        }
+        for (uint64_t high = n; end < high;) {  // it goes on up to the last entry that is as far away as its number says
+            uint64_t middle = end + (high - end) / 2;
+            if (positions[middle] - positions[start] == (int64_t)(middle - start)) end = middle + 1;
+            else high = middle;
+        }
+        if (found == room) return NO_ROOM;
+        out[2 * found] = (int64_t)start;
+        out[2 * found++ + 1] = (int64_t)end;
+        start = end;
+    }
+    return (int64_t)found;
 }

@@ -11,10 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-VERSION = 2  # of native.c: what its functions take and mean
+from slime.layout import Block
+
+VERSION = 3  # of native.c: what its functions take and mean
 HEAD_BYTES = 26  # of an exponent-coded block
 CLASSES = 16
 WHY = {-1: "positions", -2: "values", -3: "a bit stream", -4: "room", -5: "arguments"}  # what a loop found wrong
+ANSWERS = (  # with a count, or a number of WHY
+    *("diff", "steps_encode", "gaps_decode", "steps_decode", "exponent_encode", "exponent_decode", "over_runs", "move", "project", "runs"),
+)
 # Words of live memory in a row: size is the bytes of a word (1 or 2), start the index of the first word in its tensor.
 RUN = np.dtype([("address", "<u8"), ("start", "<u8"), ("words", "<u8"), ("key", "<u8"), ("out", "<u4"), ("size", "<u4")])
 # Entries [first, first + count) of the staged bits belong to the live memory at `address`: run = 0 at its elements index[at:at + count],
@@ -43,7 +48,7 @@ def library() -> ctypes.CDLL:
         if loaded.slime_version() != VERSION:
             raise ImportError(f"{path} is older or newer than native.py: {mend}")
         loaded.slime_fingerprint.restype = ctypes.c_uint64
-        for name in ("diff", "steps_encode", "gaps_decode", "steps_decode", "exponent_encode", "exponent_decode", "over_runs", "move"):
+        for name in ANSWERS:
             getattr(loaded, f"slime_{name}").restype = ctypes.c_int64
         return loaded
     raise ImportError(f"{paths[0]} cannot be loaded ({refused}): {mend}")
@@ -172,12 +177,40 @@ def fingerprint(words: np.ndarray, start: int, size: int, key: int, factors: np.
     return library().slime_fingerprint(at(words), u64(start), u64(words.nbytes // size), size, u64(key), at(factors), level)
 
 
-def fingerprint_at(positions: np.ndarray, bits: np.ndarray, key: int, factors: np.ndarray) -> int:
-    """Of elements at positions (int64) of a tensor."""
+def fingerprint_at(positions: np.ndarray, bits: np.ndarray, key: int, factors: np.ndarray, level: int = 0) -> int:
+    """Of elements at positions (int64, in any order) of a tensor. `level` as in `diff`."""
     assert positions.dtype == np.int64 and len(positions) == len(bits) and factors.dtype == np.uint64 and len(factors) == 1024
     out = np.zeros(1, np.uint64)
-    library().slime_fingerprint_at(bits.itemsize, at(positions), at(bits), u64(len(bits)), u64(key), at(factors), at(out))
+    library().slime_fingerprint_at(bits.itemsize, at(positions), at(bits), u64(len(bits)), u64(key), at(factors), at(out), level)
     return int(out[0])
+
+
+def project(
+    positions: np.ndarray, old: np.ndarray, new: np.ndarray, source: Block, target: Block
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of changes (int64 [n], ascending; bits [n], bits [n]) those that lie in `source`: their positions in `target` (int64 [m], ascending),
+    their old and new bits [m]."""
+    n, dims, width = len(positions), len(source.shape), old.itemsize
+    assert positions.dtype == np.int64 and old.dtype == new.dtype and len(old) == len(new) == n and len(target.shape) == dims
+    move = np.array([source.offset, target.offset, *source.shape, *source.strides, *target.strides], np.int64)
+    room = min(n, source.size)
+    there, before, after = np.empty(room, np.int64), np.empty(room, old.dtype), np.empty(room, old.dtype)
+    out = (at(there), at(before), at(after), u64(room))
+    found = library().slime_project(width, at(positions), at(old), at(new), u64(n), at(move), dims, *out)
+    check(found)
+    for array in (there, before, after):
+        array.resize(found, refcheck=False)  # gives back the rest in place: callers keep these, and of few changes most are elsewhere
+    return there, before, after
+
+
+def runs(positions: np.ndarray, least: int) -> np.ndarray:
+    """int64 [k, 2]: first entry, and the one after the last, of every stretch of `least` (2 or more) or more consecutive ones among
+    positions (int64 [n], ascending)."""
+    assert positions.dtype == np.int64
+    out = np.empty((len(positions) // least, 2), np.int64)
+    found = library().slime_runs(at(positions), u64(len(positions)), u64(least), at(out), u64(len(out)))
+    check(found)
+    return out[:found]
 
 
 def over_runs(runs: np.ndarray, factors: np.ndarray, outs: int) -> np.ndarray:

@@ -87,23 +87,20 @@ class Staged:
         return frozenset(int(live) for part in self.widths for live in np.unique(part.places["live"]))
 
 
-def project(moves: LiveMap, changes: Changes) -> Iterator[tuple[LiveMove, np.ndarray, slice | np.ndarray]]:
-    """For every move of the tensor that holds a change: the move, the positions in its storage (int64 [m], ascending), and which changes
-    (slice, or bool [n]) they are."""
+def project(moves: LiveMap, changes: Changes) -> Iterator[tuple[LiveMove, np.ndarray, int, np.ndarray, np.ndarray]]:
+    """For every move of the tensor that holds a change: the move; positions (int64 [m], ascending) and what is to be added to each for that
+    in the move's storage; old and new bits [m]. Where a move is one stretch they are views, and nothing was computed by element."""
     for number in moves.of_tensor.get(changes.tensor, ()):
         move = moves.moves[number]
-        first, last = np.searchsorted(changes.positions, (move.source.offset, move.source.end)).tolist()
-        near = changes.positions[first:last]
-        if not len(near):
-            continue
-        if move.source.strides == move.target.strides == (1,):
-            yield move, near + (move.target.offset - move.source.offset), slice(first, last)
-            continue
-        inside, index = move.source.find(near)
-        if inside.any():
-            which = np.zeros(len(changes), bool)
-            which[first:last] = inside
-            yield move, move.target.at(index[inside]), which
+        source, target = move.source, move.target
+        first, last = np.searchsorted(changes.positions, (source.offset, source.end)).tolist()
+        positions, old, new = (np.ascontiguousarray(array[first:last]) for array in (changes.positions, changes.old, changes.new))
+        shift = target.offset - source.offset
+        if source.strides != (1,) or target.strides != (1,):
+            positions, old, new = native.project(positions, old, new, source, target)
+            shift = 0
+        if len(positions):
+            yield move, positions, shift, old, new
 
 
 class Stage:
@@ -117,11 +114,11 @@ class Stage:
 
     def add(self, changes: Changes) -> None:
         """The changes of a tensor; a tensor may come in several pieces, as long as no element comes twice."""
-        for move, positions, which in project(self._map, changes):
+        for move, positions, shift, old, new in project(self._map, changes):
             width = self._map.lives[move.live].width
             gathered = self._widths.get(width) or self._widths.setdefault(width, _Gathered(self._key, self._table))
-            for run, choice in _runs(positions):
-                gathered.add(move.live, run, positions[choice], changes.old[which][choice], changes.new[which][choice])
+            for run, pieces in _runs(positions):
+                gathered.add(move.live, run, shift, *(_joined([array[piece] for piece in pieces]) for array in (positions, old, new)))
 
     def write(self, path: str | Path, version: str, parent: str) -> int:
         """Write the file, whole or not at all, and return its bytes. `version` and `parent` are labels."""
@@ -184,7 +181,7 @@ class _Chunks:
         return taken
 
     def _join(self) -> None:
-        self._pieces.append(np.concatenate(self._small) if len(self._small) > 1 else np.ascontiguousarray(self._small[0]))
+        self._pieces.append(_joined(self._small))
         self._small, self.waiting = [], 0
 
 
@@ -198,13 +195,14 @@ class _Gathered:
         self._places: list[tuple[int, int, int, int, int, int]] = []
         self._index, self._bits, self._old = _Chunks(), _Chunks(), _Chunks()
 
-    def add(self, live: int, run: bool, positions: np.ndarray, old: np.ndarray, new: np.ndarray) -> None:
-        """Positions int64 [m], ascending."""
+    def add(self, live: int, run: bool, shift: int, positions: np.ndarray, old: np.ndarray, new: np.ndarray) -> None:
+        """Positions int64 [m], ascending, to each of which `shift` is added."""
         for first, last in _windows(positions, run):
             offset = int(positions[first])
-            self._places.append((live, int(run), offset, self._entries + first, last - first, self._indices))
+            self._places.append((live, int(run), offset + shift, self._entries + first, last - first, self._indices))
             if not run:
-                self._index.add((positions[first:last] - offset).astype("<u4"))
+                index = np.empty(last - first, "<u4")
+                self._index.add(np.subtract(positions[first:last], offset, out=index, casting="unsafe"))  # below WINDOW, as a window is
                 self._indices += last - first
         self._bits.add(new)
         self._old.add(old)
@@ -236,22 +234,20 @@ def digest(arrays: dict[str, list[np.ndarray]], run_key: int, table: np.ndarray)
     return total % 2**64
 
 
-def _runs(positions: np.ndarray) -> Iterator[tuple[bool, slice | np.ndarray]]:
+def _runs(positions: np.ndarray) -> Iterator[tuple[bool, list[slice]]]:
     """Divide ascending positions into what is scattered, first, and long consecutive runs: (is a run, its entries)."""
-    if len(positions) < RUN_AT:
-        yield False, slice(0, len(positions))
-        return
-    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
-    starts, ends = np.append(0, breaks), np.append(breaks, len(positions))
-    long = ends - starts >= RUN_AT
-    if not long.any():
-        yield False, slice(0, len(positions))
-        return
-    scattered = np.repeat(~long, ends - starts)
-    if scattered.any():
-        yield False, np.flatnonzero(scattered)
-    for start, end in zip(starts[long].tolist(), ends[long].tolist(), strict=True):
-        yield True, slice(start, end)
+    runs = native.runs(positions, RUN_AT).tolist()
+    edges = [0, *(edge for run in runs for edge in run), len(positions)]
+    between = [slice(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
+    if between:
+        yield False, between
+    for start, end in runs:
+        yield True, [slice(start, end)]
+
+
+def _joined(pieces: list[np.ndarray]) -> np.ndarray:
+    """One after the other, contiguous; without a copy where there is one."""
+    return np.concatenate(pieces) if len(pieces) > 1 else np.ascontiguousarray(pieces[0])
 
 
 def _windows(positions: np.ndarray, run: bool) -> Iterator[tuple[int, int]]:

@@ -1,6 +1,9 @@
+from contextlib import suppress
+
 import numpy as np
 import pytest
 
+from slime.layout import Block
 from slime.sync import native
 from slime.sync.native import RUN, SEGMENT, NativeError
 
@@ -76,6 +79,32 @@ def test_steps_are_units_in_the_last_place() -> None:
     assert signs.tolist() == [2] and flags.tolist() == [3] and large.tolist() == [255, 254] and raw.tolist() == [257]
 
 
+@pytest.mark.parametrize("is_float", [True, False])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_steps_of_every_size(width: int, is_float: bool) -> None:
+    """Through the chunks of 64 and their last ones: what is flagged, what is raw, and streams that end too early or too late."""
+    random = np.random.default_rng(width)
+    for n in (1, 63, 64, 65, 200, 1000):
+        block = random_bits(width, 3 * n, seed=n)
+        positions = np.sort(random.choice(3 * n, n, replace=False))
+        old = block[positions]
+        for most in (1, 2, 300, 1 << 20):
+            steps = np.maximum(random.integers(0, most + 1, n), 1).astype(old.dtype)
+            steps[steps == 0] = 1  # 2^20 is none of a narrow element
+            new = old + np.where(random.random(n) < 0.5, steps, -steps).astype(old.dtype)
+            coded = native.steps_encode(is_float, 1, positions + 5, old, new, 5, 3 * n)
+            gaps, low, signs, flags, large, raw = coded[0], coded[1], *coded[2:5], coded[5].view(np.uint8)
+            found = (np.zeros(n, np.int64), np.zeros_like(old), np.zeros_like(old))
+            native.steps_decode(is_float, (gaps, low, signs, flags, large, raw), block, 5, *found)
+            assert np.array_equal(found[0], positions + 5) and np.array_equal(found[1], old) and np.array_equal(found[2], new)
+            wrong = [(np.append(large, np.uint8(0)), raw), (large, np.append(raw, np.zeros(width, np.uint8)))]
+            wrong += [(large[:-1], raw)] if len(large) else []
+            wrong += [(large, raw[:-width])] if len(raw) else []
+            for other in wrong:
+                with pytest.raises(NativeError, match="values"):
+                    native.steps_decode(is_float, (gaps, low, signs, flags, *other), block, 5, *found)
+
+
 @pytest.mark.parametrize("exponent", [(7, 8), (10, 5), (0, 0)])
 def test_every_processor_codes_alike(exponent: tuple[int, int]) -> None:
     block = (np.random.default_rng(0).standard_normal(10_007, np.float32).view(np.uint32) >> 16).astype(np.uint16)
@@ -98,6 +127,78 @@ def test_encoders_refuse_what_no_block_has(positions: list[int], why: str) -> No
         native.steps_encode(True, 1, where, block[:2], new, 3, 10)
     with pytest.raises(NativeError, match=why):
         native.exponent_encode((7, 8), block, where, new, 3)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_fingerprint_at_positions_in_a_row_or_not(width: int, level: int) -> None:
+    """Whole rows of 1024 words are hashed as they lie, where their positions are those of a row, and only there."""
+    factors, bits = native.table(1), random_bits(width, 5000)
+    rows = np.r_[100:4000, 7000:8100]
+    swapped, doubled, jumbled = rows.copy(), rows.copy(), np.random.default_rng(0).permutation(rows)
+    swapped[[2000, 2001]], doubled[2000] = swapped[[2001, 2000]], doubled[2001]
+    for positions in (rows, rows[::2].copy(), swapped, doubled, jumbled):
+        each = bits[: len(positions)]
+        alone = [native.fingerprint_at(positions[i : i + 1], each[i : i + 1], 7, factors) for i in range(len(positions))]
+        assert native.fingerprint_at(positions, each, 7, factors, level) == sum(alone) % 2**64
+    size = min(width, 2)
+    alone = [native.fingerprint(bits[i : i + 1], (100 + i) * (width // size), size, 7, factors) for i in range(3900)]
+    assert native.fingerprint_at(rows[:3900], bits[:3900], 7, factors, level) == sum(alone) % 2**64
+
+
+def blocks(random: np.random.Generator) -> tuple[Block, Block]:
+    """Two of one shape, of up to 4 dimensions, with and without room between their stretches."""
+    shape, strides = tuple(random.integers(1, 7, random.integers(0, 5)).tolist()), []
+    for _ in range(2):
+        found, reach = [], 0
+        for length in reversed(shape):
+            stride = reach + 1 + int(random.integers(0, 3))
+            found.append(stride)
+            reach += (length - 1) * stride
+        strides.append(tuple(reversed(found)))
+    source, target = (Block(int(random.integers(0, 50)), shape, each) for each in strides)
+    return source, target
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_project_is_find_and_at(width: int) -> None:
+    random = np.random.default_rng(width)
+    for _ in range(300):
+        source, target = blocks(random)
+        positions = np.flatnonzero(random.random(random.integers(1, 2000)) < random.choice([0.02, 0.5, 1]))
+        old, new = (random_bits(width, len(positions), seed) for seed in (1, 2))
+        inside, index = source.find(positions)
+        there, before, after = native.project(positions, old, new, source, target)
+        assert np.array_equal(there, target.at(index[inside]))
+        assert np.array_equal(before, old[inside]) and np.array_equal(after, new[inside])
+
+
+def test_project_stays_within_its_room() -> None:
+    """More positions in a block than it has elements: some come twice."""
+    block, bits = Block(0, (2, 3), (5, 1)), np.zeros(20, np.uint16)
+    with pytest.raises(NativeError, match="room"):
+        native.project(np.repeat(np.arange(10), 2), bits, bits, block, block)
+    deep = Block(0, (1,) * 9, tuple(range(9, 0, -1)))
+    with pytest.raises(NativeError, match="arguments"):
+        native.project(np.arange(20), bits, bits, deep, deep)
+    random = np.random.default_rng(0)
+    for _ in range(100):  # in no order at all it ends as well
+        positions = random.integers(-9, 9, 20)
+        assert len(native.runs(positions, 3)) <= 6
+        with suppress(NativeError):
+            native.project(positions, bits, bits, block, block)
+
+
+@pytest.mark.parametrize("least", [2, 3, 64])
+def test_runs_are_the_long_stretches(least: int) -> None:
+    random = np.random.default_rng(least)
+    for _ in range(300):
+        listed = random.random(random.integers(1, 1000)) < random.choice([0.1, 0.9, 0.99, 1])
+        positions = np.flatnonzero(listed) + 7
+        edges = np.flatnonzero(np.diff(np.r_[0, listed.astype(np.int8), 0]))
+        before = np.r_[0, np.cumsum(listed)]  # entries below each position
+        expected = [[before[a], before[b]] for a, b in edges.reshape(-1, 2).tolist() if b - a >= least]
+        assert native.runs(positions, least).tolist() == expected
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -110,6 +110,42 @@ def test_pieces_of_a_tensor_and_their_order_do_not_matter_to_where_they_land(tmp
     assert all((a == b).all() for a, b in zip(*found, strict=True))
 
 
+def by_element(changes: Changes) -> list[tuple[int, bool, list[int]]]:
+    """What the segments of a tensor are: (storage, whether consecutive, its positions), found position by position."""
+    found = []
+    for move in (each for each in MAP.moves if each.tensor == changes.tensor):
+        inside, index = move.source.find(changes.positions)
+        there = move.target.at(index[inside])
+        stretches = np.split(there, np.flatnonzero(np.diff(there) != 1) + 1)
+        scattered = np.concatenate([each if len(each) < staging.RUN_AT else each[:0] for each in stretches])
+        found += [(move.live, False, scattered.tolist())] if len(scattered) else []
+        found += [(move.live, True, each.tolist()) for each in stretches if len(each) >= staging.RUN_AT]
+    return found
+
+
+@pytest.mark.parametrize("density", [0.01, 0.5, 0.95, 1])
+def test_segments_are_those_of_every_element(density: float, tmp_path: Path) -> None:
+    """Rows of which all columns are listed follow one another in the storage: one segment through all of them, without indices."""
+    hf, _ = memory(0)
+    random = np.random.default_rng(5)
+    for tensor, rows in ((0, slice(0, 0)), (0, slice(300, 1800)), (1, slice(900, 2100))):
+        listed = random.random(len(hf[tensor])) < density
+        listed[rows] = True
+        changes = changed(hf[tensor], tensor, np.flatnonzero(listed))
+        (part,) = staging.read(write(tmp_path, [changes]), MAP, KEY).widths
+        found = []
+        for place in part.places:
+            first, count, at = (int(place[name]) for name in ("first", "count", "at"))
+            index = np.arange(count) if place["run"] else part.index[at : at + count].astype(np.int64)
+            there = int(place["offset"]) + index
+            found.append((int(place["live"]), bool(place["run"]), there.tolist()))
+            for move in (each for each in MAP.moves if each.tensor == tensor and each.live == place["live"]):
+                _, index = move.target.find(there)
+                entries = np.searchsorted(changes.positions, move.source.at(index))
+                assert np.array_equal(part.bits[first : first + count], changes.new[entries])
+        assert found == by_element(changes)
+
+
 def test_many_small_tensors_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms and experts: compiled code is called for many of them at once, and the file is what it would be without."""
     hf, _ = memory(0)
