@@ -65,21 +65,22 @@ class Quantised(Served):
         super().__init__(trainer, HostCopy(spec, run_id, trainer.label, held))
 
     def ahead(self, changes: Changes, after: int) -> Iterable[tuple[Changes, int]]:
-        return self.engine.ahead(self._carried(changes))
+        return self.engine.ahead(self._followed(changes)[0])
 
-    def _carried(self, changes: Changes) -> list[Changes]:
+    def _followed(self, changes: Changes) -> tuple[list[Changes], np.ndarray | None]:
+        """The engines' changes, and the peaks of a quantised tensor."""
         number = self._number[changes.tensor]
         if changes.tensor not in self._blocks:
-            return [Changes(number, changes.positions, changes.old, changes.new)]
-        peaks = self._peaks_after(changes)
-        moved = np.flatnonzero(peaks != self._peaks[changes.tensor])
-        positions, codes = self._codes_after(changes, peaks, moved)
-        old, old_scales = self.engine.bits(number)[positions], self.engine.bits(number + 1)[moved]
-        differ = old != codes
+            return [Changes(number, changes.positions, changes.old, changes.new)], None
+        before, held = self._peaks[changes.tensor], self.engine.bits(number)
+        matrix = fp8.Matrix(self._blocks[changes.tensor], self.trainer.bits(changes.tensor), held, before)
+        positions, codes, peaks = matrix.after(changes.positions, changes.old, changes.new)
+        moved = np.flatnonzero(peaks != before)
+        scales = fp8.scales(peaks[moved]).view("<u4")
         return [
-            Changes(number, positions[differ], old[differ], codes[differ]),
-            Changes(number + 1, moved, old_scales, fp8.scales(peaks[moved]).view("<u4")),
-        ]
+            Changes(number, positions, held[positions], codes),
+            Changes(number + 1, moved, self.engine.bits(number + 1)[moved], scales),
+        ], peaks
 
     def bucket(self, bucket: Bucket) -> Bucket:
         found: Bucket = []
@@ -97,9 +98,9 @@ class Quantised(Served):
     def apply(self, found: Iterable[Changes], label: str, trainer: Sequence[int], engine: Sequence[int]) -> None:
         def both() -> Iterator[Changes]:
             for changes in found:
-                carried = self._carried(changes)
-                if changes.tensor in self._blocks:
-                    self._peaks[changes.tensor] = self._peaks_after(changes)
+                carried, peaks = self._followed(changes)
+                if peaks is not None:
+                    self._peaks[changes.tensor] = peaks
                 self.engine.apply(carried, label, engine)
                 yield changes
 
@@ -117,40 +118,6 @@ class Quantised(Served):
                 yield bucket
 
         super().replace(both(), label, trainer, engine)
-
-    def _peaks_after(self, changes: Changes) -> np.ndarray:
-        """uint16 [blocks]: those of the tensor with these changes. Only a block that has lost an element of its peak is read whole."""
-        blocks, before = self._blocks[changes.tensor], self._peaks[changes.tensor]
-        of = blocks.at(changes.positions)
-        old, new = (bits & np.uint16(fp8.MAGNITUDE) for bits in (changes.old, changes.new))
-        peaks = before.copy()
-        np.maximum.at(peaks, of, new)
-        for block in np.unique(of[(old == before[of]) & (new < old)]).tolist():
-            if peaks[block] == before[block]:
-                peaks[block] = (self._after(changes, blocks.positions(block)) & np.uint16(fp8.MAGNITUDE)).max()
-        return peaks
-
-    def _codes_after(self, changes: Changes, peaks: np.ndarray, moved: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [n] and uint8 [n]: positions of elements that changed or lie in a block whose peak `moved`, ascending, and their codes."""
-        blocks = self._blocks[changes.tensor]
-        if 2 * len(moved) > len(peaks):
-            inside = np.arange(blocks.rows * blocks.columns, dtype=np.int64)
-        else:
-            inside = np.concatenate([np.zeros(0, np.int64), *(blocks.positions(block) for block in moved.tolist())])
-        if not len(inside):
-            return changes.positions, fp8.codes(changes.new, fp8.scales(peaks)[blocks.at(changes.positions)])
-        positions = np.union1d(changes.positions, inside)
-        bits = self._after(changes, positions)
-        return positions, fp8.codes(bits, fp8.scales(peaks)[blocks.at(positions)])
-
-    def _after(self, changes: Changes, positions: np.ndarray) -> np.ndarray:
-        """uint16 [n]: bits at these positions (int64 [n], ascending) with the changes."""
-        bits = self.trainer.bits(changes.tensor)[positions]
-        first, last = np.searchsorted(changes.positions, [positions[0], positions[-1] + 1])
-        at = np.searchsorted(positions, changes.positions[first:last])
-        there = positions[at] == changes.positions[first:last]
-        bits[at[there]] = changes.new[first:last][there]
-        return bits
 
 
 def served(trainer: HostCopy, quantization: str, run_id: str) -> Served:

@@ -23,6 +23,8 @@ import torch
 from slime.sync.records import ModelSpec, TensorSpec
 
 BLOCK = 128  # rows and columns of a block
+SHIFT = 7  # log2 of it
+ANEW = 0.2  # share of a matrix's elements from which on it is quicker to quantise all of it
 LARGEST, LEAST_PEAK = 448.0, 1e-4
 MAGNITUDE = 0x7FFF  # of bfloat16: everything but the sign
 QUANTISED = re.compile(r"\.layers\.\d+\..*(_proj|_proj_with_mqa|\.w[123])\.weight$")
@@ -65,17 +67,32 @@ class Blocks:
     def shape(self) -> tuple[int, int]:
         return -(-self.rows // BLOCK), -(-self.columns // BLOCK)
 
-    def at(self, positions: np.ndarray) -> np.ndarray:
-        """int64 [n]: the block of each flat position (int64 [n])."""
-        row, column = np.divmod(positions, self.columns)
-        return row // BLOCK * self.shape[1] + column // BLOCK
+    def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [n], int64 [n]: the block of each flat position (int64 [n]), and its place in it, row by row of a whole block."""
+        row = positions // self.columns
+        column = positions - row * self.columns
+        return (row >> SHIFT) * self.shape[1] + (column >> SHIFT), (row & BLOCK - 1) << SHIFT | column & BLOCK - 1
 
-    def positions(self, block: int) -> np.ndarray:
-        """int64 [n]: the flat positions of a block, ascending."""
-        down, across = divmod(block, self.shape[1])
-        rows = np.arange(down * BLOCK, min((down + 1) * BLOCK, self.rows), dtype=np.int64)
-        columns = np.arange(across * BLOCK, min((across + 1) * BLOCK, self.columns), dtype=np.int64)
-        return (rows[:, None] * self.columns + columns).reshape(-1)
+    def joined(self, block: np.ndarray, place: np.ndarray) -> np.ndarray:
+        """int64 [n]: the flat positions of places (int64 [n]) in blocks (int64 [n]), as `split` gives them."""
+        down, across = np.divmod(block, self.shape[1])
+        row, column = np.divmod(place, BLOCK)
+        return (down * BLOCK + row) * self.columns + across * BLOCK + column
+
+    def gather(self, flat: np.ndarray, which: np.ndarray) -> np.ndarray:
+        """[k, 128 x 128]: elements of blocks `which` (int64 [k]), 0 beyond the edges. `flat`: those of the matrix."""
+        wide = flat.reshape(self.rows, self.columns)
+        made = np.zeros((len(which), BLOCK, BLOCK), flat.dtype)
+        for into, block in zip(made, which.tolist(), strict=True):
+            down, across = (n * BLOCK for n in divmod(block, self.shape[1]))
+            found = wide[down : down + BLOCK, across : across + BLOCK]
+            into[: found.shape[0], : found.shape[1]] = found
+        return made.reshape(len(which), BLOCK * BLOCK)
+
+    def inside(self, which: np.ndarray) -> np.ndarray:
+        """bool [k, 128 x 128]: whether the places of blocks `which` (int64 [k]) lie in the matrix."""
+        down, across = (BLOCK * n[:, None] + np.arange(BLOCK) for n in np.divmod(which, self.shape[1]))
+        return ((down < self.rows)[:, :, None] & (across < self.columns)[:, None, :]).reshape(len(which), BLOCK * BLOCK)
 
     def peaks(self, bits: np.ndarray) -> np.ndarray:
         """uint16 [blocks]: the largest magnitude in every block, as bfloat16 bits. `bits` uint16, flat."""
@@ -106,6 +123,59 @@ def quantise(bits: np.ndarray, blocks: Blocks) -> tuple[np.ndarray, np.ndarray, 
         each = np.repeat(wide[down], BLOCK)[: blocks.columns]
         made[rows] = codes(bits[rows], np.broadcast_to(each, (bits[rows].size // blocks.columns, blocks.columns)).reshape(-1))
     return made, scale, peaks
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A quantised matrix: bfloat16 bits (uint16) and codes (uint8), flat; the peak of every block (uint16)."""
+
+    blocks: Blocks
+    bits: np.ndarray
+    codes: np.ndarray
+    peaks: np.ndarray
+
+    def after(self, positions: np.ndarray, old: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """int64 [m], uint8 [m], uint16 [blocks]: positions whose code is another, ascending, those codes, and the peaks, when elements at
+        `positions` (int64 [n], ascending) turn from bits `old` into `new` (uint16 [n]). Nothing is changed.
+
+        Whole blocks are looked at only where the peak has grown, or an element that had it has shrunk.
+        """
+        if len(positions) > ANEW * len(self.bits):
+            return self._anew(positions, new)
+        block, place = self.blocks.split(positions)
+        peaks, again = self._grown(block, old, new)
+        which, inside = np.flatnonzero(again), again[block]
+        held = self.blocks.gather(self.bits, which)
+        held[(np.cumsum(again) - 1)[block[inside]], place[inside]] = new[inside]
+        if len(which):
+            peaks[which] = (held & np.uint16(MAGNITUDE)).max(1)
+        scale = scales(peaks)
+        whole = codes(held.reshape(-1), np.repeat(scale[which], BLOCK * BLOCK)).reshape(held.shape)
+        there, at = np.nonzero((whole != self.blocks.gather(self.codes, which)) & self.blocks.inside(which))
+        outside = np.flatnonzero(~inside)
+        single = codes(new[outside], scale[block[outside]])
+        other = np.flatnonzero(single != self.codes[positions[outside]])
+        found = np.concatenate([positions[outside[other]], self.blocks.joined(which[there], at)])
+        order = np.argsort(found, kind="stable")
+        return found[order], np.concatenate([single[other], whole[there, at]])[order], peaks
+
+    def _anew(self, positions: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same by way of the whole matrix."""
+        bits = self.bits.copy()
+        bits[positions] = new
+        made, _, peaks = quantise(bits, self.blocks)
+        found = np.flatnonzero(made != self.codes)
+        return found, made[found], peaks
+
+    def _grown(self, block: np.ndarray, old: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """uint16 [blocks], bool [blocks]: peaks, at most too high; and of which blocks they have to be found anew."""
+        was, becomes = old & np.uint16(MAGNITUDE), new & np.uint16(MAGNITUDE)
+        peak, peaks = self.peaks[block], self.peaks.copy()
+        grown = np.flatnonzero(becomes > peak)
+        np.maximum.at(peaks, block[grown], becomes[grown])
+        again = peaks != self.peaks
+        again[block[np.flatnonzero((was == peak) & (becomes < was))]] = True
+        return peaks, again
 
 
 def _floats(bits: np.ndarray) -> torch.Tensor:

@@ -44,13 +44,14 @@ def test_codes_and_scales_are_those_of_sglangs_own_function(shape: tuple[int, in
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_position_lies_in_the_block_that_lists_it(shape: tuple[int, int]) -> None:
-    blocks = fp8.Blocks.of(shape)
-    listed = [blocks.positions(block) for block in range(blocks.shape[0] * blocks.shape[1])]
-    assert np.array_equal(np.sort(np.concatenate(listed)), np.arange(shape[0] * shape[1]))
-    for block, positions in enumerate(listed):
-        assert (blocks.at(positions) == block).all()
-        assert (np.diff(positions) > 0).all()
+def test_positions_are_divided_and_put_together(shape: tuple[int, int]) -> None:
+    blocks, positions = fp8.Blocks.of(shape), np.arange(shape[0] * shape[1])
+    block, place = blocks.split(positions)
+    assert np.array_equal(blocks.joined(block, place), positions)
+    which = np.arange(blocks.shape[0] * blocks.shape[1])
+    gathered = blocks.gather(positions + 1, which)
+    assert np.array_equal(gathered[block, place], positions + 1)
+    assert (gathered > 0).sum() == len(positions)
 
 
 def test_a_value_that_is_no_number_spoils_its_block_alone() -> None:
