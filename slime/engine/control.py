@@ -48,6 +48,16 @@ class Control:
         """Drop every cached prefix."""
         await self._call("POST", f"/flush_cache?timeout={CALL_S / 2:g}", {})
 
+    async def try_flush(self) -> bool:
+        """Drop every cached prefix now; False, and nothing dropped, where the server still works on a request."""
+        try:
+            await self._call("POST", "/flush_cache", {})
+        except EngineLost:
+            raise
+        except EngineError:
+            return False
+        return True
+
     async def begin(self) -> None:
         """Open an update session."""
         await self._call("POST", "/begin_weight_update", {})

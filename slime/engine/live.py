@@ -115,20 +115,26 @@ class LiveEngine:
         await self._control.flush()
 
     async def _drain(self, deadline: float, timeout_s: float) -> None:
-        """Pause with nothing running. A request may come between the last look and the pause: where that would be fatal, look again."""
+        """Pause with nothing running. A request may come between the last look and the pause, and one whose prompt is being computed is
+        counted nowhere: it goes back into the queue or, before SGLang 0.5.21, is waited for. There cached prefixes are dropped here."""
         while True:
             while await self._control.running():
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"{self.endpoint.name} still has requests after {timeout_s:g} s (sync.timeout_s, sync.pause=drain)")
                 await asyncio.sleep(IDLE_POLL_S)
+            if self.facts.flush_while_retracted:
+                await self._control.pause("retract")
+                return
             await self._control.pause("in_place")
-            if self.facts.flush_is_refused or not await self._control.running():
+            if await self._control.try_flush():
                 return
             await self._control.resume()
 
     async def commit(self, version: str, parent: str, opaque: Path | None, flush: bool, timeout_s: float) -> Written:
-        """Write what was staged, paused; `opaque` are tensors that it loads whole."""
-        return await self._write("commit", version, flush, timeout_s, version=version, parent=parent, load=_text(opaque))
+        """Write what was staged, paused; `opaque` are tensors that it loads whole. `flush`: drop cached prefixes, unless `pause` has."""
+        return await self._write(
+            "commit", version, flush and self.facts.flush_while_retracted, timeout_s, version=version, parent=parent, load=_text(opaque)
+        )
 
     async def undo(self, version: str, parent: str, opaque: Path | None, timeout_s: float) -> Written:
         """Write the old bits back. Cached prefixes, if there are any, are of these weights."""
@@ -155,9 +161,11 @@ class LiveEngine:
             for bucket in buckets.together(found):
                 payload = await asyncio.to_thread(buckets.serialise, bucket)
                 await self._control.update([payload] * self.ranks, None, flush=False, timeout_s=timeout_s)
+        with_audit = bool(self._links) and self.facts.flush_while_retracted
+        if not with_audit:  # there an update that flushes ends a server that still has a request
+            await self._control.flush()
         if self._links:
-            return await self._write("audit", version, True, timeout_s, version=version)
-        await self._control.flush()
+            return await self._write("audit", version, with_audit, timeout_s, version=version)
         await self.relabel(version)
         return Written([], [], 0.0, 0.0)
 

@@ -16,9 +16,8 @@ class Facts:
     """How one version of SGLang behaves where slime depends on it."""
 
     update_session: bool  # tensor updates must lie between /begin_weight_update and /end_weight_update
-    flush_while_retracted: bool  # /flush_cache works while paused with requests retracted; before, a flush then kills the server
+    flush_while_retracted: bool  # an update may flush while paused with requests retracted; before, that ends the server
     version_spans: bool  # meta_info.weight_versions tells which tokens came from which weights; before, only the version at the end
-    flush_is_refused: bool  # a flush with requests running is an error; before, it kills the server
 
     def check_pause(self, pause: str, version: str, where: str) -> None:
         """Raises ValueError for a sync.pause that this version cannot do."""
@@ -30,10 +29,9 @@ class Facts:
 
 
 TABLE: tuple[tuple[Release, Facts], ...] = (
-    ((0, 5, 15), Facts(update_session=False, flush_while_retracted=False, version_spans=False, flush_is_refused=False)),
-    ((0, 5, 19), Facts(update_session=False, flush_while_retracted=False, version_spans=True, flush_is_refused=False)),
-    ((0, 5, 21), Facts(update_session=True, flush_while_retracted=True, version_spans=True, flush_is_refused=False)),
-    ((0, 5, 23), Facts(update_session=True, flush_while_retracted=True, version_spans=True, flush_is_refused=True)),
+    ((0, 5, 15), Facts(update_session=False, flush_while_retracted=False, version_spans=False)),
+    ((0, 5, 19), Facts(update_session=False, flush_while_retracted=False, version_spans=True)),
+    ((0, 5, 21), Facts(update_session=True, flush_while_retracted=True, version_spans=True)),
 )
 NEWEST = (0, 5, 23)  # up to which the last row is known to hold
 OLDEST = TABLE[0][0]

@@ -18,6 +18,7 @@ from slime.engine.ports import free_ports
 from slime.engine.server import Server, ServerSpec
 
 HOST = "127.0.0.1"
+PYTHON = os.environ.get("SLIME_TEST_ENGINE_PYTHON")  # of another SGLang
 LOADED = "run/loaded"
 VOCAB = 80
 
@@ -42,13 +43,13 @@ def recipe(model: Path, **rollout: Any) -> SlimeConfig:
 
 
 def spec(cfg: SlimeConfig, log: Path, port: int | None = None, name: str = "engine 0") -> ServerSpec:
-    known = arguments.known_arguments()
+    known = arguments.known_arguments(PYTHON)
     ports = free_ports(HOST, 2)
     device: settings.Device = "cuda" if cfg.cluster.device == "cuda" else "cpu"
     chosen = settings.server_arguments(cfg, device) | {"nccl_port": ports[1]}
     return ServerSpec(
         endpoint=Endpoint(f"http://{HOST}:{port or ports[0]}", secrets.token_hex(32), name, known.version),
-        python=arguments.this_python(),
+        python=PYTHON or arguments.this_python(),
         words=arguments.command_line(chosen, known),
         environment=settings.server_environment(cfg, device, 1.0),
         label=LOADED,
@@ -68,11 +69,11 @@ def start(cfg: SlimeConfig, log: Path, timeout_s: float = 120.0, port: int | Non
     return server
 
 
-def ask(server: Server, requests: list[tuple[list[int], Sampling]], label: str = LOADED) -> list[Generation]:
+def ask(server: Server, requests: list[tuple[list[int], Sampling]], label: str = LOADED, timeout_s: float = 60) -> list[Generation]:
     """Answers to requests that are sent together, in their order."""
 
     async def together() -> list[Generation]:
-        async with EngineClient([server.spec.endpoint], vocab_size=VOCAB, timeout_s=60, max_in_flight=1000) as client:
+        async with EngineClient([server.spec.endpoint], vocab_size=VOCAB, timeout_s=timeout_s, max_in_flight=1000) as client:
             await client.expect(label)
             return await asyncio.gather(*(client.generate(ids, sampling) for ids, sampling in requests))
 

@@ -156,7 +156,6 @@ def test_versions_of_sglang_are_those_of_the_table() -> None:
         "sync.pause=retract": ("yes", [f.flush_while_retracted for f in facts]),
         "which tokens": ("told by SGLang", [f.version_spans for f in facts]),
         "in a session": ("yes", [f.update_session for f in facts]),
-        "while a request runs": ("an error", [f.flush_is_refused for f in facts]),
     }
     shown = rows(section("SGLang versions"))
     assert len(shown) == len(told) == len(fields(versions.Facts))
