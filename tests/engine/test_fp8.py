@@ -32,7 +32,8 @@ FAST = {
     "grammar_backend": "none",
     "mem_fraction_static": 0.3,
     "cuda_graph_backend_prefill": "disabled",
-    "cuda_graph_max_bs_decode": 4,
+    "cuda_graph_backend_decode": "disabled",
+    "skip_server_warmup": True,
 }
 
 
@@ -87,7 +88,7 @@ def export(root: Path, bits: Bits) -> Path:
 def greedy(server: Server, label: str) -> list[list[int]]:
     prompts = [[5 + i, 6, 7, 8 + i] for i in range(4)]
     greedily = Sampling(max_new_tokens=16, temperature=0.0)
-    return [found.output_ids for found in servers.ask(server, [(ids, greedily) for ids in prompts], label)]
+    return [found.output_ids for found in servers.ask(server, [(ids, greedily) for ids in prompts], label, 240)]
 
 
 def test_codes_and_scales_after_many_deltas_are_those_of_the_quantised_export(engine: Any) -> None:
