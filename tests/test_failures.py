@@ -34,16 +34,18 @@ def no_weights(inputs: Path) -> str:
         ("cluster.device=cuda", 3, "GPU"),
         (broken_row, 2, "line 1: not JSON"),
         (no_weights, 2, "safetensors"),
-        (
+        pytest.param(
             "run.only=rollout rollout.dump=true rollout.engine_python=/bin/false",
             2,
             "rollout.engine_python=/bin/false: SGLang cannot be used there",
+            marks=pytest.mark.slow,
         ),
         pytest.param("rollout.sglang.attention_backend=flashinfer", 1, "engine 0 ended with exit code", marks=pytest.mark.slow),
-        (
+        pytest.param(
             "run.only=rollout rollout.dump=true reward.fn=tests.rewards_that_fail:always",
             5,
             "rewards failed (100%), above reward.max_error_frac=0.05",
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["no_gpu", "broken_data", "no_weights", "no_sglang", "engine_dies_at_start", "reward_raises"],

@@ -129,11 +129,17 @@ def test_rollouts_alone_are_dumped_and_trained_on(inputs: Path):
 EXPERTS = ("trainer.expert_parallel=2", "trainer.max_tokens_per_rank=64", *TWO_RANKS)
 
 
-def test_experts_train_as_the_engine_routed_them(tmp_path: Path):
-    """A mixture of experts with latent attention, over two ranks; then the same run goes on with its layers in two stages."""
-    inputs = make_inputs(tmp_path, "deepseek_v3")
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Launched]:
+    """A mixture of experts with latent attention, over two ranks."""
+    inputs = make_inputs(tmp_path_factory.mktemp("experts"), "deepseek_v3")
     run = launch(inputs, "experts", "run.save_every=2", *EXPERTS)
     assert_done(run)
+    return inputs, run
+
+
+def test_experts_train_as_the_engine_routed_them(experts: tuple[Path, Launched]):
+    inputs, run = experts
     for line in run.metrics[1:]:
         assert line["mismatch/logprob_abs_diff"] < 1e-5 and line["train/grad_norm"] > 0
         assert line["mismatch/experts_changed_frac"] == 0 and line["mismatch/logprob_abs_diff_without_replay"] < 1e-5  # fp32
@@ -141,6 +147,12 @@ def test_experts_train_as_the_engine_routed_them(tmp_path: Path):
     assert set(before) == set(after)
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert {name for name in before if name not in changed} <= {name for name in before if "correction_bias" in name or ".experts." in name}
+
+
+@pytest.mark.slow
+def test_experts_go_on_with_their_layers_in_two_stages(experts: tuple[Path, Launched]):
+    """The same run, in another layout; of other layouts: tests/trainer/test_shards.py."""
+    inputs, _ = experts
     stages = launch(inputs, "experts", "run.save_every=2", "run.steps=3", "trainer.pipeline_parallel=2", *TWO_RANKS)
     assert_done(stages)
     assert [line["step"] for line in stages.metrics] == [0, 1, 2, 3]

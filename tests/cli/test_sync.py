@@ -330,6 +330,7 @@ def test_places_without_a_history(place: Place, tmp_path: Path) -> None:
         sync.main(["inspect", str(place.run), "--run", "cd34"])
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_the_command_itself(place: Place) -> None:
     def slime(*arguments: str) -> subprocess.CompletedProcess[str]:

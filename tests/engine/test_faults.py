@@ -1,4 +1,4 @@
-"""Faults of the weight channel in real SGLang servers; docs/faults.md has the list, tests/sync/test_faults.py the cases that need none.
+"""Faults of the weight channel in real SGLang servers; docs/faults.md has the list, tests/sync/test_faults_*.py the cases that need none.
 
 Every one ends with live memory that is, byte for byte, what SGLang's own load of a committed version leaves, or with a named error.
 """

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from slime.config import ModelConfig, RoleConfig, RunConfig, SlimeConfig, TrainerConfig
 from slime.config.exits import ConfigError
@@ -173,6 +171,9 @@ def test_what_passes(family: str, sizes: dict, tmp_path: Path) -> None:
 
 def megatron_stages(layers: int, pipeline: int, virtual: int, options: dict) -> list[int] | None:
     """Layers that megatron-core builds on each rank of the pipeline; None where it refuses."""
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
     try:
         config = TransformerConfig(
             num_layers=layers,
@@ -202,6 +203,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.e2e  # importing megatron-core takes longer than all of this file
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_pipeline_stages_are_those_of_megatron_core(options: dict) -> None:
     """But where a stage would have a negative number of layers, which it does not always notice."""

@@ -1,12 +1,8 @@
-"""Stores of weights: order of writes under loss of power, damage, flaky services, two trainers, forgery; a directory, memory, S3."""
+"""Stores of weights in a directory, in memory and in S3: every place keeps its word, one of two trainers publishes, what S3 says."""
 
 import contextlib
 import copy
 import fcntl
-import itertools
-import os
-import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -16,23 +12,18 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from slime.sync import store_local
 from slime.sync.chain import Lease
-from slime.sync.manifest import ANCHOR, FOLD, NO_ROOT, ManifestError, PartRef, sign
+from slime.sync.manifest import ANCHOR, FOLD, NO_ROOT, PartRef, sign
 from slime.sync.places import Busy, Missing, Patient, Store
 from slime.sync.store import Artefact, SplitBrain, WeightStore
 from slime.sync.store_fsspec import MemoryStore, S3Store, open_store
-from slime.sync.store_local import Files, LocalStore
-from tests.sync.stores import KEY, MODEL, Flaky, FullDisk, PowerLoss, VolatileFiles, version
-
-ROOT = Path("/weights")
+from slime.sync.store_local import LocalStore
+from tests.sync.stores import KEY, MODEL, VolatileFiles, version
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +160,7 @@ def test_a_lock_that_another_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_names_that_lead_elsewhere() -> None:
     for name in ("../x", "/etc/passwd", "a//b", "a/../b", "", ".hidden", "a/.hidden", "a b"):
         with pytest.raises(ValueError, match="not the name of a file"):
-            LocalStore(ROOT, VolatileFiles()).put(name, b"")
+            LocalStore(Path("/weights"), VolatileFiles()).put(name, b"")
 
 
 def test_places_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,256 +171,8 @@ def test_places_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
         open_store("s3://b/p")
 
 
-# --- loss of power, kill, full disk (delta.md 4: 1, 5, 9, 15) ---------------------------------------------------------
-
-
-def publish_two(files: Files, key: bytes | None = KEY) -> None:
-    weights = WeightStore(LocalStore(ROOT, files), "run", key)
-    weights._each = lambda call, count: [call(i) for i in range(count)]  # type: ignore[method-assign] # one after the other
-    weights.claim(0)
-    weights.put_model(MODEL)
-    for number in range(2):
-        manifest, parts = version(number)
-        weights.publish(sign(manifest, KEY), parts)
-
-
-def check_found(files: VolatileFiles) -> int:
-    """The newest version that is found, all of it proven; -1 for none."""
-    weights = WeightStore(LocalStore(ROOT, files), "run", KEY)
-    for manifest in weights.manifests():
-        assert weights.parts(manifest) == version(manifest.number)[1], "a manifest without its bytes"
-    found = weights.latest()
-    if found is None:
-        return -1
-    manifest = weights.manifest(Artefact(found.epoch, found.number))
-    assert manifest.root == found.root
-    return found.number
-
-
-STEPS = VolatileFiles()
-publish_two(STEPS)
-
-
-@pytest.mark.parametrize("dies_at", range(len(STEPS.steps) + 1))
-def test_power_is_lost_before_any_step(dies_at: int) -> None:
-    """Whatever was not made durable is lost or kept, torn or whole: nothing of half a version is ever read, and going on succeeds."""
-    newest = set()
-    for keeps, torn in itertools.product((True, False), (lambda data: data, lambda data: data[: len(data) // 2], lambda _: b"")):
-        files = VolatileFiles(dies_at)
-        with contextlib.suppress(PowerLoss):
-            publish_two(files)
-        found = files.after(lambda _, keeps=keeps: keeps, torn)
-        newest.add(check_found(found))
-        go_on(found)
-    if dies_at == len(STEPS.steps):
-        assert newest == {1}, "what publish returned for is durable"
-    assert len(newest) <= 2
-
-
-def go_on(files: VolatileFiles) -> None:
-    """A resumed trainer publishes the next version in a new epoch."""
-    weights = WeightStore(LocalStore(ROOT, files), "run", KEY)
-    epoch, before = weights.claim(1)
-    number = before.number + 1
-    manifest, parts = version(number, epoch, parent_epoch=before.epoch)
-    weights.publish(sign(manifest, KEY), parts)
-    found = WeightStore(LocalStore(ROOT, files), "run", KEY).latest()
-    assert found is not None and (found.epoch, found.number) == (epoch, number)
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.integers(0, len(STEPS.steps)), st.data())
-def test_any_part_of_what_is_not_durable_survives(dies_at: int, data: st.DataObject) -> None:
-    files = VolatileFiles(dies_at)
-    with contextlib.suppress(PowerLoss):
-        publish_two(files)
-    found = files.after(lambda _: data.draw(st.booleans()), lambda bits: bits[: data.draw(st.integers(0, len(bits)))])
-    check_found(found)
-    go_on(found)
-
-
-def test_the_simulation_catches_a_missing_fsync() -> None:
-    """Without a sync of the bytes, or of the directory, the tests above would fail."""
-
-    class NoSync(VolatileFiles):
-        def sync(self, path: Path) -> None:
-            self._step(f"none {path}")
-
-    files = NoSync()
-    publish_two(files)
-    with pytest.raises((ManifestError, AssertionError)):
-        check_found(files.after(lambda _: True, lambda _: b""))
-
-    class NoDirectorySync(VolatileFiles):
-        def sync_directory(self, path: Path) -> None:
-            self._step(f"none {path}")
-            self.durable_directories |= self.directories
-
-    files = NoDirectorySync()
-    publish_two(files)
-    with pytest.raises((ManifestError, Missing)):
-        check_found(files.after(lambda name: name.endswith("latest"), lambda data: data))
-
-
-def test_the_pointer_comes_last() -> None:
-    """Order of the names that appear: parts, manifest, pointer."""
-    names = [Path(step.split()[2]).name for step in STEPS.steps if step.startswith("rename") and "model" not in step.split()[2]]
-    kinds = ["part" if name.startswith("part-") else name for name in names]
-    assert kinds == ["latest", *["part", "part", "manifest.json", "latest"] * 2]
-
-
-@pytest.mark.parametrize("room", range(0, 1400, 100))
-def test_a_full_disk(tmp_path: Path, room: int) -> None:
-    files = FullDisk(room)
-    manifest, parts = version(0)
-    try:
-        weights = WeightStore(LocalStore(tmp_path, files), "run")
-        weights.claim(0)
-        weights.publish(manifest, parts)
-    except OSError as error:
-        assert "No space left" in str(error) and not list(tmp_path.rglob(".tmp-*")), "it leaves its room to others"
-        assert WeightStore(LocalStore(tmp_path), "run").latest() is None
-        files.room = 1 << 20
-        again = WeightStore(LocalStore(tmp_path, files), "run")
-        again.claim(0)
-        manifest, parts = version(0, epoch=again.claim(1)[0])
-        again.publish(manifest, parts)
-    assert WeightStore(LocalStore(tmp_path), "run").latest() is not None
-
-
-def test_a_killed_publisher_s_parts_are_swept(tmp_path: Path) -> None:
-    weights = WeightStore(LocalStore(tmp_path), "run")
-    weights.claim(0)
-    for number in range(3):
-        weights.publish(*version(number))
-    for number in (1, 2):
-        (tmp_path / f"run/0/v{number:08d}/manifest.json").unlink()
-    swept = weights.sweep(before=(0, 2))
-    assert len(swept) == 2 and all(name.startswith("run/0/v00000001/part-") for name in swept)
-    assert sorted(p.name for p in (tmp_path / "run/0/v00000001").iterdir()) == []
-    assert len(list((tmp_path / "run/0/v00000002").iterdir())) == 2, "what may still be written is left alone"
-
-
-# --- damage and forgery (2, 3, 4, 18) ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def published(tmp_path: Path) -> WeightStore:
-    weights = WeightStore(LocalStore(tmp_path), "run", KEY)
-    weights.claim(0)
-    for number in range(2):
-        manifest, parts = version(number)
-        weights.publish(sign(manifest, KEY), parts)
-    return weights
-
-
-def read_all(weights: WeightStore) -> None:
-    found = WeightStore(weights.store, "run", KEY).latest()
-    assert found is not None
-    for number in range(2):
-        weights.parts(weights.manifest(Artefact(0, number)))
-
-
-def test_every_cut_and_flip_is_noticed(published: WeightStore, tmp_path: Path) -> None:
-    files = [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"]
-    assert len(files) == 7
-    for path in files:
-        whole = path.read_bytes()
-        for damaged in (
-            whole[:-1],
-            whole[: len(whole) // 2],
-            b"",
-            whole + b"\0",
-            *(flipped(whole, bit) for bit in range(0, 8 * len(whole), 61)),
-        ):
-            path.write_bytes(damaged)
-            with pytest.raises((ManifestError, ValueError)) as raised:
-                read_all(published)
-            assert path.name in str(raised.value), f"{raised.value}: names the file"
-        path.write_bytes(whole)
-        read_all(published)
-        path.unlink()
-        with pytest.raises((Missing, AssertionError)):
-            read_all(published)
-        path.write_bytes(whole)
-
-
-def flipped(data: bytes, bit: int) -> bytes:
-    changed = bytearray(data)
-    changed[bit // 8] ^= 1 << bit % 8
-    return bytes(changed)
-
-
-def test_a_manifest_of_another_place_is_no_manifest(published: WeightStore, tmp_path: Path) -> None:
-    """A replay: a genuine, signed file of an older version, or of another run, where a newer one should be."""
-    newer = tmp_path / "run/0/v00000001/manifest.json"
-    genuine = newer.read_bytes()
-    shutil.copy(tmp_path / "run/0/v00000000/manifest.json", newer)
-    with pytest.raises(ManifestError, match="it is the delta of run/0/0: a replay"):
-        published.manifest(Artefact(0, 1))
-    other, _ = version(1, run_id="other")
-    newer.write_text(sign(other, KEY).to_json())
-    with pytest.raises(ManifestError, match="it is the delta of other/0/1: a replay"):
-        published.manifest(Artefact(0, 1))
-    newer.write_bytes(genuine)
-    for forged, says in (
-        (sign(version(1)[0], b"somebody else's key"), "is not this key's"),
-        (version(1)[0], "not signed"),
-        (replace(sign(version(1)[0], KEY), fingerprints=(9, 9)), "altered or forged"),
-    ):
-        newer.write_text(forged.to_json())
-        with pytest.raises(ManifestError, match=says):
-            published.manifest(Artefact(0, 1))
-
-
-def test_an_older_pointer_is_a_replay(published: WeightStore, tmp_path: Path) -> None:
-    pointer = tmp_path / "run/latest"
-    older = pointer.read_bytes()
-    manifest, parts = version(2)
-    published.publish(sign(manifest, KEY), parts)
-    assert published.latest() is not None
-    pointer.write_bytes(older)
-    with pytest.raises(ManifestError, match=r"run/latest: leads to 0/1, but \(0, 2\) was there: a replay"):
-        published.latest()
-
-
-def test_a_pointer_of_another_run_or_key(published: WeightStore, tmp_path: Path) -> None:
-    (tmp_path / "other").mkdir()
-    shutil.copy(tmp_path / "run/latest", tmp_path / "other/latest")
-    for weights in (
-        WeightStore(published.store, "other", KEY),
-        WeightStore(published.store, "run", KEY + b"x"),
-        WeightStore(published.store, "run"),
-    ):
-        with pytest.raises(ManifestError, match="damaged or forged"):
-            weights.latest()
-        with pytest.raises(ManifestError, match="damaged or forged"):
-            weights.claim(1)
-
-
-def test_lengths_that_are_too_large_are_not_read(tmp_path: Path) -> None:
-    """A manifest that declares a huge part allocates nothing; a part larger than declared is not read."""
-    weights = WeightStore(LocalStore(tmp_path), "run")
-    weights.claim(0)
-    weights.publish(*version(0))
-    manifest = weights.manifest(Artefact(0, 0))
-    huge = replace(manifest, parts=tuple(replace(part, nbytes=1 << 41) for part in manifest.parts))
-    with pytest.raises(ManifestError, match=r"has \d+ bytes instead of 2199023255552: it is cut"):
-        weights.part(huge, 0)
-    path = tmp_path / f"run/0/v00000000/{manifest.parts[0].name}"
-    os.truncate(path, 1 << 40)
-    with pytest.raises(ValueError, match="has 1099511627776 bytes, at most"):
-        weights.part(manifest, 0)
-
-
-def test_parts_that_are_not_the_manifest_s_are_not_published(tmp_path: Path) -> None:
-    weights = WeightStore(LocalStore(tmp_path), "run")
-    weights.claim(0)
-    manifest, parts = version(0)
-    for wrong, says in (([parts[1], parts[0]], "altered|cut"), (parts[:1], "1 parts given, the manifest names 2")):
-        with pytest.raises(ManifestError, match=says):
-            weights.publish(manifest, wrong)
-    assert weights.latest() is None and weights.store.list("run/0") == []
+def test_parts_are_named_by_their_content() -> None:
+    assert PartRef.of(3, b"x").name != PartRef.of(3, b"y").name and PartRef.of(3, b"x").name.startswith("part-0003.")
 
 
 # --- two trainers (17) ------------------------------------------------------------------------------------------------
@@ -475,86 +218,7 @@ def test_one_version_is_published_once() -> None:
     assert two.manifest(Artefact(0, 0)).created_s == 0.0
 
 
-# --- services that are not well (14) ----------------------------------------------------------------------------------
-
-
-def patient(store: Store, tries: int = 8) -> tuple[Patient, list[float]]:
-    now = [0.0]
-
-    def sleep(seconds: float) -> None:
-        now[0] += seconds
-
-    return Patient(store, 60.0, tries, lambda: now[0], sleep), now
-
-
-@pytest.mark.parametrize("fate", ["503", "lost"])
-@pytest.mark.parametrize("phase", range(3))
-def test_a_busy_service_is_asked_again(fate: str, phase: int) -> None:
-    """Two of three calls fail, those whose answer is lost after they were carried out."""
-    store, _ = patient(Flaky(MemoryStore(uuid.uuid4().hex), lambda call, _method, _name: fate if call % 3 != phase else ""), tries=40)
-    weights = WeightStore(store, "run", KEY)
-    weights.claim(0)
-    for number in range(3):
-        manifest, parts = version(number)
-        weights.publish(sign(manifest, KEY), parts)
-    found = weights.latest()
-    assert found is not None and found.number == 2 and len(list(weights.manifests())) == 3
-
-
-def test_a_service_that_stays_busy() -> None:
-    store, now = patient(Flaky(MemoryStore(uuid.uuid4().hex), lambda *_: "503"), tries=1000)
-    with pytest.raises(Busy, match=r"cannot write a: a: 503 Slow Down \(\d+ tries, at most 60 s\)"):
-        store.put("a", b"")
-    assert 50 < now[0] <= 60
-    store, now = patient(Flaky(MemoryStore(uuid.uuid4().hex), lambda *_: "503"))
-    with pytest.raises(Busy, match=r"\(8 tries"):
-        store.get("a", 1)
-
-
-def test_a_manifest_that_does_not_show_at_once() -> None:
-    place = MemoryStore(uuid.uuid4().hex)
-    writer = WeightStore(place, "run")
-    writer.claim(0)
-    writer.publish(*version(0))
-    missing = [0]
-
-    def window(_call: int, _method: str, name: str) -> str:
-        missing[0] += name.endswith("manifest.json")
-        return "404" if name.endswith("manifest.json") and missing[0] < 4 else ""
-
-    store, now = patient(Flaky(place, window))
-    reader = WeightStore(store, "run")
-    assert reader.latest() is not None
-    assert reader.manifest(Artefact(0, 0)).label == "run/0/0" and now[0] > 0
-    with pytest.raises(Missing, match="v00000007"):
-        reader.manifest(Artefact(0, 7))
-
-
-def test_a_listing_is_never_believed() -> None:
-    """It lacks what is new and shows what is gone."""
-    place = MemoryStore(uuid.uuid4().hex)
-    writer = WeightStore(place, "run")
-    writer.claim(0)
-    for number in range(2):
-        writer.publish(*version(number))
-
-    class Stale(Flaky):
-        def list(self, prefix: str) -> list[str]:
-            return ["run/0/v00000000/manifest.json", "run/0/v00000005/manifest.json"]
-
-    reader = WeightStore(Stale(place, lambda *_: ""), "run")
-    found = reader.latest()
-    assert found is not None and reader.manifest(Artefact(found.epoch, found.number)).number == 1
-    assert [m.number for m in reader.manifests()] == [0]
-
-
-def test_a_manifest_before_its_parts_is_noticed(tmp_path: Path) -> None:
-    weights = WeightStore(LocalStore(tmp_path), "run")
-    manifest, parts = version(0)
-    weights.store.put("run/0/v00000000/manifest.json", manifest.to_json().encode())
-    weights.store.put(f"run/0/v00000000/{manifest.parts[0].name}", parts[0])
-    with pytest.raises(Missing, match=re.escape(manifest.parts[1].name)):
-        weights.parts(weights.manifest(Artefact(0, 0)))
+# --- S3 ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.e2e
@@ -579,10 +243,6 @@ def test_an_s3_server_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     for call in (lambda: store.put("a", b""), lambda: store.get("a", 1), lambda: store.put_if("a", b"", None), lambda: store.list("")):
         with pytest.raises(Busy, match=r"s3://weights/x/"):
             call()
-
-
-def test_parts_are_named_by_their_content() -> None:
-    assert PartRef.of(3, b"x").name != PartRef.of(3, b"y").name and PartRef.of(3, b"x").name.startswith("part-0003.")
 
 
 @pytest.mark.e2e

@@ -84,6 +84,7 @@ def test_replay_brings_experts_to_the_mismatch_of_a_dense_model(ranks, drawn, re
     assert 0 < replayed["mismatch/experts_changed_frac"] < 0.05 and "mismatch/experts_changed_frac" not in own
 
 
+@pytest.mark.slow
 def test_layouts_count_the_same_changes(ranks, drawn) -> None:
     model, batch = drawn["experts"]
     alone = mismatch(ranks, model, batch, "fp32")["mismatch/experts_changed_frac"]

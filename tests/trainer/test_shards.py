@@ -53,7 +53,10 @@ def continued(place, cfg, batches, directory):
     return straight, (weights(resumed), torch.get_rng_state())
 
 
-@pytest.mark.parametrize(("world", "tp", "dtype"), [(1, 1, "fp32"), (2, 1, "fp32"), (2, 2, "bf16"), (2, 1, "bf16")])
+@pytest.mark.parametrize(
+    ("world", "tp", "dtype"),
+    [(2, 2, "bf16"), (2, 1, "bf16"), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1, "fp32"), (2, 1, "fp32")))],
+)
 def test_resume_is_equal_to_the_bit(ranks, models, tmp_path, world, tp, dtype):
     cfg = make_cfg(models["qwen3"], dtype, tensor_parallel=tp, weight_decay=0.1, schedule="cosine")
     cfg.run.steps = 5
@@ -103,7 +106,7 @@ SPARSE_LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("first", [0, 1], ids=["of EP2", "of EP1"])
+@pytest.mark.parametrize("first", [pytest.param(0, id="of EP2"), pytest.param(1, id="of EP1", marks=pytest.mark.slow)])
 def test_a_mixture_of_experts_loads_into_any_layout(ranks, tmp_path, first):
     """Weights to the bit; the optimizer by the gradient norm of the update after the next."""
     model = make_tiny(tmp_path / "model", "deepseek_v3", vocab=77)
@@ -118,6 +121,7 @@ def test_a_mixture_of_experts_loads_into_any_layout(ranks, tmp_path, first):
     assert norms == pytest.approx([norms[0]] * len(norms), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_virtual_stages_loads_into_any_layout(ranks, tmp_path):
     model = make_tiny(tmp_path / "model", "qwen3", tied=True, vocab=77, layers=4)
     batch, norms = make_batch(vocab=77), []
