@@ -82,13 +82,17 @@ def _fp8_blocks(cfg: SlimeConfig, config: dict[str, Any]) -> None:
     if "kv_lora_rank" not in config:
         groups = config.get("num_key_value_heads") or heads
         sizes |= {"num_attention_heads x head_dim": (heads * head, tp), "num_key_value_heads x head_dim": (groups * head, min(tp, groups))}
-    sizes |= {name: (config[name], tp) for name in ("intermediate_size", "moe_intermediate_size") if config.get(name)}
+    elif config.get("q_lora_rank"):  # SGLang joins q_a_proj with kv_a_proj_with_mqa
+        sizes |= {"q_lora_rank": (config["q_lora_rank"], 1)}
+    among_experts = max(1, tp // int(cfg.rollout.sglang.get("ep_size") or 1))
+    for name, ranks in (("intermediate_size", tp), ("moe_intermediate_size", among_experts)):
+        sizes |= {name: (config[name], ranks)} if config.get(name) else {}
     for name, (size, ranks) in sizes.items():
         if size % (block * ranks):
             among = f" for each of rollout.tensor_parallel={ranks} ranks" if ranks > 1 else ""
             raise ConfigError(
                 f"rollout.quantization=fp8: {name}={size} in {cfg.model.path}/config.json is no whole number of blocks of {block}{among}: "
-                f"set rollout.quantization=none{', or lower rollout.tensor_parallel' if ranks > 1 else ''}"
+                f"set rollout.quantization=none{', or lower rollout.tensor_parallel' if ranks > 1 and not size % block else ''}"
             )
 
 

@@ -46,6 +46,11 @@ def _fp8(cfg: SlimeConfig) -> None:
         )
     if cfg.cluster.device == "cpu":
         raise ConfigError(f"rollout.quantization=fp8 with cluster.device=cpu: {FP8_ON_GPU}")
+    if str(cfg.rollout.sglang.get("kv_cache_dtype")).startswith("fp8"):
+        raise ConfigError(
+            f"rollout.sglang.kv_cache_dtype={cfg.rollout.sglang['kv_cache_dtype']} with rollout.quantization=fp8: the model has no scales "
+            "for its cache; remove one of them"
+        )
     if "load_format" in cfg.rollout.sglang:
         raise ConfigError("rollout.sglang.load_format is set by slime with rollout.quantization=fp8: remove it")
 

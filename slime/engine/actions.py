@@ -137,12 +137,12 @@ class Actions:
 
     async def _heal(self, engine: LiveEngine) -> dict[str, Any]:
         self._whole.add(engine.endpoint.name)
-        await engine.halt()  # its COMMIT may have failed before it paused
         return await self._load(engine)
 
     async def _load(self, engine: LiveEngine) -> dict[str, Any]:
         """The version, whole, through SGLang's own update."""
         assert engine.state is not None
+        await engine.halt()
         engine.state.reload()
         buckets = self.incoming.buckets(self._cfg.bucket_mb * MIB)
         written = await engine.load_whole(buckets, self.incoming.label, self._cfg.timeout_s)

@@ -48,12 +48,13 @@ class IncomingWhole:
             raise ValueError(f"weights {label}: {len(names)} tensors came for the {len(copy.spec.tensors)} of the model")
         self.label, self._served, self._buckets = label, served, buckets
         self.fingerprints = self.of_engines = _fingerprints(copy, buckets)
+        self._loaded = [served.bucket(bucket) for bucket in buckets]
         if served.engine is not copy:
-            self.of_engines = _fingerprints(served.engine, map(served.bucket, buckets))
+            self.of_engines = _fingerprints(served.engine, self._loaded)
 
     def buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
         """As they came, whatever their size."""
-        yield from map(self._served.bucket, self._buckets)
+        yield from self._loaded
 
     def apply(self) -> None:
         self._served.replace(self._buckets, self.label, self.fingerprints, self.of_engines)

@@ -1,7 +1,8 @@
 """One engine that takes weights: the calls of an update, in their order, and what its ranks say of it.
 
-Inside the pause SGLang is asked at most five things: pause, begin and end of a session (where this version has them), one update, continue.
-What became of the update is asked of the ranks over their own sockets: SGLang says "Success" whatever happens.
+Inside the pause SGLang is asked at most five things: pause, begin and end of a session (where this version has them), one update, continue;
+before 0.5.21, without sessions, also to drop cached prefixes. What became of the update is asked of the ranks over their own sockets:
+SGLang says "Success" whatever happens.
 """
 
 import asyncio
@@ -104,31 +105,36 @@ class LiveEngine:
     async def halt(self) -> None:
         """Stop decoding whatever goes on, so that everything may be loaded and flushed: running requests begin anew afterwards or, before
         SGLang 0.5.21, are cut short."""
-        await self._control.pause("retract" if self.facts.flush_while_retracted else "abort")
+        await self._control.pause("retract")  # first in any case: where it is paused in place already, running requests cannot be aborted
+        if not self.facts.flush_while_retracted:
+            await self._control.pause("abort")
 
     async def label(self) -> str:
         """What SGLang calls the weights that it holds."""
         return await self._control.label()
 
     async def flush(self) -> None:
-        """Drop every cached prefix."""
-        await self._control.flush()
+        """Drop every cached prefix, with nothing running (see `halt`)."""
+        if not self.facts.flush_while_retracted:
+            await self._control.flush()
+        elif not await self._control.try_flush():  # queued requests do not hinder it, but it would wait for them
+            raise EngineError(f"{self.endpoint.name} does not drop its cached prefixes")
 
     async def _drain(self, deadline: float, timeout_s: float) -> None:
         """Pause with nothing running. A request may come between the last look and the pause, and one whose prompt is being computed is
         counted nowhere: it goes back into the queue or, before SGLang 0.5.21, is waited for. There cached prefixes are dropped here."""
         while True:
-            while await self._control.running():
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"{self.endpoint.name} still has requests after {timeout_s:g} s (sync.timeout_s, sync.pause=drain)")
-                await asyncio.sleep(IDLE_POLL_S)
-            if self.facts.flush_while_retracted:
-                await self._control.pause("retract")
-                return
-            await self._control.pause("in_place")
-            if await self._control.try_flush():
-                return
-            await self._control.resume()
+            if not await self._control.running():
+                if self.facts.flush_while_retracted:
+                    await self._control.pause("retract")
+                    return
+                await self._control.pause("in_place")
+                if await self._control.try_flush():
+                    return
+                await self._control.resume()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.endpoint.name} still has requests after {timeout_s:g} s (sync.timeout_s, sync.pause=drain)")
+            await asyncio.sleep(IDLE_POLL_S)
 
     async def commit(self, version: str, parent: str, opaque: Path | None, flush: bool, timeout_s: float) -> Written:
         """Write what was staged, paused; `opaque` are tensors that it loads whole. `flush`: drop cached prefixes, unless `pause` has."""
@@ -158,14 +164,15 @@ class LiveEngine:
         """All tensors through SGLang's own update, with nothing running (see `halt`), and without prefixes of other weights afterwards;
         then hash everything, if it could be learned where that is."""
         async with self._session():
-            for bucket in buckets.together(found):
+            coming = buckets.together(found)
+            while bucket := await asyncio.to_thread(next, coming, None):
                 payload = await asyncio.to_thread(buckets.serialise, bucket)
                 await self._control.update([payload] * self.ranks, None, flush=False, timeout_s=timeout_s)
-        with_audit = bool(self._links) and self.facts.flush_while_retracted
-        if not with_audit:  # there an update that flushes ends a server that still has a request
-            await self._control.flush()
+        together = bool(self._links) and self.facts.flush_while_retracted
+        if not together:  # before 0.5.21 an update that flushes ends a server that still has a request
+            await self.flush()
         if self._links:
-            return await self._write("audit", version, with_audit, timeout_s, version=version)
+            return await self._write("audit", version, together, timeout_s, version=version)
         await self.relabel(version)
         return Written([], [], 0.0, 0.0)
 

@@ -7,7 +7,9 @@
 A change of the trainer's tensors is carried over to the engines' without touching either; `apply` then changes both.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -55,10 +57,13 @@ class Quantised(Served):
         self._blocks = {i: fp8.Blocks.of(t.shape) for i, t in enumerate(trainer.spec.tensors) if fp8.is_quantised(t)}
         self._peaks: dict[int, np.ndarray] = {}
         self._number = [spec.index[tensor.name] for tensor in trainer.spec.tensors]  # of the codes, or of the tensor; scales come next
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            made = threads.map(lambda tensor: fp8.quantise(trainer.bits(tensor), self._blocks[tensor]), self._blocks)
+            quantised = dict(zip(self._blocks, made, strict=True))
         held: list[np.ndarray] = []
         for tensor in range(len(trainer.spec.tensors)):
             if tensor in self._blocks:
-                codes, scales, self._peaks[tensor] = fp8.quantise(trainer.bits(tensor), self._blocks[tensor])
+                codes, scales, self._peaks[tensor] = quantised[tensor]
                 held += [codes, scales.view("<u4")]
             else:
                 held.append(trainer.bits(tensor))

@@ -6,7 +6,7 @@ and proves them, as with any engine that holds other weights, before the first r
 
 import hashlib
 import json
-import os
+import uuid
 from pathlib import Path
 
 from slime.engine.arguments import cache_dir
@@ -27,13 +27,13 @@ def fp8_shell(model: Path) -> Path:
     for path in model.resolve().iterdir():
         if path.is_file() and path.name != "config.json" and not path.name.endswith(WEIGHTS):
             _link(folder / path.name, path)
-    partial = folder / f".{os.getpid()}.json"
+    partial = folder / f".{uuid.uuid4().hex}"
     partial.write_text(text)
     partial.replace(folder / "config.json")
     return folder
 
 
 def _link(link: Path, target: Path) -> None:
-    partial = link.with_name(f".{os.getpid()}.{link.name}")
+    partial = link.with_name(f".{uuid.uuid4().hex}")
     partial.symlink_to(target)
     partial.replace(link)

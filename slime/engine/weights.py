@@ -113,7 +113,11 @@ class HostWeights:
             if left := wrong(engine, written, self.served.engine.fingerprints):
                 raise ValueError(f"{name} does not hold {copy.label} after it was loaded whole: {left}; it stays paused")
         elif engine.server is None:
-            await engine.flush()
+            try:
+                await engine.flush()
+            except BaseException:
+                await engine.resume()
+                raise
         assert engine.state is not None
         engine.state.adopted(Held(WeightVersion.parse(copy.label), root_of(copy.fingerprints)))
         await engine.resume()
@@ -130,6 +134,8 @@ class HostWeights:
         except (ValueError, EngineError) as error:
             if self._cfg.sync.mode == "delta" or isinstance(error, EngineLost):
                 raise
+            if self.served.engine is not copy:  # whether it would take codes for codes is not known
+                raise ValueError(f"{error} (not with rollout.quantization=fp8, where every engine is proven)") from error
             self.warnings.append(f"{name}: its weights are not proven, only labelled: {error}")
             engine.forget(copy.spec, self._run.run_id)
             return ""
@@ -148,13 +154,17 @@ class HostWeights:
             if eights:
                 raise ValueError(f"{name} is quantised, it holds {eights[0]} as FP8: set rollout.quantization=fp8, or serve it in bf16")
             return
-        assert engine.proof is not None
-        for tensor, why in engine.proof.opaque.items():
-            if spec.tensors[spec.index[tensor.removesuffix("_scale_inv")]].dtype.startswith("float8"):
-                raise ValueError(
-                    f"{name} does not hold {tensor} as codes in blocks of 128 x 128 ({why}): serve it from such a checkpoint, on hardware "
-                    "whose SGLang keeps that form, or set rollout.quantization=none"
-                )
+        dtypes = {tensor.name: tensor.dtype for tensor in spec.tensors}
+        form = "as an FP8 checkpoint with blocks of 128 x 128 has it"
+        for found in engine.maps:
+            for tensor, why in found.opaque.items():
+                if "float8" in why or dtypes[tensor.removesuffix("_scale_inv")].startswith("float8"):
+                    raise ValueError(f"{name} does not hold {tensor} {form} ({why}): set rollout.quantization=none, or serve it so")
+            for live in map(found.lives.__getitem__, found.foreign):
+                if live.dtype.startswith("float8") or live.name.endswith("scale_inv"):
+                    raise ValueError(
+                        f"{name} does not hold {live.name} {form}: it has elements of no tensor; set rollout.quantization=none"
+                    )
 
     def live(self) -> list[LiveEngine]:
         """Engines that take part: those that learned and are not fenced."""

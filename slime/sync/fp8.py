@@ -97,9 +97,15 @@ class Blocks:
     def peaks(self, bits: np.ndarray) -> np.ndarray:
         """uint16 [blocks]: the largest magnitude in every block, as bfloat16 bits. `bits` uint16, flat."""
         across = np.arange(0, self.columns, BLOCK)
-        down = np.arange(0, self.rows, BLOCK)
-        magnitudes = (bits & np.uint16(MAGNITUDE)).reshape(self.rows, self.columns)
-        return np.maximum.reduceat(np.maximum.reduceat(magnitudes, down, axis=0), across, axis=1).reshape(-1)
+        found = np.empty(self.shape, np.uint16)
+        for band, into in zip(self.bands(bits), found, strict=True):
+            np.maximum.reduceat((band & np.uint16(MAGNITUDE)).max(0), across, out=into)
+        return found.reshape(-1)
+
+    def bands(self, flat: np.ndarray) -> list[np.ndarray]:
+        """[up to 128, columns]: the rows of blocks; views. `flat`: elements of the matrix."""
+        wide = flat.reshape(self.rows, self.columns)
+        return [wide[row : row + BLOCK] for row in range(0, self.rows, BLOCK)]
 
 
 def scales(peaks: np.ndarray) -> np.ndarray:
@@ -117,11 +123,9 @@ def quantise(bits: np.ndarray, blocks: Blocks) -> tuple[np.ndarray, np.ndarray, 
     peaks = blocks.peaks(bits)
     scale = scales(peaks)
     made = np.empty(bits.size, np.uint8)
-    wide = scale.reshape(blocks.shape)
-    for down in range(blocks.shape[0]):  # a row of blocks at a time: a scale for every element is four times the codes
-        rows = slice(down * BLOCK * blocks.columns, min((down + 1) * BLOCK, blocks.rows) * blocks.columns)
-        each = np.repeat(wide[down], BLOCK)[: blocks.columns]
-        made[rows] = codes(bits[rows], np.broadcast_to(each, (bits[rows].size // blocks.columns, blocks.columns)).reshape(-1))
+    inverse = (1.0 / torch.from_numpy(scale)).reshape(blocks.shape).repeat_interleave(BLOCK, 1)[:, : blocks.columns]
+    for band, into, factors in zip(blocks.bands(bits), blocks.bands(made), inverse, strict=True):
+        into[:] = (_floats(band) * factors).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     return made, scale, peaks
 
 

@@ -3,6 +3,7 @@
 # ruff: noqa: E501
 
 import copy
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -218,6 +219,8 @@ BAD_COMBINATIONS = {
     "engines get their codes with the weights; set rollout.quantization=none",
     "rollout.quantization=fp8 cluster.device=cpu": "rollout.quantization=fp8 with cluster.device=cpu: SGLang multiplies FP8 on a GPU; "
     "set rollout.quantization=none",
+    "rollout.quantization=fp8 rollout.sglang.kv_cache_dtype=fp8_e5m2": "rollout.sglang.kv_cache_dtype=fp8_e5m2 with rollout.quantization=fp8: "
+    "the model has no scales for its cache; remove one of them",
     "rollout.quantization=fp8 rollout.sglang.load_format=auto": "rollout.sglang.load_format is set by slime with rollout.quantization=fp8: remove it",
     "rollout.quantization=fp8": "rollout.quantization=fp8: hidden_size=64 in model/config.json is no whole number of blocks of 128: "
     "set rollout.quantization=none",
@@ -423,3 +426,29 @@ def test_unknown_recipe(workdir) -> None:
 
 def names_with(*own: str) -> str:
     return ", ".join(sorted([*own, *(path.stem for path in SHIPPED.glob("*.yaml"))]))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "overrides", "text"),
+    [
+        ({"hidden_size": 256, "head_dim": 128}, [], None),
+        ({"hidden_size": 256, "head_dim": 128, "intermediate_size": 384}, [], None),
+        ({"hidden_size": 256, "head_dim": 128, "intermediate_size": 300}, [], "intermediate_size=300"),
+        ({"hidden_size": 256, "head_dim": 96}, [], "num_key_value_heads x head_dim=192"),
+        ({"hidden_size": 256, "head_dim": 128, "moe_intermediate_size": 128}, ["rollout.sglang.ep_size=2"], None),
+        ({"hidden_size": 256, "head_dim": 128, "moe_intermediate_size": 128}, [], "moe_intermediate_size=128"),
+        ({"hidden_size": 256, "kv_lora_rank": 64, "q_lora_rank": 224}, [], "q_lora_rank=224"),
+        ({"hidden_size": 256, "kv_lora_rank": 64, "q_lora_rank": 256}, [], None),
+    ],
+)
+def test_fp8_needs_whole_blocks(sizes: dict[str, int], overrides: list[str], text: str | None, workdir) -> None:
+    config = json.loads((workdir / "model" / "config.json").read_text()) | sizes
+    (workdir / "model" / "config.json").write_text(json.dumps(config))
+    two = ["rollout.tensor_parallel=2", "cluster.roles.rollout.devices=2"] if "moe_intermediate_size" in sizes else []
+    given = [*GOOD, "rollout.quantization=fp8", *two, *overrides]
+    if text is None:
+        check(compose(overrides=given).cfg)
+        return
+    words = f"rollout.quantization=fp8: {text} in model/config.json is no whole number of blocks of 128"
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        check(compose(overrides=given).cfg)

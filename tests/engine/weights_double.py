@@ -170,9 +170,8 @@ class Host:
         async def begin() -> None:
             control = Control(engine.endpoint, self._session)
             await control.pause("in_place")
-            await control.begin()
-            await control.update([buckets.serialise([(str(path), torch.empty(0))])] * engine.ranks, None, False, TIMEOUT_S, LOADER)
-            await control.end()
+            async with engine._session():
+                await control.update([buckets.serialise([(str(path), torch.empty(0))])] * engine.ranks, None, False, TIMEOUT_S, LOADER)
             await control.resume()
 
         self.run(begin())
