@@ -24,7 +24,7 @@ from slime.config.check_serving import longest_answers
 from slime.config.plan_memory import kv_bytes_per_token
 from slime.cpu import serving
 from slime.engine.arguments import cache_dir
-from slime.engine.shell import fp8_shell
+from slime.engine.fp8_model import fp8_model_dir
 from slime.models.registry import has_experts
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -68,7 +68,7 @@ def server_arguments(cfg: SlimeConfig, device: Device) -> dict[str, Any]:
     if cfg.rollout.replay_experts and has_experts(cfg.model):
         chosen["enable_return_routed_experts"] = True
     if cfg.rollout.quantization == "fp8":
-        chosen |= {"model_path": str(fp8_shell(Path(cfg.model.path))), "load_format": "dummy", "quantization": "fp8"}
+        chosen |= {"model_path": str(fp8_model_dir(Path(cfg.model.path))), "load_format": "dummy", "quantization": "fp8"}
     if device == "cpu":
         chosen |= serving.arguments(cfg.run.deterministic) | cpu_pool(cfg)
     chosen |= cfg.rollout.sglang

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from slime.config import SlimeConfig
 from slime.engine.client import Sampling
 from slime.engine.control import Control
+from slime.engine.fp8_model import fp8_model_dir
 from slime.engine.host_copy import HostCopy
 from slime.engine.served import Quantised
 from slime.engine.server import Server
-from slime.engine.shell import fp8_shell
 from slime.sync.channel import NotProven
 from tests.engine import servers
 from tests.engine.weights_double import Bits, Host, bf16_recipe, open_channel
@@ -78,7 +78,7 @@ def export(root: Path, bits: Bits) -> Path:
     bits.export(root / "bf16", model)
     copy = HostCopy.read(bits.spec(), root / "bf16", "export", "export")
     made.mkdir()
-    for path in fp8_shell(model).iterdir():
+    for path in fp8_model_dir(model).iterdir():
         (made / path.name).write_bytes(path.read_bytes())
     [tensors] = Quantised(copy, "export").buckets(1 << 40)
     save_file(dict(tensors), made / "model.safetensors", {"format": "pt"})

@@ -15,7 +15,7 @@ from slime.sync.fp8 import CONFIG
 WEIGHTS = (".safetensors", ".bin", ".pt", ".safetensors.index.json")
 
 
-def fp8_shell(model: Path) -> Path:
+def fp8_model_dir(model: Path) -> Path:
     """A directory for this model; made where it is not there yet. Raises ValueError for a model that is quantised already."""
     config = json.loads((model / "config.json").read_text())
     if "quantization_config" in config:

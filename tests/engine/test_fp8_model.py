@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from slime.engine.shell import fp8_shell
+from slime.engine.fp8_model import fp8_model_dir
 from tests.tiny import make_tiny
 
 
@@ -16,20 +16,20 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_holds_everything_but_weights(tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model", dtype="bf16")
-    shell = fp8_shell(model)
-    assert shell == fp8_shell(model)
-    names = {path.name for path in shell.iterdir()}
+    made = fp8_model_dir(model)
+    assert made == fp8_model_dir(model)
+    names = {path.name for path in made.iterdir()}
     assert names == {path.name for path in model.iterdir()} - {"model.safetensors"}
-    assert json.loads((shell / "config.json").read_text())["quantization_config"]["weight_block_size"] == [128, 128]
-    assert all((shell / name).read_bytes() == (model / name).read_bytes() for name in names - {"config.json"})
+    assert json.loads((made / "config.json").read_text())["quantization_config"]["weight_block_size"] == [128, 128]
+    assert all((made / name).read_bytes() == (model / name).read_bytes() for name in names - {"config.json"})
 
 
 def test_another_config_is_another_directory(tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model", dtype="bf16")
-    before = fp8_shell(model)
+    before = fp8_model_dir(model)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"rope_theta": 5e5}))
-    assert fp8_shell(model) != before
+    assert fp8_model_dir(model) != before
 
 
 def test_a_model_that_is_quantised_already_is_refused(tmp_path: Path) -> None:
@@ -37,4 +37,4 @@ def test_a_model_that_is_quantised_already_is_refused(tmp_path: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
     with pytest.raises(ValueError, match=r"is quantised already \(awq\): give the bf16 model"):
-        fp8_shell(model)
+        fp8_model_dir(model)
