@@ -148,7 +148,7 @@ def test_a_lock_that_another_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     store = LocalStore(tmp_path)
     with (tmp_path / ".lock").open("ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        released = threading.Timer(1.0, fcntl.flock, (other, fcntl.LOCK_UN))
+        released = threading.Timer(0.3, fcntl.flock, (other, fcntl.LOCK_UN))
         released.start()
         with pytest.raises(Busy, match=r"\.lock: another writer has held this lock for 0\.1 s"):
             store.put_if("a", b"1", None)
