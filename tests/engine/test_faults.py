@@ -115,9 +115,8 @@ class World:
 
         async def send() -> None:
             await engine._control.pause("in_place")
-            await engine._control.begin()
-            await engine._control.update([payload] * engine.ranks, None, False, TIMEOUT_S, fault_loader.LOADER)
-            await engine._control.end()
+            async with engine._session():
+                await engine._control.update([payload] * engine.ranks, None, False, TIMEOUT_S, fault_loader.LOADER)
             await engine._control.resume()
 
         self.host.run(send())
