@@ -103,7 +103,7 @@ class Quantised(Served):
     def apply(self, found: Iterable[Changes], label: str, trainer: Sequence[int], engine: Sequence[int]) -> None:
         def both() -> Iterator[Changes]:
             for changes in found:
-                carried, peaks = self._followed(changes)
+                carried, peaks = self._followed(changes)  # of the trainer's old bits, so before they go
                 if peaks is not None:
                     self._peaks[changes.tensor] = peaks
                 self.engine.apply(carried, label, engine)
