@@ -60,8 +60,6 @@ def _model(cfg: SlimeConfig) -> None:
     if not is_hub_id(path) and not Path(path).is_dir():
         raise ConfigError(f"model.path={path}: no such folder, and not a hub id (org/name){_relative(path)}")
     config = model_config(cfg) or {}
-    if cfg.rollout.quantization == "fp8":
-        _fp8_blocks(cfg, config)
     longest, rope = config.get("max_position_embeddings"), config.get("rope_scaling")
     if "rollout" not in needed_roles(cfg) or not isinstance(longest, int) or rope:
         return
@@ -70,29 +68,6 @@ def _model(cfg: SlimeConfig) -> None:
             raise ConfigError(
                 f"data.max_prompt_tokens={cfg.data.max_prompt_tokens} + {knob}={tokens} exceed the {longest} positions of the model "
                 f"(max_position_embeddings in its config.json): lower one of them"
-            )
-
-
-def _fp8_blocks(cfg: SlimeConfig, config: dict[str, Any]) -> None:
-    """SGLang divides matrices among ranks, and fuses them, by whole blocks."""
-    tp, block = cfg.rollout.tensor_parallel, 128
-    heads, hidden = config.get("num_attention_heads", 1), config.get("hidden_size", block)
-    head = config.get("head_dim") or hidden // heads
-    sizes = {"hidden_size": (hidden, 1)}
-    if "kv_lora_rank" not in config:
-        groups = config.get("num_key_value_heads") or heads
-        sizes |= {"num_attention_heads x head_dim": (heads * head, tp), "num_key_value_heads x head_dim": (groups * head, min(tp, groups))}
-    elif config.get("q_lora_rank"):  # SGLang joins q_a_proj with kv_a_proj_with_mqa
-        sizes |= {"q_lora_rank": (config["q_lora_rank"], 1)}
-    among_experts = max(1, tp // int(cfg.rollout.sglang.get("ep_size") or 1))
-    for name, ranks in (("intermediate_size", tp), ("moe_intermediate_size", among_experts)):
-        sizes |= {name: (config[name], ranks)} if config.get(name) else {}
-    for name, (size, ranks) in sizes.items():
-        if size % (block * ranks):
-            among = f" for each of rollout.tensor_parallel={ranks} ranks" if ranks > 1 else ""
-            raise ConfigError(
-                f"rollout.quantization=fp8: {name}={size} in {cfg.model.path}/config.json is no whole number of blocks of {block}{among}: "
-                f"set rollout.quantization=none{', or lower rollout.tensor_parallel' if ranks > 1 and not size % block else ''}"
             )
 
 

@@ -12,8 +12,9 @@ from typing import Any, Literal
 from slime.config import SlimeConfig
 from slime.config.check_combinations import CPU_ONLY, check_combinations
 from slime.config.check_files import check_files
+from slime.config.check_fp8 import FP8_ON_GPU, check_fp8
 from slime.config.check_functions import check_functions
-from slime.config.check_serving import FP8_ON_GPU, check_serving
+from slime.config.check_serving import check_serving
 from slime.config.check_sizes import check_sizes
 from slime.config.exits import ConfigError, PreflightError
 from slime.config.tree import figure, nearest
@@ -34,6 +35,7 @@ def check(cfg: SlimeConfig) -> None:
     check_sizes(cfg)
     check_serving(cfg)
     check_files(cfg)
+    check_fp8(cfg)
 
 
 def check_device(cfg: SlimeConfig, device: Literal["cpu", "cuda"]) -> None:

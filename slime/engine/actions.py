@@ -6,7 +6,7 @@ the other engines answered. Actions on one engine follow one another: an UNDO wa
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from slime.engine.live import LiveEngine, Written
 from slime.engine.served import Served
 from slime.sync.inserver_client import RankError
 from slime.sync.manifest import root_of
-from slime.sync.protocol import Answer
+from slime.sync.protocol import Answer, Bucket
 from slime.sync.publication import Action, Do
 from slime.sync.states import Held, Refused
 from slime.types import WeightVersion
@@ -140,35 +140,41 @@ class Actions:
         return await self._load(engine)
 
     async def _load(self, engine: LiveEngine) -> dict[str, Any]:
-        """The version, whole, through SGLang's own update."""
+        """The version, whole."""
+        incoming, buckets = self.incoming, self.incoming.buckets(self._cfg.bucket_mb * MIB)
+        written, reason = await self._whole_of(engine, buckets, incoming.label, incoming.fingerprints, incoming.of_engines)
+        if reason:
+            raise EngineError(reason)
+        return {"audit_s": written.audit_s}
+
+    async def _whole_of(
+        self, engine: LiveEngine, buckets: Iterable[Bucket], label: str, fingerprints: Sequence[int], of_engines: Sequence[int]
+    ) -> tuple[Written, str]:
+        """All tensors of a version through SGLang's own update; what was found, and what of it is wrong."""
         assert engine.state is not None
         await engine.halt()
         engine.state.reload()
-        buckets = self.incoming.buckets(self._cfg.bucket_mb * MIB)
-        written = await engine.load_whole(buckets, self.incoming.label, self._cfg.timeout_s)
-        if reason := wrong(engine, written, self.incoming.of_engines):
-            raise EngineError(reason)
-        engine.state.adopted(Held(WeightVersion.parse(self.incoming.label), root_of(self.incoming.fingerprints)))
-        return {"audit_s": written.audit_s}
+        written = await engine.load_whole(buckets, label, self._cfg.timeout_s)
+        reason = wrong(engine, written, of_engines)
+        if not reason:
+            engine.state.adopted(Held(WeightVersion.parse(label), root_of(fingerprints)))
+        return written, reason
 
     async def _undo(self, engine: LiveEngine) -> dict[str, Any]:
         """Back to the version of the host copy, paused."""
         assert engine.state is not None
-        root, label = root_of(self._served.trainer.fingerprints), self._served.trainer.label
+        held, of_engines = self._served.trainer, self._served.engine.fingerprints
         if engine.endpoint.name in self._whole:
-            await engine.halt()
-            engine.state.reload()
-            written = await engine.load_whole(self._served.buckets(self._cfg.bucket_mb * MIB), label, self._cfg.timeout_s)
-            if not (reason := wrong(engine, written, self._served.engine.fingerprints)):
-                engine.state.adopted(Held(WeightVersion.parse(label), root))
+            buckets = self._served.buckets(self._cfg.bucket_mb * MIB)
+            _, reason = await self._whole_of(engine, buckets, held.label, held.fingerprints, of_engines)
         else:
             assert isinstance(self.incoming, IncomingDelta)
             await engine.pause("in_place", self._cfg.timeout_s)  # it is, unless that is what failed
-            written = await engine.undo(self.incoming.label, label, self.incoming.opaque_before, self._cfg.timeout_s)
-            if not (reason := wrong(engine, written, self._served.engine.fingerprints)):
-                engine.state.undo(self.incoming.manifest.version, root)
+            written = await engine.undo(self.incoming.label, held.label, self.incoming.opaque_before, self._cfg.timeout_s)
+            if not (reason := wrong(engine, written, of_engines)):
+                engine.state.undo(self.incoming.manifest.version, root_of(held.fingerprints))
         if reason:
-            raise EngineError(f"{label} was not restored: {reason}")
+            raise EngineError(f"{held.label} was not restored: {reason}")
         return {}
 
     async def _resume(self, engine: LiveEngine) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class IncomingWhole:
         self.label, self._served, self._buckets = label, served, buckets
         self.fingerprints = self.of_engines = _fingerprints(copy, buckets)
         self._loaded = [served.bucket(bucket) for bucket in buckets]
-        if served.engine is not copy:
+        if served.converts:
             self.of_engines = _fingerprints(served.engine, self._loaded)
 
     def buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
@@ -57,7 +57,7 @@ class IncomingWhole:
         yield from self._loaded
 
     def apply(self) -> None:
-        self._served.replace(self._buckets, self.label, self.fingerprints, self.of_engines)
+        self._served.replace(self._buckets, self._loaded, self.label, self.fingerprints, self.of_engines)
 
 
 class IncomingDelta:

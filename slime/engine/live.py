@@ -98,7 +98,7 @@ class LiveEngine:
     async def pause(self, how: str, timeout_s: float) -> None:
         """Stop decoding; `how` is sync.pause. Raises TimeoutError where `drain` waits too long."""
         if how == "drain":
-            await self._drain(time.monotonic() + timeout_s, timeout_s)
+            await self._drain(timeout_s)
         else:
             await self._control.pause(how)
 
@@ -118,11 +118,12 @@ class LiveEngine:
         if not self.facts.flush_while_retracted:
             await self._control.flush()
         elif not await self._control.try_flush():  # queued requests do not hinder it, but it would wait for them
-            raise EngineError(f"{self.endpoint.name} does not drop its cached prefixes")
+            raise EngineError(f"{self.endpoint.name} does not drop its cached prefixes: a request of its own still works; try again")
 
-    async def _drain(self, deadline: float, timeout_s: float) -> None:
+    async def _drain(self, timeout_s: float) -> None:
         """Pause with nothing running. A request may come between the last look and the pause, and one whose prompt is being computed is
         counted nowhere: it goes back into the queue or, before SGLang 0.5.21, is waited for. There cached prefixes are dropped here."""
+        deadline = time.monotonic() + timeout_s
         while True:
             if not await self._control.running():
                 if self.facts.flush_while_retracted:

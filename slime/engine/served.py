@@ -7,6 +7,7 @@
 A change of the trainer's tensors is carried over to the engines' without touching either; `apply` then changes both.
 """
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,11 @@ class Served:
         self.trainer = trainer
         self.engine = trainer if engine is None else engine
 
+    @property
+    def converts(self) -> bool:
+        """Whether engines hold something else than what travels."""
+        return self.engine is not self.trainer
+
     def ahead(self, changes: Changes, after: int) -> Iterable[tuple[Changes, int]]:
         """What the changes of a trainer's tensor, which then has the fingerprint `after`, change in the engines' tensors, each with the
         fingerprint that it will have; nothing is changed."""
@@ -43,8 +49,11 @@ class Served:
         """Become the version that the trainer's changes lead to, with these fingerprints of both."""
         self.trainer.apply(found, label, trainer)
 
-    def replace(self, buckets: Iterable[Bucket], label: str, trainer: Sequence[int], engine: Sequence[int]) -> None:
-        """Become the version that consists of these tensors of the trainer's, with these fingerprints of both."""
+    def replace(
+        self, buckets: Sequence[Bucket], loaded: Sequence[Bucket], label: str, trainer: Sequence[int], engine: Sequence[int]
+    ) -> None:
+        """Become the version that consists of these tensors of the trainer's, `loaded` by engines as `bucket` made them, with these
+        fingerprints of both."""
         self.trainer.replace(buckets, label, trainer)
 
 
@@ -112,17 +121,15 @@ class Quantised(Served):
         super().apply(both(), label, trainer, engine)
         self.engine.apply((), label, engine)
 
-    def replace(self, buckets: Iterable[Bucket], label: str, trainer: Sequence[int], engine: Sequence[int]) -> None:
-        def both() -> Iterator[Bucket]:
-            for bucket in buckets:
-                for name, tensor in bucket:
-                    number = self.trainer.spec.index[name]
-                    if number in self._blocks:
-                        self._peaks[number] = self._blocks[number].peaks(bits_of(tensor))
-                self.engine.replace([self.bucket(bucket)], label, engine)
-                yield bucket
-
-        super().replace(both(), label, trainer, engine)
+    def replace(
+        self, buckets: Sequence[Bucket], loaded: Sequence[Bucket], label: str, trainer: Sequence[int], engine: Sequence[int]
+    ) -> None:
+        for name, tensor in itertools.chain(*buckets):
+            number = self.trainer.spec.index[name]
+            if number in self._blocks:
+                self._peaks[number] = self._blocks[number].peaks(bits_of(tensor))
+        self.engine.replace(loaded, label, engine)
+        super().replace(buckets, loaded, label, trainer, engine)
 
 
 def served(trainer: HostCopy, quantization: str, run_id: str) -> Served:

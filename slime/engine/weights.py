@@ -96,28 +96,24 @@ class HostWeights:
         await engine.halt()
         try:
             reason = await self._learn(engine)
+            whole = bool(reason) or copy.label != self._base
+            if not whole and engine.server is None:
+                await engine.flush()
         except BaseException:
             await engine.resume()
             raise
-        name = engine.endpoint.name
-        quantised = self.served.engine is not copy
-        if reason and not quantised and copy.label == self._base and await engine.label() == f"{self._run.run_id}/{LOADED}":
+        name, converts = engine.endpoint.name, self.served.converts
+        if reason and not converts and copy.label == self._base and await engine.label() == f"{self._run.run_id}/{LOADED}":
             raise ValueError(
                 f"{name} has just read model.path={self._cfg.model.path}, and does not hold its bits: {reason}; this SGLang keeps weights "
                 "in another layout, with which deltas would break them"
             )
-        if reason or copy.label != self._base:
-            if reason and not quantised and copy.label == self._base:
+        if whole:
+            if reason and not converts and copy.label == self._base:
                 self.warnings.append(f"{name} is loaded whole: {reason}")
             written = await engine.load_whole(self.served.buckets(self._cfg.sync.bucket_mb * MIB), copy.label, timeout_s)
             if left := wrong(engine, written, self.served.engine.fingerprints):
                 raise ValueError(f"{name} does not hold {copy.label} after it was loaded whole: {left}; it stays paused")
-        elif engine.server is None:
-            try:
-                await engine.flush()
-            except BaseException:
-                await engine.resume()
-                raise
         assert engine.state is not None
         engine.state.adopted(Held(WeightVersion.parse(copy.label), root_of(copy.fingerprints)))
         await engine.resume()
@@ -132,10 +128,11 @@ class HostWeights:
                 self.served.engine.spec, self._folder / "spec.json", copy.spec.signature, self._run.run_id, socket, self._cfg.sync.timeout_s
             )
         except (ValueError, EngineError) as error:
-            if self._cfg.sync.mode == "delta" or isinstance(error, EngineLost):
+            if self.served.converts and isinstance(error, ValueError):  # whether it would take codes for codes is not known
+                mend = "with rollout.quantization=fp8 every engine is proven, in either mode; set rollout.quantization=none"
+                raise ValueError(f"{error}: {mend}") from error
+            if self.served.converts or self._cfg.sync.mode == "delta" or isinstance(error, EngineLost):
                 raise
-            if self.served.engine is not copy:  # whether it would take codes for codes is not known
-                raise ValueError(f"{error} (not with rollout.quantization=fp8, where every engine is proven)") from error
             self.warnings.append(f"{name}: its weights are not proven, only labelled: {error}")
             engine.forget(copy.spec, self._run.run_id)
             return ""
@@ -149,7 +146,7 @@ class HostWeights:
         """Raises ValueError for an engine that is quantised and should not be, or otherwise than it should be: what it would make of the
         weights is nobody's model."""
         name, spec = engine.endpoint.name, self.served.engine.spec
-        if self.served.engine is self.copy:
+        if not self.served.converts:
             eights = [live.name for found in engine.maps for live in found.lives if live.dtype.startswith("float8")]
             if eights:
                 raise ValueError(f"{name} is quantised, it holds {eights[0]} as FP8: set rollout.quantization=fp8, or serve it in bf16")

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from slime.config.check_fp8 import BLOCK
 from slime.sync.records import ModelSpec, TensorSpec
 
-BLOCK = 128  # rows and columns of a block
 SHIFT = 7  # log2 of it
 ANEW = 0.2  # share of a matrix's elements from which on it is quicker to quantise all of it
 LARGEST, LEAST_PEAK = 448.0, 1e-4

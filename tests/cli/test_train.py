@@ -221,9 +221,8 @@ def test_endings_of_a_run(error: Exception, code: int, slime: Slime, monkeypatch
 
     monkeypatch.setattr(sys.modules["slime.train"], "main", fail)
     assert slime("train", *GOOD) == (code, "", "slime: x\n")
-    if isinstance(error, RuntimeError):
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-        assert "in fail" in slime("train", *GOOD)[2]
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    assert "in fail" in slime("train", *GOOD)[2]
 
 
 def test_report_of_a_folder_without_a_run(slime: Slime, tmp_path: Path) -> None:

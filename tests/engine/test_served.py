@@ -99,7 +99,8 @@ def test_whole_tensors_are_quantised_as_the_held_ones_are() -> None:
     for found in meant.buckets(1 << 30):
         for name, tensor in found:
             assert torch.equal(as_loaded[name].view(torch.uint8), tensor.view(torch.uint8)), name
-    held.replace([bucket[:2], bucket[2:]], "2", meant.trainer.fingerprints, meant.engine.fingerprints)
+    halves = [bucket[:2], bucket[2:]]
+    held.replace(halves, [held.bucket(half) for half in halves], "2", meant.trainer.fingerprints, meant.engine.fingerprints)
     assert_same(held, meant)
     later = [step(np.random.default_rng(5), b, 0.05, "any") for b in after]
     found = [changes_of(i, old, new, np.flatnonzero(old != new)) for i, (old, new) in enumerate(zip(after, later, strict=True))]
