@@ -1,17 +1,25 @@
 """batch.npz of an iteration: the finished batch that the next update trains on."""
 
+import io
 import zipfile
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from slime.checkpoint.manifest import InvalidCheckpoint
+from slime.observe.hashed import write_hashed
 from slime.types import Batch
 
 NAME = "batch.npz"
 
 
 def write_batch(directory: Path, batch: Batch) -> None:
-    """Write the batch into the folder of an iteration."""
-    batch.save(directory / NAME)
+    """Write the batch into the folder of an iteration. Raises OSError where the disk refuses or gives back other bytes."""
+    content = io.BytesIO()
+    columns: dict[str, Any] = batch.columns()
+    np.savez(content, **columns)
+    write_hashed(directory / NAME, content.getbuffer())
 
 
 def read_batch(directory: Path) -> Batch | None:

@@ -5,12 +5,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from slime.observe.files import write_atomic
+from slime.observe.hashed import File
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -22,26 +24,34 @@ class InvalidCheckpoint(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class File:
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
 class Manifest:
     step: int
     files: dict[str, File]  # by path relative to the iteration, "/" between folders
 
 
-def describe(directory: Path, step: int) -> Manifest:
-    """Read and hash every file below `directory`. Raises ValueError for a link, which would point outside the checkpoint."""
+def describe(directory: Path, step: int, written: Mapping[str, File] = MappingProxyType({})) -> Manifest:
+    """Read and hash every file below `directory`. `written` is what whoever wrote a file says that it holds, as far as known.
+
+    Raises ValueError for a link, which would point outside the checkpoint, OSError where a file is not what was written.
+    """
     paths = sorted(p for p in directory.rglob("*") if not p.is_dir() or p.is_symlink())
     for path in paths:
         if path.is_symlink() or not path.is_file():
             raise ValueError(f"{path} is not a plain file; a checkpoint holds files and folders only")
     names = [p.relative_to(directory).as_posix() for p in paths]
     assert NAME not in names, f"{directory} has a manifest already"
-    return Manifest(step, dict(zip(names, _hash(paths), strict=True)))
+    found = dict(zip(names, _hash(paths), strict=True))
+    for name, file in written.items():
+        if found.get(name) != file:
+            raise OSError(f"{directory / name} is not what was written to it: {_difference(file, found.get(name))}")
+    return Manifest(step, found)
+
+
+def _difference(written: File, found: File | None) -> str:
+    if found is None:
+        return "it is not there"
+    sizes = f"{found.bytes} bytes instead of {written.bytes}"
+    return f"{sizes if found.bytes != written.bytes else 'other content'}; do not trust this disk"
 
 
 def write(directory: Path, manifest: Manifest) -> None:

@@ -69,7 +69,7 @@ def validate(path: Path) -> DriverState:
 
 def _named_but_absent(run_dir: Path) -> list[Refused]:
     pointer = run_dir / POINTER
-    text = pointer.read_text().strip() if pointer.exists() else ""
+    text = pointer.read_text(errors="replace").strip() if pointer.exists() else ""
     if not text.isdigit() or iteration(run_dir, int(text)).exists():
         return []
     return [Refused(iteration(run_dir, int(text)), f"{POINTER} names it, but it is not there")]

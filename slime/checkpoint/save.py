@@ -1,8 +1,8 @@
-"""Writing an iteration so that it exists whole or not at all.
+"""Writing an iteration so that it exists whole or not at all; `saver` calls these.
 
-    directory = begin(run_dir, 10)          # iter_0000010.tmp, shared with the ranks
-    trainer.save(directory / "trainer")     # and whatever else belongs to it
-    commit(run_dir, 10)                     # durable bytes, manifest.json, rename, pointer
+    directory = begin(run_dir, 10)                              # iter_0000010.tmp, shared with the ranks
+    saving = trainer.save(directory / "trainer")                # and whatever else belongs to it
+    commit(run_dir, 10, written)                                # durable bytes, manifest.json, rename, pointer
 
 A crash at any point leaves the iterations that were there before. The order of `commit`: every file and folder fsynced,
 manifest.json, the rename to iter_0000010, latest_checkpointed_iteration.txt. The pointer is for Megatron's tools and for
@@ -12,10 +12,13 @@ people; `restore` goes by the manifests.
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from slime.checkpoint import manifest
 from slime.observe.files import fsync_directory, write_atomic
+from slime.observe.hashed import File
 
 POINTER = "latest_checkpointed_iteration.txt"
 _TEMPORARY, _REPLACED = ".tmp", ".replaced"
@@ -41,17 +44,19 @@ def begin(run_dir: Path, step: int) -> Path:
     return directory
 
 
-def commit(run_dir: Path, step: int) -> Path:
+def commit(run_dir: Path, step: int, written: Mapping[str, File] = MappingProxyType({})) -> Path:
     """Make the folder of `begin` the iteration of `step` and return its final path.
 
-    Reads every file once to hash it. An earlier iteration of the same step (of an abandoned continuation) is replaced.
-    Raises OSError where the disk refuses; the iterations that were there stay as they were.
+    Reads every file once to hash it; `written` are those whose writers say what they hold, by path relative to the folder. An earlier
+    iteration of the same step (of an abandoned continuation) is replaced. Raises OSError where the disk refuses or a file is not what was
+    written; the iterations that were there stay as they were.
     """
     temporary, final = _temporary(run_dir, step), iteration(run_dir, step)
     assert temporary.is_dir(), f"commit of step {step} without begin"
-    contents = manifest.describe(temporary, step)
+    contents = manifest.describe(temporary, step, written)
     _fsync_tree(temporary)
     manifest.write(temporary, contents)
+    manifest.verify(temporary, step=step, content=False)
     old = final.with_name(final.name + _REPLACED)
     if final.exists():
         os.rename(final, old)

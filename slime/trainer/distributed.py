@@ -30,6 +30,7 @@ class Parallel:
     ep: dist.ProcessGroup
     etp: dist.ProcessGroup
     expert_dp: dist.ProcessGroup
+    saves: dist.ProcessGroup  # all ranks, over gloo: for the thread that writes a checkpoint, beside training's collectives
 
     @property
     def is_leader(self) -> bool:
@@ -78,6 +79,7 @@ def join_groups(device: Device, store: dist.Store, rank: int, world: int, sizes:
         ep=parallel_state.get_expert_model_parallel_group(),
         etp=parallel_state.get_expert_tensor_parallel_group(),
         expert_dp=parallel_state.get_expert_data_parallel_group(),
+        saves=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)),
     )
 
 

@@ -1,13 +1,13 @@
 """The trainer as the driver sees it: a plain object over the ranks."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import ActorDiedError, RayError
+from ray.exceptions import ActorDiedError
 
 from slime.cluster import deadline
 from slime.cluster.placement import RolePlacement
@@ -15,26 +15,28 @@ from slime.config import SlimeConfig
 from slime.observe.trace import Span
 from slime.sync.diff import Delta
 from slime.sync.records import ModelSpec
-from slime.trainer.rank import Rank
+from slime.trainer.rank import THREADS, Rank
+from slime.trainer.saving import STEP_KNOB, Saving, lost_rank, settle
+from slime.trainer.where import where
 from slime.types import Batch, WeightVersion
 
 log = logging.getLogger(__name__)
 
-SETTLE_S = 10.0  # after a failure: how long the other ranks may take to fail too before they are ended
-STEP_KNOB, START_KNOB = "cluster.step_timeout_s", "cluster.start_timeout_s"
+START_KNOB = "cluster.start_timeout_s"
 
 
 class TrainerGroup:
     """All ranks of the actor. Methods return when every rank is done.
 
-    They raise what a rank raised, TimeoutError when cluster.step_timeout_s has passed, RuntimeError naming a rank whose process died. A
-    failure that leaves ranks waiting for one another ends them all.
+    They raise what a rank raised, TimeoutError when cluster.step_timeout_s has passed, ProcessLost naming a rank whose process died. A
+    failure that leaves ranks waiting for one another ends them all, and where each of them waited is told.
     """
 
     def __init__(self, cfg: SlimeConfig, ranks: list[Any]) -> None:
         """Takes over Ray handles of `Rank`; see `start`."""
         self.cfg = cfg
         self._ranks = ranks  # the first is the leader
+        self._saving: Saving | None = None  # the last one
 
     @classmethod
     def start(cls, cfg: SlimeConfig, placement: RolePlacement) -> "TrainerGroup":
@@ -47,15 +49,14 @@ class TrainerGroup:
         if placement.device == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""
         world = len(placement.bundles)
+        actor = ray.remote(concurrency_groups=THREADS)(Rank)  # type: ignore[call-overload]
         ranks = [
-            ray.remote(Rank)
-            .options(
+            actor.options(
                 num_cpus=placement.cpus,
                 num_gpus=1 if placement.device == "cuda" else 0,
                 scheduling_strategy=placement.strategy(rank),
                 runtime_env={"env_vars": env},
-            )
-            .remote(cfg, rank, world, placement.device, threads)
+            ).remote(cfg, rank, world, placement.device, threads)
             for rank in range(world)
         ]
         group = cls(cfg, ranks)
@@ -73,14 +74,14 @@ class TrainerGroup:
             [rank.build.remote(address, port) for rank in self._ranks], "the trainer ranks to build the model", timeout_s, START_KNOB
         )
 
-    def update(self, batch: "ray.ObjectRef | Batch") -> dict[str, float]:
+    def update(self, batch: "ray.ObjectRef | Batch", meanwhile: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Train one batch: one or more optimizer steps. Returns train/*, mismatch/*, offpolicy/*, staleness/*, advantage/*, perf/*,
-        time/train_s; see `step.train_batch`.
+        time/train_s; see `step.train_batch`. `meanwhile` is called about once a second.
 
         Raises RuntimeError for a gradient that is not finite; that step was not taken and the ranks stay usable.
         """
         ref = _as_ref(batch)
-        return self._together([rank.train.remote(ref) for rank in self._ranks], "the trainer to update")[0]
+        return self._together([rank.train.remote(ref) for rank in self._ranks], "the trainer to update", meanwhile=meanwhile)[0]
 
     def logprobs(self, batch: "ray.ObjectRef | Batch") -> np.ndarray:
         """Log-probs of a batch's trained tokens under the current weights, float32 [T], 0 outside loss_mask."""
@@ -123,9 +124,14 @@ class TrainerGroup:
         """What `delta` gave last is held by every engine: it becomes the snapshot. The weights must not have been trained on since."""
         self._together([rank.acknowledge.remote() for rank in self._ranks], f"the trainer to keep weights {version.label}")
 
-    def save(self, directory: Path) -> None:
-        """Write the ranks' shards into `directory`, which every rank must see; on disk when it returns."""
-        self._together([rank.save.remote(str(directory)) for rank in self._ranks], f"the trainer to save {directory}")
+    def save(self, directory: Path) -> Saving:
+        """Begin to write the ranks' shards into `directory`, which every rank must see. Returns when every rank holds its share in host
+        memory; the weights may be trained on while threads of the ranks write it. A save must have ended before the next one begins."""
+        assert self._saving is None or self._saving.done(), "one save at a time"
+        what = f"the trainer to hold what it saves to {directory}"
+        sizes = self._together([rank.hold.remote(str(directory)) for rank in self._ranks], what)
+        self._saving = Saving(directory, max(sizes), [rank.write.remote() for rank in self._ranks])
+        return self._saving
 
     def load(self, directory: Path) -> None:
         """Continue from shards that `save` wrote. Raises ValueError where there are none."""
@@ -145,30 +151,33 @@ class TrainerGroup:
             ray.kill(rank)
         self._ranks = []
 
-    def _together(self, refs: "list[ray.ObjectRef]", what: str, timeout_s: float | None = None, knob: str = STEP_KNOB) -> list[Any]:
-        """Results of a call on several ranks. After a failure, ranks that go on waiting for one another are ended."""
+    def _together(
+        self,
+        refs: "list[ray.ObjectRef]",
+        what: str,
+        timeout_s: float | None = None,
+        knob: str = STEP_KNOB,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> list[Any]:
+        """Results of a call on several ranks. After a failure, ranks that go on waiting for one another are ended; where they were
+        stands in a file of the run's logs."""
         try:
-            return deadline.get(refs, timeout_s or self.cfg.cluster.step_timeout_s, what, knob)
+            return deadline.get(refs, timeout_s or self.cfg.cluster.step_timeout_s, what, knob, meanwhile)
         except Exception as error:
-            settled, waiting = ray.wait(refs, num_returns=len(refs), timeout=SETTLE_S) if refs else ([], [])
-            dead = [i for i, ref in enumerate(refs) if ref in settled and _died(ref)]
+            seen = self._where(what) if isinstance(error, TimeoutError) else ""
+            waiting, dead = settle(refs)
             if waiting or dead:
-                log.error("%d of %d trainer ranks do not answer; ending them all", len(waiting) + len(dead), len(refs))
+                seen = seen or self._where(what)
+                log.error("%d of %d trainer ranks do not answer; ending them all. %s", len(waiting) + len(dead), len(refs), seen)
                 self.stop()
             if dead and not isinstance(error.__cause__, ActorDiedError):
-                raise RuntimeError(f"waiting for {what}: trainer rank {dead[0]} died; its log is in Ray's session directory") from error
+                raise lost_rank(what, dead[0]) from error
+            if isinstance(error, TimeoutError):
+                raise TimeoutError(f"{error}: {seen}") from error
             raise
 
-
-def _died(ref: "ray.ObjectRef") -> bool:
-    """Whether a settled call failed because its actor's process ended."""
-    try:
-        ray.get(ref, timeout=0)
-    except ActorDiedError:
-        return True
-    except RayError:  # what the method itself raised
-        return False
-    return False
+    def _where(self, what: str) -> str:
+        return where(self._ranks, what, Path(self.cfg.run.dir).resolve() / str(self.cfg.run.name) / "logs")
 
 
 def _as_ref(batch: "ray.ObjectRef | Batch") -> "ray.ObjectRef":

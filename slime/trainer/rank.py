@@ -4,14 +4,18 @@ The driver imports this module to start ranks; torch and megatron-core, slow to 
 """
 
 import functools
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import ray
 
 from slime.config import SlimeConfig
+from slime.observe.hashed import File
+from slime.observe.stacks import Stacks
 from slime.observe.trace import Span, Tracer
 from slime.sync.diff import Summary
 from slime.sync.manifest import PartRef
@@ -19,7 +23,12 @@ from slime.sync.protocol import Bucket
 from slime.sync.records import ModelSpec
 from slime.types import Batch
 
+if TYPE_CHECKING:
+    from slime.trainer.snapshot import Snapshot
+
 EXPORT_BUCKET_BYTES = 64 << 20  # two are alive at once
+SAVE, WATCH = "save", "watch"  # threads beside the one that trains
+SAVE_NICE = 19  # the lowest; Ray starts its workers at 15
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,13 +45,17 @@ def on_device(method: Callable[Concatenate["Rank", P], R]) -> Callable[Concatena
     return scoped
 
 
+THREADS = {SAVE: 1, WATCH: 1}  # Ray's concurrency groups of a rank
+
+
 class Rank:
     """One trainer rank; rank 0 is the leader. `build` comes first; from then on every method is called on all ranks together, in one order,
-    except where it says otherwise."""
+    except where it says otherwise. Start it with THREADS."""
 
     def __init__(self, cfg: SlimeConfig, rank: int, world: int, kind: str, threads: int) -> None:
         self.cfg, self.rank, self.world, self.kind, self.threads = cfg, rank, world, kind, threads
         self.tracer = Tracer(f"rank {rank}")
+        self.held: Snapshot | None = None  # to be written
 
     def open_store(self) -> tuple[str, int]:
         """Rank 0 alone: address and port where the ranks meet."""
@@ -154,12 +167,27 @@ class Rank:
             export.write_hf(model, atlas, writer, EXPORT_BUCKET_BYTES)
 
     @on_device
-    def save(self, directory: str) -> None:
-        """See `shards.save`."""
+    def hold(self, directory: str) -> int:
+        """See `shards.snapshot`; returns the bytes that it holds until `write` has returned. The one before must have been written."""
         from slime.trainer import shards
 
+        with self.tracer.span("snapshot"):
+            self.held = shards.snapshot(self.trainer, Path(directory))
+            return self.held.host_bytes
+
+    @ray.method(concurrency_group=SAVE)
+    def write(self) -> dict[str, File]:
+        """See `Snapshot.write`; on a thread of its own, while other methods go on. It gives way to them where there are few cores."""
+        assert self.held is not None, "`hold` comes first"
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SAVE_NICE)
+        held, self.held = self.held, None
         with self.tracer.span("save"):
-            shards.save(self.trainer, Path(directory))
+            return held.write()
+
+    @ray.method(concurrency_group=WATCH)
+    def stacks(self) -> Stacks:
+        """Where this rank is. Of one rank alone; on a thread of its own, so that it answers while the rank waits."""
+        return Stacks.now()
 
     @on_device
     def load(self, directory: str) -> None:

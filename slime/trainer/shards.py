@@ -5,7 +5,7 @@ are loaded where the layout is the one that saved them.
 """
 
 import contextlib
-import queue
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,32 +15,37 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from slime.observe.hashed import File
 from slime.trainer.distributed import Parallel
+from slime.trainer.gather_state import gather_state
+from slime.trainer.snapshot import Snapshot, hold
 from slime.trainer.step import Trainer
 
 SHARDING = "fully_reshardable"  # megatron-core's name for an optimizer whose state does not depend on the layout
 
 
-def save(trainer: Trainer, directory: Path) -> None:
-    """Write this rank's share into `directory`, which all ranks see. All ranks call it together and return when the bytes are on disk.
+def snapshot(trainer: Trainer, directory: Path) -> Snapshot:
+    """This rank's share, in host memory, to be written into `directory`, which all ranks see. All ranks call it together, between updates;
+    they may train on as soon as it returns.
 
-    Raises OSError on every rank where the disk refuses on one.
+    Host memory: the rank that is the first of those that hold the same shard takes its weights and three fp32 numbers a parameter (2 + 12
+    bytes with bf16 weights); the others nothing that stays. Beside it, until it returns, each of them holds the three numbers too, and with
+    data parallelism one more.
     """
-    if trainer.parallel.rank == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    state = _state(trainer, loading=False, with_rng=True)
-    with _failing_together(f"the trainer's shards could not be written to {directory}"):
-        dist_checkpointing.save(state, str(directory), _InProcessSave("torch_dist", 1, thread_count=1))
+    fresh: set[int] = set()
+    state = _state(trainer, loading=False, with_rng=True, fresh=fresh)
+    return hold(state, directory, trainer.parallel.saves, copy=True, fresh=fresh)
+
+
+def save(trainer: Trainer, directory: Path) -> dict[str, File]:
+    """Write this rank's share into `directory`, which all ranks see. All ranks call it together and return when the bytes of all are on
+    disk. Returns the files of this rank. Raises OSError on every rank where the disk refuses on one."""
+    return snapshot(trainer, directory).write()
 
 
 def load(trainer: Trainer, directory: Path) -> None:
@@ -50,7 +55,7 @@ def load(trainer: Trainer, directory: Path) -> None:
         raise ValueError(f"{directory} holds no trainer checkpoint (no metadata.json of megatron-core): check run.resume")
     same = dist_checkpointing.load_common_state_dict(str(directory))["layout"] == _layout(trainer)
     with _failing_together(f"the trainer's shards could not be read from {directory}"):
-        state = dist_checkpointing.load(_state(trainer, loading=True, with_rng=same), str(directory))
+        state = dist_checkpointing.load(_state(trainer, loading=True, with_rng=same, fresh=set()), str(directory))
     for number, stage in enumerate(trainer.model.stages):
         stage.module.load_state_dict(state[_key(trainer, number)])
     trainer.optimizer_steps, trainer.version = state["optimizer_steps"], state["version"]
@@ -61,10 +66,8 @@ def load(trainer: Trainer, directory: Path) -> None:
 
 def save_weights(gpt: GPTModel, parallel: Parallel, directory: Path) -> None:
     """Write a model without anything that training needs, as `save` does. All ranks call it together. Raises OSError like `save`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with _failing_together(f"the weights could not be written to {directory}"):
-        state = {"model": gpt.sharded_state_dict(metadata=_metadata(parallel))}
-        dist_checkpointing.save(state, str(directory), _InProcessSave("torch_dist", 1, thread_count=1))
+    state = {"model": gpt.sharded_state_dict(metadata=_metadata(parallel))}
+    hold(state, directory, parallel.saves, copy=False).write()
 
 
 def load_weights(gpt: GPTModel, parallel: Parallel, directory: Path) -> None:
@@ -105,14 +108,16 @@ def _metadata(parallel: Parallel) -> dict[str, Any]:
     }
 
 
-def _state(trainer: Trainer, loading: bool, with_rng: bool) -> dict[str, Any]:
+def _state(trainer: Trainer, loading: bool, with_rng: bool, fresh: set[int]) -> dict[str, Any]:
+    """The sharded state dict of this rank; `fresh` gets the addresses of storages that were made for it."""
+
     def model() -> dict[str, Any]:
         stages, metadata = enumerate(trainer.model.stages), _metadata(trainer.parallel)
         return {_key(trainer, number): stage.module.sharded_state_dict(metadata=metadata) for number, stage in stages}
 
     state = {
         **model(),
-        "optimizer": _optimizer_state(trainer, model, loading),
+        "optimizer": _optimizer_state(trainer, model, loading, fresh),
         "optimizer_steps": trainer.optimizer_steps,
         "version": trainer.version,
         "layout": _layout(trainer),
@@ -123,10 +128,12 @@ def _state(trainer: Trainer, loading: bool, with_rng: bool) -> dict[str, Any]:
     return state
 
 
-def _optimizer_state(trainer: Trainer, model: Callable[[], dict[str, Any]], loading: bool) -> dict[str, Any]:
+def _optimizer_state(trainer: Trainer, model: Callable[[], dict[str, Any]], loading: bool, fresh: set[int]) -> dict[str, Any]:
     """Main weights and moments, named as their parameters are. Groups of parameters are left out: which there are depends on the layout
     (experts have an optimizer of their own under expert parallelism), and their rates are the recipe's."""
     metadata = _metadata(trainer.parallel)
+    for part in _parts(trainer):
+        part.get_parameter_state_dp_zero = functools.partial(gather_state, part, fresh)
     states = [part.sharded_state_dict(model(), is_loading=loading, metadata=metadata) for part in _parts(trainer)]
     return {str(number): state["param_state"] for number, state in enumerate(states)}
 
@@ -154,28 +161,3 @@ def _set_rng(rng: dict[str, Any]) -> None:
     if rng["cuda"] is not None:
         torch.cuda.set_rng_state(rng["cuda"])
     get_cuda_rng_tracker().set_states(rng["tracker"])
-
-
-class _InProcessSave(TorchDistSaveShardedStrategy):
-    """Writes in the rank itself. megatron-core forks its writers, which is not safe beside the threads of Ray and gloo, and keeps a
-    manager process that outlives a killed rank."""
-
-    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> AsyncRequest:
-        filesystem_async._results_queue = queue.SimpleQueue()
-        request = super().async_save(sharded_state_dict, checkpoint_dir)
-        if request.async_fn is None:
-            return request
-        transforms = request.async_fn.args[0]  # of the partial that megatron-core made
-
-        def write(rank: int, buckets: list, results: queue.SimpleQueue) -> None:
-            written = {}
-            for index, bucket in enumerate(buckets):
-                outcome: queue.SimpleQueue = queue.SimpleQueue()
-                pending: queue.Queue = queue.Queue()
-                pending.put(index)
-                FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, outcome, pending, use_fsync=True)
-                _, written[index] = outcome.get_nowait()
-            failed = [outcome for outcome in written.values() if isinstance(outcome, Exception)]
-            results.put(failed[0] if failed else written)  # megatron-core tells all ranks of a failure
-
-        return request._replace(async_fn=write)

@@ -10,6 +10,7 @@ import pytest
 from slime.checkpoint import manifest, save
 from slime.checkpoint.batch import read_batch, write_batch
 from slime.checkpoint.manifest import InvalidCheckpoint
+from slime.checkpoint.origin import KnownFile, Origin
 from slime.checkpoint.restore import newest, validate
 from slime.checkpoint.retention import keep_newest
 from slime.checkpoint.save import POINTER, begin, commit, iteration, iterations
@@ -38,6 +39,7 @@ def state_of(step: int) -> DriverState:
         trackers={"wandb": "abc"},
         config={"run": {"seed": 0, "lr": 1e-6}},
         wall_s=12.25,
+        origin=Origin({"torch": "2.13.0"}, [KnownFile("a.jsonl", 5, "ab")]),
     )
 
 

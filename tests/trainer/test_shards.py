@@ -160,24 +160,59 @@ def test_a_save_leaves_no_process_behind(ranks, models, tmp_path):
 
 
 def fail_to_write(place, cfg, directory):
+    """Rank 1 cannot write: its file's name is taken by a folder."""
     from slime.trainer import shards
 
-    def refuse(*_):
-        raise OSError("disk full")
-
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
     trainer = place.trainer(cfg)
-    write_item, filesystem_async._write_item = filesystem_async._write_item, refuse
-    try:
-        with pytest.raises(OSError, match=r"could not be written to.*disk full"):
-            shards.save(trainer, directory)
-    finally:
-        filesystem_async._write_item = write_item
+    if place.rank == 0:
+        (directory / "__1_0.distcp").mkdir(parents=True)
+    torch.distributed.barrier()
+    with pytest.raises(OSError, match=r"could not be written to.*: rank 1: .*Is a directory"):
+        shards.save(trainer, directory)
+    assert not (directory / "metadata.json").exists()
 
 
 def test_every_rank_hears_of_a_failed_write(ranks, models, tmp_path):
-    ranks.run(fail_to_write, 2, make_cfg(models["qwen3"]), tmp_path)
+    ranks.run(fail_to_write, 2, make_cfg(models["qwen3"], tensor_parallel=2), tmp_path / "shards")
+
+
+def train_while_it_is_held(place, cfg, batches, directory):
+    """(weights when the snapshot was taken, weights and addresses that a load of it gives), with updates between snapshot and write."""
+    from slime.trainer import shards, step
+
+    trainer = place.trainer(cfg)
+    step.train_batch(trainer, batches[0])
+    held = weights(trainer)
+    held = {name: tensor.clone() for name, tensor in held.items()}
+    snapshot = shards.snapshot(trainer, directory)
+    own = {t.untyped_storage().data_ptr() for stage in trainer.model.stages for t in (*stage.parameters(), *stage.module.buffers())}
+    taken = {data.untyped_storage().data_ptr() for _, data in snapshot.items if isinstance(data, torch.Tensor)}
+    assert not own & taken, "the snapshot is memory of the model"
+    straight = step.train_batch(trainer, batches[1])["train/grad_norm"]
+    files = snapshot.write()
+    resumed = place.trainer(cfg)
+    shards.load(resumed, directory)
+    loaded = weights(resumed)
+    return held, loaded, straight == step.train_batch(resumed, batches[1])["train/grad_norm"], files, snapshot.host_bytes
+
+
+@pytest.mark.parametrize(("world", "tp"), [(2, 1), (1, 1)])
+def test_what_is_written_is_what_was_held_whatever_was_trained_since(ranks, models, tmp_path, world, tp):
+    import hashlib
+
+    cfg = make_cfg(models["qwen3"], "bf16", tensor_parallel=tp)
+    answers = ranks.run(train_while_it_is_held, world, cfg, [make_batch(vocab=77, seed=seed) for seed in range(2)], tmp_path)
+    held, loaded, _, _, _ = answers[0]
+    assert held and all(torch.equal(tensor, loaded[name]) for name, tensor in held.items())
+    assert all(same for _, _, same, _, _ in answers)
+    files = {name: file for _, _, _, found, _ in answers for name, file in found.items()}
+    assert files.keys() == {path.name for path in tmp_path.iterdir()}
+    for name, file in files.items():
+        content = (tmp_path / name).read_bytes()
+        assert (file.bytes, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    elements = sum(tensor.numel() for tensor in held.values())
+    assert answers[0][4] == pytest.approx(14 * elements, rel=0.05), "two bytes of weights and three fp32 numbers a parameter"
+    assert sum(answer[4] for answer in answers[1:]) < elements, "the ranks that hold the same write nothing"
 
 
 def load_torn(place, cfg, directory):

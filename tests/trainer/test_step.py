@@ -209,23 +209,53 @@ def test_weight_decay_spares_norms(ranks, models):
         torch.testing.assert_close(after[name], old if old.ndim == 1 else old * (1 - 0.1 * 0.5), rtol=1e-6, atol=0)
 
 
-def refused(place, cfg, batch):
+def refused(place, cfg, batch, spoil, after, says):
+    """Train with the loss that `spoil` makes after `after` optimizer steps; returns whether the weights stayed, and what may follow."""
+    from slime.config.exits import NotFinite
     from slime.trainer import step
 
     trainer = place.trainer(cfg)
-    before, algorithm = weights(trainer), trainer.algorithm
-    trainer.algorithm = Algorithm(algorithm.advantages, lambda x: LossOutputs(x.logprobs * float("nan"), {}))
-    with pytest.raises(RuntimeError, match=r"has norm nan; the step was not taken.*trainer\.lr"):
+    algorithm = trainer.algorithm
+
+    def loss(x):
+        bad = trainer.optimizer_steps == after
+        return LossOutputs(spoil(x.logprobs) if bad else x.logprobs, {})
+
+    held = {}
+    trainer.algorithm = Algorithm(algorithm.advantages, loss)
+    finished = trainer.model.optimizer.step_with_ready_grads
+    trainer.model.optimizer.step_with_ready_grads = lambda: (finished(), held.update(weights(trainer)))
+    held.update(weights(trainer))
+    with pytest.raises(NotFinite, match=says):
         step.train_batch(trainer, batch)
-    same = all(torch.equal(t, before[name]) for name, t in weights(trainer).items())
-    trainer.algorithm = algorithm
+    same = all(torch.equal(t, held[name]) for name, t in weights(trainer).items())
+    trainer.algorithm, trainer.model.optimizer.step_with_ready_grads = algorithm, finished
     return same, trainer.optimizer_steps, step.train_batch(trainer, batch)["train/grad_norm"]
 
 
-def test_a_gradient_that_is_not_finite_is_refused(ranks, models):
+def nan(logprobs):
+    return logprobs * float("nan")
+
+
+def infinite_constant(logprobs):
+    """A loss that is not finite although its gradient is."""
+    return logprobs + float("inf")
+
+
+def test_a_loss_or_gradient_that_is_not_finite_is_refused_on_every_rank(ranks, models):
+    says = r"update 1: the loss is nan and the gradient has norm nan; the step was not taken\. .*trainer\.lr"
     for world, tp in ((1, 1), (2, 1), (2, 2)):
-        for same, steps, norm in ranks.run(refused, world, grpo_cfg(models["qwen3"], tensor_parallel=tp), make_batch(vocab=77)):
+        cfg = grpo_cfg(models["qwen3"], tensor_parallel=tp)
+        for same, steps, norm in ranks.run(refused, world, cfg, make_batch(vocab=77), nan, 0, says):
             assert same and steps == 0 and np.isfinite(norm)
+    says = r"update 1: the loss is inf and the gradient has norm [\d.]+; the step was not taken"
+    assert ranks.run(refused, 1, grpo_cfg(models["qwen3"]), make_batch(vocab=77), infinite_constant, 0, says)[0][:2] == (True, 0)
+
+
+def test_optimizer_steps_that_a_batch_has_taken_before_are_told(ranks, models):
+    cfg = grpo_cfg(models["qwen3"], updates_per_batch=2)
+    says = r"update 1, optimizer step 2 of 2: .*; the step was not taken \(the 1 before it on this batch were: only the last checkpoint "
+    assert ranks.run(refused, 1, cfg, make_batch(vocab=77), nan, 1, says)[0][:2] == (True, 1)
 
 
 def dtypes(place, cfg, batch):
