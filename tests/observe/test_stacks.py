@@ -1,0 +1,50 @@
+"""A picture of all threads names what each waits in."""
+
+import threading
+
+from slime.checkpoint.saver import Saver
+from slime.observe.stacks import AT_REST, Stacks, stacks
+
+
+def waits_in_a_test(event: threading.Event) -> None:
+    event.wait()
+
+
+def test_every_other_thread_is_shown_with_its_innermost_frames(tmp_path) -> None:
+    event = threading.Event()
+    thread = threading.Thread(target=waits_in_a_test, args=(event,), name="waiter")
+    thread.start()
+    try:
+        text = stacks()
+    finally:
+        event.set()
+        thread.join()
+    assert "thread waiter:" in text and "waits_in_a_test" in text and "event.wait()" in text
+    assert text.index("waits_in_a_test") < text.rindex("in wait"), "innermost last"
+    assert "_current_frames" not in text, "the thread that looks is left out"
+
+
+def test_frames_of_slime_are_named(tmp_path) -> None:
+    begun, event = threading.Event(), threading.Event()
+
+    def rest(directory) -> None:
+        begun.set()
+        event.wait()
+
+    class Never:
+        def done(self) -> bool:
+            return True
+
+        def result(self, timeout_s: float):
+            raise OSError
+
+    saver = Saver(tmp_path, 1, 0, 1.0)
+    assert Stacks.now().waits == AT_REST
+    saver.start(1, lambda _: Never(), rest)
+    try:
+        assert begun.wait(5)
+        seen = Stacks.now().waits
+    finally:
+        event.set()
+        saver.close()
+    assert seen.startswith("checkpoint/saver.py:") and seen.endswith(" _finish")
