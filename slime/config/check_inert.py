@@ -17,7 +17,7 @@ SERVING = tuple(
     f"rollout.{knob}"
     for knob in (
         *("engines", "tensor_parallel", "max_in_flight", "engine_python", "sglang", "replay_experts", "quantization"),
-        *("start_timeout_s", "request_timeout_s"),
+        *("start_timeout_s", "request_timeout_s", "health_timeout_s", "max_restarts"),
         *("external_urls", "external_key_env", "join"),
     )
 )

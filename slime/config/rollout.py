@@ -53,6 +53,10 @@ class RolloutConfig:
     start_timeout_s: float = number(300.0, above=0)
     """Deadline for an engine to become healthy."""
     request_timeout_s: float = number(600.0, above=0)
-    """Deadline for one answer."""
+    """Deadline for one answer; an engine that misses it is started anew, and the request asked again, at most twice."""
+    health_timeout_s: float = number(60.0, above=0)
+    """An engine that answers no probe for so long is killed and started anew."""
+    max_restarts: int = number(3, low=0)
+    """How often one engine is brought back between two published versions; beyond it is retired."""
     sglang: dict[str, Any] = field(default_factory=dict)
     """Any argument of SGLang's server by its own name, e.g. rollout.sglang.mem_fraction_static=0.8."""

@@ -1,16 +1,19 @@
 """What the engines of a host are told to do with one version, one action at a time for each (see sync/publication.py).
 
 An action that fails says so in its Answer and raises nothing, whatever went wrong, since the driver decides upon it together with what
-the other engines answered. Actions on one engine follow one another: an UNDO waits until the COMMIT that is given up has ended.
+the other engines answered. An engine that has failed and does not answer a probe is lost: where it is a server of slime's, its process is
+killed, so that nothing that was asked of it can still happen. Actions on one engine follow one another: an UNDO waits until the COMMIT that
+is given up has ended.
 """
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slime.config import SyncConfig
+from slime.config import SlimeConfig
 from slime.engine.errors import EngineError, EngineLost
 from slime.engine.incoming import IncomingDelta, IncomingWhole
 from slime.engine.live import LiveEngine, Written
@@ -26,18 +29,22 @@ MIB = 1 << 20
 FAILURES = (EngineError, RankError, TimeoutError, Refused, OSError)
 FINAL = (Do.UNDO, Do.HEAL, Do.DROP, Do.RESUME)  # that fail for good: the engine is lost to the publication
 NAMED = 4  # tensors in a message
+PROBE_S = 10.0  # in which the scheduler of an engine that failed answers
 STAGE_MOST = 0.25  # of a GPU rank's weights: more is not staged beside them but loaded whole
 
 
 class Actions:
     """For the version `incoming`, from the one that is `served`. `paths` are staged files by signature of the live map."""
 
-    def __init__(self, cfg: SyncConfig, served: Served, incoming: IncomingDelta | IncomingWhole, paths: Mapping[str, Path]) -> None:
+    def __init__(self, cfg: SlimeConfig, served: Served, incoming: IncomingDelta | IncomingWhole, paths: Mapping[str, Path]) -> None:
         self.incoming = incoming
-        self._cfg, self._served, self._paths = cfg, served, paths
+        self._cfg, self._served, self._paths = cfg.sync, served, paths
+        self._health_timeout_s = cfg.rollout.health_timeout_s
         self._whole: set[str] = set()  # engines that the version is loaded into whole
         self._spoiled: dict[str, str] = {}  # engines that were found to hold other bits than the version before, and what was found
         self._turns: dict[str, asyncio.Lock] = {}
+        self._seen: dict[str, LiveEngine] = {}  # the engines that were asked first
+        self._late: set[asyncio.Task[Answer]] = set()  # given up, not ended
         self._calls: dict[Do, Callable[[LiveEngine], Any]] = {
             Do.PREPARE: self._prepare,
             Do.DROP: self._drop,
@@ -47,19 +54,61 @@ class Actions:
             Do.RESUME: self._resume,
         }
 
-    async def perform(self, actions: Sequence[Action], engines: Mapping[str, LiveEngine]) -> list[Answer]:
-        """Do these side by side; one answer each."""
-        ended = await asyncio.gather(*(self._perform(action, engines[action.engine]) for action in actions), return_exceptions=True)
-        answers = []
-        for action, end in zip(actions, ended, strict=True):
-            if isinstance(end, Answer):
-                answers.append(end)
-                continue
-            assert isinstance(end, Exception), end
-            if action.do in FINAL:
-                await self._fence(engines[action.engine], end, written=action.do is not Do.DROP)
-            answers.append(Answer(action, self._said(engines[action.engine], end)))
-        return answers
+    async def perform(self, actions: Sequence[Action], engines: Mapping[str, LiveEngine], timeout_s: float) -> list[Answer]:
+        """Do these side by side; one answer each, after `timeout_s` or soon afterwards."""
+        return await asyncio.gather(*(self._answer(action, engines[action.engine], timeout_s) for action in actions))
+
+    async def _answer(self, action: Action, engine: LiveEngine, timeout_s: float) -> Answer:
+        if self._seen.setdefault(action.engine, engine) is not engine:
+            return Answer(action, f"{action.engine} was started anew meanwhile", lost=True)
+        begun_s, task = time.monotonic(), asyncio.create_task(self._perform(action, engine))
+        lost = await self._lost_meanwhile(action, engine, task, timeout_s)
+        if not lost and task.done() and task.exception() is None:
+            return task.result()
+        if not lost and task.done():
+            lost = await engine.probe(PROBE_S)
+        failed = task.exception() if task.done() else self._too_late(action, time.monotonic() - begun_s, timeout_s, lost)
+        assert isinstance(failed, Exception), failed
+        said = self._said(engine, failed)
+        if not task.done():
+            self._late.add(task)
+            task.add_done_callback(self._over)
+        if lost:
+            await self._give_up(engine, lost)
+        elif action.do in FINAL:
+            await self._fence(engine, failed, written=action.do is not Do.DROP)
+        return Answer(action, said, lost=bool(lost))
+
+    def _too_late(self, action: Action, waited_s: float, timeout_s: float, lost: str) -> Exception:
+        """What is wrong with an engine that has not answered."""
+        knob = "sync.timeout_s" if waited_s >= timeout_s else "rollout.health_timeout_s"
+        late = f"waiting for {action.engine} to {action.do}: nothing after {waited_s:.3g} s ({knob})"
+        return EngineLost(f"{late}, nor to a probe: {lost}") if lost else TimeoutError(late)
+
+    async def _lost_meanwhile(self, action: Action, engine: LiveEngine, task: "asyncio.Task[Answer]", timeout_s: float) -> str:
+        """Wait for the task; why its engine is lost, if it is. While it stages, it generates and answers; while it writes, it does not."""
+        until = time.monotonic() + timeout_s
+        slice_s = self._health_timeout_s if action.do in (Do.PREPARE, Do.DROP) else timeout_s
+        while not (await asyncio.wait([task], timeout=max(0.0, min(slice_s, until - time.monotonic()))))[0]:
+            if lost := await engine.probe(PROBE_S):
+                return lost
+            if time.monotonic() >= until:
+                break
+        return ""
+
+    def _over(self, task: "asyncio.Task[Answer]") -> None:
+        """What was given up has ended, whatever came of it."""
+        self._late.discard(task)
+        if not task.cancelled():
+            task.exception()
+
+    async def _give_up(self, engine: LiveEngine, why: str) -> None:
+        """The host agent brings it back (see tending.py)."""
+        engine.lost = why
+        if engine.state is not None:
+            engine.state.fence(why)
+        if engine.server is not None:
+            await asyncio.to_thread(engine.server.stop)
 
     async def _perform(self, action: Action, engine: LiveEngine) -> Answer:
         async with self._turns.setdefault(action.engine, asyncio.Lock()):

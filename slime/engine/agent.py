@@ -16,16 +16,17 @@ from slime.engine import arguments, settings
 from slime.engine.control import Control
 from slime.engine.endpoint import Endpoint
 from slime.engine.errors import EngineError, EngineLost
+from slime.engine.health import Trouble, Turn
 from slime.engine.live import LiveEngine
 from slime.engine.ports import free_ports
 from slime.engine.server import Server, ServerSpec
+from slime.engine.tending import Tending
 from slime.engine.versions import facts
 from slime.engine.weights import LOADED, HostWeights
 from slime.models.registry import has_experts
 from slime.sync.protocol import Adoption, Answer, Bucket
 from slime.sync.publication import Action
 
-WATCH_S = 0.5
 T = TypeVar("T")
 
 
@@ -47,10 +48,9 @@ class EngineActor:
         """`key` is the API and admin key of the run's servers, or of the user's."""
         self._cfg, self._run_dir, self._key = cfg, Path(run_dir), key
         self._loaded_label = f"{run_id}/{LOADED}"  # weights that a server read from model.path
-        self._engines: list[LiveEngine] = []
-        self._weights = HostWeights(cfg, lambda: self._engines)
         self._labelled: str | None = None  # what the engines were told to call what they loaded themselves
-        self._stopping = False
+        self._tending = Tending(cfg.rollout, self._bring, self._start_anew)
+        self._weights = HostWeights(cfg, lambda: self._tending.engines)
 
     # --- starting -------------------------------------------------------------------------------------------------
 
@@ -80,7 +80,7 @@ class EngineActor:
                     label=self._loaded_label,
                     log=self._run_dir / "logs" / f"engine_{a.index}.log",
                 )
-                self._engines.append(self._live(spec))
+                self._tending.add(self._live(spec))
             starting = self._every(self._ready)
             await asyncio.gather(starting, asyncio.to_thread(importlib.import_module, "torch"))  # or the first bucket waits for it
         except BaseException:
@@ -93,18 +93,19 @@ class EngineActor:
         SGLang that is too old."""
         self._session = open_session()
         for i, url in enumerate(urls):
-            self._engines.append(await self._attached(Endpoint(url.rstrip("/"), self._key, f"engine {i}", ""), "rollout.external_urls"))
+            self._tending.add(await self._attached(Endpoint(url.rstrip("/"), self._key, f"engine {i}", ""), "rollout.external_urls"))
         return self.endpoints()
 
     async def join(self, url: str, key: str, name: str) -> Endpoint:
         """Use one more server of the user's: it is brought to the committed version, proven. Raises what `attach` raises, and ValueError,
         EngineError, RankError or TimeoutError where it does not come to hold that version."""
-        for known in self._engines:
+        for known in self._tending.engines:
             if known.endpoint.url == url.rstrip("/"):  # an earlier call ended after its caller had given up
                 return known.endpoint
         engine = await self._attached(Endpoint(url.rstrip("/"), key, name, ""), "rollout.join")
         await self._weights.take_in(engine)
-        self._engines.append(engine)
+        self._tending.add(engine)
+        self._tending.proven([name])
         return engine.endpoint
 
     async def _attached(self, endpoint: Endpoint, knob: str) -> LiveEngine:
@@ -126,14 +127,16 @@ class EngineActor:
         return LiveEngine(replace(endpoint, sglang=info["version"]), info["tp_size"], self._session)
 
     def endpoints(self) -> list[Endpoint]:
-        return [engine.endpoint for engine in self._engines]
+        return [engine.endpoint for engine in self._tending.engines]
 
     # --- weights: see HostWeights and sync/protocol.py ------------------------------------------------------------
 
     async def adopt(self, spec_json: str, run: Adoption) -> list[str]:
         """Take the model directory as base; every engine is proven to hold it. Returns what a user should be warned of."""
         self._labelled = None
-        await self._weights.adopt(spec_json, run)
+        with self._tending.at_work(self._names()):
+            await self._weights.adopt(spec_json, run)
+        self._tending.proven(self._names())
         return self._weights.warnings
 
     async def live(self) -> list[str]:
@@ -149,56 +152,65 @@ class EngineActor:
     async def offer_whole(self, label: str) -> None:
         await self._weights.offer_whole(label)
 
-    async def perform(self, actions: list[Action], label: str) -> list[Answer]:
-        return await self._weights.perform(actions, label)
+    async def perform(self, actions: list[Action], label: str, timeout_s: float) -> list[Answer]:
+        with self._tending.at_work({action.engine for action in actions}):
+            return await self._weights.perform(actions, label, timeout_s)
 
     async def advance(self, label: str) -> str:
-        return await self._weights.advance(label)
+        failed = await self._weights.advance(label)
+        self._tending.published()
+        return failed
+
+    async def give_up(self, label: str) -> None:
+        await self._weights.give_up(label)
 
     async def write_anchor(self, manifest: str) -> None:
         self._weights.write_anchor(manifest)
 
     async def relabel(self, label: str) -> None:
         """Call the weights that the engines loaded themselves `label`."""
-        await self._every(lambda e: e.relabel(label))
+        with self._tending.at_work(self._names()):
+            await self._every(lambda e: e.relabel(label))
         self._labelled = label
+        self._tending.proven(self._names())
 
-    async def restart_dead(self) -> list[str]:
-        """Start servers that ended anew, at their old address and with the committed weights. Returns their names."""
-        dead = [i for i, e in enumerate(self._engines) if e.server is not None and not e.server.alive]
-        for i in dead:
-            server = self._engines[i].server
-            assert server is not None
-            server.stop()
-            engine = self._engines[i] = self._live(server.spec)
-            await self._ready(engine)
-            if self._labelled is not None:
-                await engine.relabel(self._labelled)
-            elif self._weights.adopted:
-                await self._weights.take_in(engine)
-        return [self._engines[i].endpoint.name for i in dead]
+    # --- health: see tending.py -----------------------------------------------------------------------------------
+
+    async def health(self, since: int, wait_s: float) -> tuple[int, list[Turn]]:
+        """Turns of this host's engines from number `since` on, and the number to ask for next; waits up to `wait_s` for the first."""
+        return await self._tending.news(since, wait_s)
+
+    async def report(self, troubles: list[Trouble]) -> None:
+        """What clients saw of this host's engines."""
+        self._tending.report(troubles)
+
+    async def _start_anew(self, spec: ServerSpec) -> LiveEngine:
+        engine = self._live(spec)
+        await self._ready(engine)
+        return engine
+
+    async def _bring(self, engine: LiveEngine) -> None:
+        """To the weights that the host's engines hold."""
+        if self._labelled is not None:
+            await engine.relabel(self._labelled)
+        else:
+            await self._weights.take_in(engine)
 
     # --- ending ---------------------------------------------------------------------------------------------------
 
-    async def watch(self) -> str:
-        """Returns when a server of ours has ended unasked: which one, and the end of its log."""
-        while True:
-            for engine in self._engines:
-                if engine.server is not None and not engine.server.alive and not self._stopping:
-                    return f"{engine.endpoint.name} ended; the end of {engine.server.spec.log}:\n{engine.server.tail()}"
-            await asyncio.sleep(WATCH_S)
-
     async def stop(self) -> None:
         """End the servers that were started here. May be called again."""
-        self._stopping = True
-        servers = [e.server for e in self._engines if e.server is not None]
+        await self._tending.stop()
+        servers = [e.server for e in self._tending.engines if e.server is not None]
         await asyncio.gather(*(asyncio.to_thread(server.stop) for server in servers))
-        self._engines = []
         await self._weights.anchor_written()
         self._weights.close()
         await self._session.close()
 
     # --- helpers --------------------------------------------------------------------------------------------------
+
+    def _names(self) -> list[str]:
+        return [engine.endpoint.name for engine in self._tending.engines]
 
     def _live(self, spec: ServerSpec) -> LiveEngine:
         return LiveEngine(spec.endpoint, self._cfg.rollout.tensor_parallel, self._session, Server(spec))
@@ -209,8 +221,9 @@ class EngineActor:
 
     async def _every(self, call: Callable[[LiveEngine], Awaitable[T]]) -> list[T]:
         """The call on every engine, side by side, each to its end. Raises the first failure; a server that ended shows its log."""
-        results = await asyncio.gather(*(call(engine) for engine in self._engines), return_exceptions=True)
-        for engine, result in zip(self._engines, results, strict=True):
+        engines = self._tending.engines
+        results = await asyncio.gather(*(call(engine) for engine in engines), return_exceptions=True)
+        for engine, result in zip(engines, results, strict=True):
             if isinstance(result, EngineLost) and engine.server is not None:
                 raise EngineLost(f"{result}; the end of {engine.server.spec.log}:\n{engine.server.tail()}") from result
             if isinstance(result, BaseException):

@@ -19,9 +19,10 @@ class Control:
         self.endpoint = endpoint
         self._session = session
 
-    async def info(self) -> dict[str, Any]:
-        """Everything that the server says of itself: its arguments, `version`, `internal_states`."""
-        return await self._call("GET", "/server_info", None, ASK_S)
+    async def info(self, timeout_s: float = ASK_S) -> dict[str, Any]:
+        """Everything that the server says of itself: its arguments, `version`, `internal_states`. The last are its scheduler's answer,
+        between two steps, also while it is paused: unlike other questions this one shows that it lives."""
+        return await self._call("GET", "/server_info", None, timeout_s)
 
     async def label(self) -> str:
         """Label of the weights that it holds."""

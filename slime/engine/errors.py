@@ -11,3 +11,11 @@ class EngineLost(EngineError):
 
 class StaleWeights(EngineError):
     """An engine holds other weights than those that it should have."""
+
+
+class Garbage(EngineError):
+    """An engine's answer cannot be one: no JSON, fields that are missing, log-probs that no probability has."""
+
+
+class Aborted(EngineError):
+    """An engine cut an answer short that nobody had given up."""

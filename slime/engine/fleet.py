@@ -18,6 +18,7 @@ from slime.config.exits import PreflightError
 from slime.engine.agent import Assignment, EngineActor
 from slime.engine.endpoint import Endpoint
 from slime.engine.errors import EngineError, EngineLost
+from slime.engine.health import State, Trouble, Turn
 from slime.sync.inserver_client import RankError
 from slime.sync.protocol import Adoption, Answer
 from slime.sync.publication import Action
@@ -29,6 +30,8 @@ SYNC_KNOB, START_KNOB = "sync.timeout_s", "rollout.start_timeout_s"
 GRACE_S = 30.0  # beyond an agent's own deadline, which explains more
 STOP_S = 20.0
 ASK_S = 60.0
+NEWS_S = 5.0  # a host agent with nothing to tell answers after so long
+POLL_S = 0.2
 
 
 class EngineFleet:
@@ -38,13 +41,16 @@ class EngineFleet:
     host agent died.
     """
 
-    def __init__(self, cfg: SlimeConfig, agents: list[Any], endpoints: list[Endpoint]) -> None:
-        """Takes over Ray handles of `EngineActor`; see `start`."""
+    def __init__(self, cfg: SlimeConfig, agents: list[Any], endpoints: list[list[Endpoint]]) -> None:
+        """Takes over Ray handles of `EngineActor`, with the engines of each; see `start`."""
         self._cfg = cfg
         self._agents = agents
-        self._endpoints = endpoints
-        self._watches = [agent.watch.remote() for agent in agents]
-        self._hosts: dict[str, Any] = {}  # engine -> its agent
+        self._endpoints = [endpoint for of_agent in endpoints for endpoint in of_agent]
+        self._hosts = {e.name: agent for agent, of_agent in zip(agents, endpoints, strict=True) for e in of_agent}  # engine -> its agent
+        self._heard = [0] * len(agents)  # number of the next turn of each
+        self._asked: list[ray.ObjectRef | None] = [None] * len(agents)
+        self._untold: list[Turn] = []
+        self._last: dict[str, Turn] = {}  # of every engine
 
     @classmethod
     def start(cls, cfg: SlimeConfig, placement: RolePlacement | None, run_dir: Path, run_id: str) -> "EngineFleet":
@@ -66,7 +72,7 @@ class EngineFleet:
         except BaseException:
             _stop(agents)
             raise
-        return cls(cfg, agents, [endpoint for endpoints in started for endpoint in endpoints])
+        return cls(cfg, agents, started)
 
     def endpoints(self) -> list[Endpoint]:
         return list(self._endpoints)
@@ -86,13 +92,75 @@ class EngineFleet:
                 log.warning("%s does not join: %s", url, error)
                 continue
             self._endpoints.append(joined[-1])
+            self._hosts[name] = self._agents[0]
         return joined
 
-    def check(self) -> None:
-        """Raises EngineLost naming a server that ended, with the end of its log."""
-        ended, _ = ray.wait(self._watches, timeout=0)
-        if ended:
-            raise EngineLost(deadline.get(ended[0], 1.0, "a host agent"))
+    # --- health -----------------------------------------------------------------------------------------------------
+
+    def tend(self) -> list[Turn]:
+        """What became of engines since the last call, in order; does not wait. To be called often while anything is waited for.
+
+        Raises EngineLost where every engine is retired, RuntimeError where a host agent's process is gone.
+        """
+        for number, agent in enumerate(self._agents):
+            asked = self._asked[number] or agent.health.remote(self._heard[number], NEWS_S)
+            self._asked[number] = asked
+            if ray.wait([asked], timeout=0)[0]:
+                self._asked[number] = None
+                self._hear(number, asked)
+        self._check()
+        untold, self._untold = self._untold, []
+        return untold
+
+    def report(self, troubles: Sequence[Trouble]) -> None:
+        """Let the host agents know what the client saw of their engines."""
+        by_host: dict[Any, list[Trouble]] = {}
+        for trouble in troubles:
+            log.warning("%s (%s)", trouble.reason, trouble.kind)
+            by_host.setdefault(self._hosts[trouble.engine], []).append(trouble)
+        for agent, mine in by_host.items():
+            agent.report.remote(mine)
+
+    def wait_for_engines(self, timeout_s: float) -> None:
+        """Returns once an engine is healthy; the next `tend` has the turns. Raises what `tend` raises, and TimeoutError saying in which
+        state each engine is."""
+        until = time.monotonic() + timeout_s
+        while True:
+            for number, agent in enumerate(self._agents):
+                self._hear(number, agent.health.remote(self._heard[number], 0.0))
+            self._check()
+            if any(turn.state is State.HEALTHY for turn in self._last.values()):
+                return
+            if time.monotonic() > until:
+                raise TimeoutError(
+                    f"waiting for an engine to come back: none after {timeout_s:g} s (rollout.start_timeout_s + sync.timeout_s): "
+                    f"{self._states()}"
+                )
+            time.sleep(POLL_S)
+
+    def _hear(self, number: int, answer: "ray.ObjectRef") -> None:
+        """Take the turns that a host agent tells, those that are new."""
+        next_turn, turns = deadline.get(answer, ASK_S, f"the host agent of {self._names(number)}")
+        new = min(len(turns), max(0, next_turn - self._heard[number]))
+        for turn in turns[len(turns) - new :]:
+            if turn.engine in self._last or turn.state is not State.HEALTHY:  # that it is well from the beginning is no news
+                _tell(turn)
+            self._last[turn.engine] = turn
+            self._untold.append(turn)
+        self._heard[number] = max(self._heard[number], next_turn)
+
+    def _check(self) -> None:
+        retired = [turn for turn in self._last.values() if turn.state is State.RETIRED]
+        if len(retired) == len(self._endpoints):
+            raise EngineLost("; ".join(f"{turn.engine} is given up: {turn.reason}{_log_of(turn)}" for turn in retired))
+
+    def _states(self) -> str:
+        return "; ".join(f"{turn.engine} is {turn.state}: {turn.reason}" for turn in self._last.values())
+
+    def _names(self, number: int) -> str:
+        return ", ".join(name for name, agent in self._hosts.items() if agent is self._agents[number])
+
+    # --- weights: sync.protocol.Receivers -----------------------------------------------------------------------------
 
     def adopt(self, spec: ModelSpec, run: Adoption, timeout_s: float) -> None:
         """Every engine is proven to hold the model directory's weights, and known tensor by tensor."""
@@ -104,8 +172,7 @@ class EngineFleet:
     def engines(self) -> list[str]:
         """Names of the engines that take part in updates."""
         live = self._all(lambda agent: agent.live.remote(), ASK_S, "the host agents to name their engines")
-        self._hosts = {engine: agent for agent, engines in zip(self._agents, live, strict=True) for engine in engines}
-        return list(self._hosts)
+        return [engine for of_agent in live for engine in of_agent]
 
     def offer(self, manifest: str, parts: "Sequence[ray.ObjectRef]", timeout_s: float) -> None:
         """A delta, to every host."""
@@ -125,9 +192,9 @@ class EngineFleet:
         by_host: dict[Any, list[Action]] = {}
         for action in actions:
             by_host.setdefault(self._hosts[action.engine], []).append(action)
-        refs = {agent: agent.perform.remote(mine, label) for agent, mine in by_host.items()}
+        refs = {agent: agent.perform.remote(mine, label, timeout_s) for agent, mine in by_host.items()}
         answers: list[Answer] = []
-        until = time.monotonic() + timeout_s
+        until = time.monotonic() + timeout_s + GRACE_S
         for agent, mine in by_host.items():
             what = f"{', '.join(a.engine for a in mine)} to {mine[0].do} weights {label}"
             try:
@@ -141,6 +208,10 @@ class EngineFleet:
         for warning in filter(None, self._all(lambda agent: agent.advance.remote(label), timeout_s, f"every host to hold weights {label}")):
             log.warning("%s", warning)
 
+    def give_up(self, label: str, timeout_s: float) -> None:
+        """The version that was offered is not published."""
+        self._all(lambda agent: agent.give_up.remote(label), timeout_s, f"every host to let go of weights {label}")
+
     def write_anchor(self, manifest: str) -> None:
         """One host begins to write the version that it holds whole."""
         deadline.get(self._agents[0].write_anchor.remote(manifest), ASK_S, "a host agent to begin with an anchor")
@@ -149,21 +220,25 @@ class EngineFleet:
         """Call the weights that the engines loaded themselves `label`."""
         self._all(lambda agent: agent.relabel.remote(label), timeout_s, f"every engine to hold weights {label}")
 
-    def restart_dead(self) -> list[str]:
-        """Start servers that ended anew, with the committed weights. Returns their names."""
-        timeout_s = self._cfg.rollout.start_timeout_s + self._cfg.sync.timeout_s
-        what = "ended engines to start again"
-        names = deadline.get([a.restart_dead.remote() for a in self._agents], timeout_s, what, START_KNOB)
-        self._watches = [agent.watch.remote() for agent in self._agents]
-        return [name for of_agent in names for name in of_agent]
-
     def stop(self) -> None:
         """End the servers that were started here, and the agents. May be called again."""
         _stop(self._agents)
         self._agents = []
 
+    # --- helpers ----------------------------------------------------------------------------------------------------
+
     def _all(self, call: "Callable[[Any], ray.ObjectRef]", timeout_s: float, what: str) -> list[Any]:
         return deadline.get([call(agent) for agent in self._agents], timeout_s, what, SYNC_KNOB)
+
+
+def _tell(turn: Turn) -> None:
+    """Log what became of an engine."""
+    level = logging.WARNING if turn.state in (State.SUSPECT, State.DEAD, State.RETIRED) else logging.INFO
+    log.log(level, "%s is %s: %s%s", turn.engine, turn.state, turn.reason, _log_of(turn))
+
+
+def _log_of(turn: Turn) -> str:
+    return f"; the end of its log:\n{turn.tail}" if turn.tail else ""
 
 
 def _external_key(cfg: SlimeConfig) -> str:

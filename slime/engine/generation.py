@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from slime.engine.errors import EngineError
+from slime.engine.errors import EngineError, Garbage
 from slime.models.map import Routing
 from slime.types import VersionSpan, bad_logprob
 
@@ -73,18 +73,27 @@ def parse(
     `engine_s` is the time from the request's arrival to the answer, less what it waited in SGLang's queue, which SGLang tells only with
     rollout.sglang.enable_metrics=true (`queue_time`); without it the wait counts as work.
 
-    Raises EngineError where ids and log-probs do not belong together, for a value that no log-prob can have, and for experts that are
-    missing or not those of the model.
+    Raises Garbage where fields are missing, ids and log-probs do not belong together, for a value that no log-prob can have, and for
+    experts that are not those of the model; EngineError where experts are missing.
     """
+    try:
+        return _parsed(answer, has_spans, engine, started_s, finished_s, routing)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise Garbage(f"{engine} returned what is no answer: {type(error).__name__}: {error}") from error
+
+
+def _parsed(
+    answer: dict[str, Any], has_spans: bool, engine: str, started_s: float, finished_s: float, routing: Routing | None
+) -> Generation:
     meta, ids = answer["meta_info"], answer["output_ids"]
     triples = meta["output_token_logprobs"]
     if [t[1] for t in triples] != ids:
-        raise EngineError(f"{engine} returned {len(ids)} token ids and log-probs of {len(triples)} others")
+        raise Garbage(f"{engine} returned {len(ids)} token ids and log-probs of {len(triples)} others")
     logprobs = [t[0] for t in triples]
     at = bad_logprob(logprobs)
     if at is not None:
         value = "NaN" if logprobs[at] is None else logprobs[at]
-        raise EngineError(
+        raise Garbage(
             f"{engine} returned the log-prob {value} for token {at} of {len(ids)}, which no probability has: its logits overflowed or its "
             f"weights are broken; try model.dtype=fp32, or another attention_backend under rollout.sglang"
         )
@@ -106,6 +115,15 @@ def parse(
     )
 
 
+def check_answer(answer: Generation, vocab_size: int, longest: int) -> None:
+    """Raises Garbage for tokens that the model does not have, and for more of them than were asked for."""
+    ids = answer.output_ids
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise Garbage(f"{answer.engine} returned token ids from {min(ids)} to {max(ids)}, outside the model's vocabulary [0, {vocab_size})")
+    if len(ids) > longest:
+        raise Garbage(f"{answer.engine} returned {len(ids)} tokens where at most {longest} were asked for")
+
+
 def _experts(meta: dict[str, Any], answered: int, routing: Routing, engine: str) -> np.ndarray:
     """int16 [P + R - 1, layers, chosen] from the base64 of int32."""
     encoded = meta.get("routed_experts")
@@ -116,10 +134,10 @@ def _experts(meta: dict[str, Any], answered: int, routing: Routing, engine: str)
     try:
         values = np.frombuffer(base64.b64decode(encoded, validate=True), np.int32)
     except (binascii.Error, ValueError) as error:
-        raise EngineError(f"{engine} returned routed_experts that are not base64 of int32 values ({error})") from error
+        raise Garbage(f"{engine} returned routed_experts that are not base64 of int32 values ({error})") from error
     tokens = meta["prompt_tokens"] + answered - 1
     if values.size != tokens * routing.layers * routing.chosen or (values.size and not 0 <= values.min() <= values.max() < routing.experts):
-        raise EngineError(
+        raise Garbage(
             f"{engine} returned {values.size} routed_experts for {tokens} tokens, not {routing.layers} layers x {routing.chosen} of "
             f"{routing.experts} experts each: does it serve another model?"
         )

@@ -54,8 +54,26 @@ class LiveEngine:
         self.on_gpu = False
         self.proof: Proof | None = None
         self.state: Receiver | None = None
+        self.lost = ""  # why an update has given it up
         self._links: list[RankClient] = []
         self._control = Control(endpoint, session)
+
+    # --- life ------------------------------------------------------------------------------------------------------
+
+    async def probe(self, timeout_s: float) -> str:
+        """Why it does not answer, HTTP server and scheduler both; empty where it does."""
+        if self.server is not None and not self.server.alive:
+            return "its process ended"
+        try:
+            await self._control.info(timeout_s)
+        except (EngineError, TimeoutError, ValueError) as error:
+            return str(error)
+        return ""
+
+    def died(self) -> None:
+        """What it held is gone."""
+        if self.state is not None:
+            self.state.died()
 
     # --- the map ----------------------------------------------------------------------------------------------------
 

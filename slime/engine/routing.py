@@ -2,7 +2,7 @@
 
     FENCED   its weights are unknown or not the expected ones; gets nothing
     READY    holds the expected weights
-    DEAD     its connection broke; gets nothing until it is shown to hold the expected weights again
+    DEAD     it is out: its connection broke, or its host agent says so; gets nothing until the agent says that it is back
 
 A session (the ordinal of a prompt) stays with the engine that got its first request, whose cache holds the prompt; it moves when that
 engine is not ready or has much more to do than the least loaded one.
@@ -32,6 +32,7 @@ class Slot:
     state: State = State.FENCED
     reason: str = "its weights are not known yet"
     load: int = 0  # requests under way
+    life: int = 0  # how often its host agent has brought it back
 
 
 class Router:
@@ -59,12 +60,26 @@ class Router:
     def dead(self, engine: int, reason: str) -> None:
         self.slots[engine].state, self.slots[engine].reason = State.DEAD, reason
 
+    def back(self, engine: int, life: int) -> None:
+        """Its host agent says that it serves again. It is fenced until it is `ready`; one that was never out stays as it is."""
+        slot = self.slots[engine]
+        if slot.state is State.DEAD or life != slot.life:
+            slot.state, slot.reason, slot.life = State.FENCED, "it is back, and what it holds is not known yet", life
+
+    @property
+    def open(self) -> bool:
+        """Whether any engine is ready."""
+        return any(slot.state is State.READY for slot in self.slots)
+
+    def said(self) -> str:
+        """Every engine's state in words."""
+        return "; ".join(f"{slot.name} is {slot.state.value}: {slot.reason}" for slot in self.slots)
+
     def acquire(self, session: int | None = None) -> int:
         """The engine for a request of `session`; `release` it afterwards. Raises EngineError where none is ready, saying why."""
         open_engines = [i for i, slot in enumerate(self.slots) if slot.state is State.READY]
         if not open_engines:
-            states = "; ".join(f"{slot.name} is {slot.state.value}: {slot.reason}" for slot in self.slots)
-            raise EngineError(f"no engine can answer: {states}")
+            raise EngineError(f"no engine can answer: {self.said()}")
         least = min(open_engines, key=lambda i: (self.slots[i].load, i))
         chosen = least if session is None else self._sticky(session, least)
         self.slots[chosen].load += 1

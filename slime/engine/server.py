@@ -123,9 +123,10 @@ class Server:
         return "\n".join(lines[-TAIL_LINES:]) or "(empty)"
 
     def stop(self) -> None:
-        """Kill the server's group and wait until it is gone. May be called again."""
+        """Kill the server's group, stopped processes too, and wait until it is gone. May be called again."""
         assert self._guard.stdin is not None
         self._guard.stdin.close()
+        self._guard.send_signal(signal.SIGCONT)  # a guard that was stopped hears it now
         try:
             self._guard.wait(STOP_S)
         except subprocess.TimeoutExpired:

@@ -9,20 +9,24 @@ from typing import Any
 
 import orjson
 
-from slime.engine.errors import EngineError
+from slime.engine.errors import EngineError, Garbage
 
 PREFIX, END = b"data:", b"[DONE]"
 
 
 async def chunks(lines: AsyncIterable[bytes], engine: str) -> AsyncIterator[dict[str, Any]]:
-    """The JSON objects of a stream of server-sent events. Raises EngineError for an error that the server sends in it."""
+    """The JSON objects of a stream of server-sent events. Raises EngineError for an error that the server sends in it, Garbage for what is
+    no JSON."""
     async for line in lines:
         if not line.startswith(PREFIX):
             continue
         data = line.removeprefix(PREFIX).strip()
         if data == END:
             return
-        chunk = orjson.loads(data)
+        try:
+            chunk = orjson.loads(data)
+        except orjson.JSONDecodeError as error:
+            raise Garbage(f"{engine} sent {data[:100]!r} in a stream, which is no JSON") from error
         if "error" in chunk:
             raise EngineError(f"{engine} refused a request: {str(chunk['error'])[:500]}")
         yield chunk
@@ -41,13 +45,16 @@ def spans(progress: Iterable[tuple[int, str]]) -> list[dict[str, Any]]:
 
 
 async def whole(lines: AsyncIterable[bytes], engine: str) -> dict[str, Any]:
-    """The last chunk of a stream, as an answer that was not streamed looks, with meta_info.weight_versions. Raises EngineError for a stream
+    """The last chunk of a stream, as an answer that was not streamed looks, with meta_info.weight_versions. Raises Garbage for a stream
     without one."""
     progress: list[tuple[int, str]] = []
     last: dict[str, Any] | None = None
     async for last in chunks(lines, engine):
-        progress.append((len(last["output_ids"]), last["meta_info"]["weight_version"]))
+        try:
+            progress.append((len(last["output_ids"]), last["meta_info"]["weight_version"]))
+        except (KeyError, TypeError) as error:
+            raise Garbage(f"{engine} sent a piece of a stream that is none of an answer: {type(error).__name__}: {error}") from error
     if last is None:
-        raise EngineError(f"{engine} ended a stream without an answer")
+        raise Garbage(f"{engine} ended a stream without an answer")
     last["meta_info"]["weight_versions"] = spans(progress)
     return last

@@ -4,7 +4,9 @@ Every method of `HostWeights` but `perform` raises what went wrong. The engines'
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+import contextlib
+import math
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from slime.cluster.shared_folder import SharedFolder
@@ -21,11 +23,12 @@ from slime.sync.manifest import Manifest, root_of, sign, verify
 from slime.sync.protocol import Adoption, Answer, Bucket
 from slime.sync.publication import Action
 from slime.sync.records import ModelSpec
-from slime.sync.states import Fenced, Held
+from slime.sync.states import Held
 from slime.sync.store import WeightStore
 from slime.sync.store_fsspec import open_store
 from slime.types import WeightVersion
 
+PUBLICATIONS = 3  # times sync.timeout_s: longer than any publication takes
 LOADED = "loaded"  # what a server of ours calls the weights that it has read from model.path: <run_id>/loaded
 
 
@@ -42,6 +45,9 @@ class HostWeights:
         self.warnings: list[str] = []  # of engines that were taken in
         self._anchor: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()  # for what reads or writes all of the host copy
+        self._unoffered = asyncio.Event()  # no version is on its way
+        self._unoffered.set()
+        self._taking_in: asyncio.Timeout | None = None  # the deadline of the engine that is taken in
         self._shared = SharedFolder()
         self._folder = self._shared.path
 
@@ -71,6 +77,7 @@ class HostWeights:
         if self._cfg.sync.mode == "delta" and self._cfg.sync.transport == "host" and not Path(run.url).is_dir():
             raise ValueError(f"sync.transport=host: {run.url} is not on this host, where engines run; set sync.transport to ray or store")
         self._run = run
+        self._unoffered.set()  # what a driver before this one had on its way is nobody's any more
         spec = ModelSpec.from_json(spec_json)
         self._base = WeightVersion(-1, -1, run.run_id).label
         copy = await asyncio.to_thread(HostCopy.read, spec, Path(self._cfg.model.path), run.run_id, self._base)
@@ -79,15 +86,45 @@ class HostWeights:
         await asyncio.gather(*(self._take_in(engine) for engine in self._engines()))
 
     async def take_in(self, engine: LiveEngine) -> None:
-        """Bring an engine that has come late to the version of the host copy, proven. It generates afterwards. Raises TimeoutError naming
-        sync.timeout_s, and what `adopt` raises; an engine whose weights were not touched then goes on as it was."""
+        """Bring an engine that has come late to the version of the host copy, proven. It generates afterwards. While a version is on its
+        way this waits, and takes the engine to that one. Raises TimeoutError naming sync.timeout_s, and what `adopt` raises; an engine
+        whose weights were not touched then goes on as it was."""
+        name, timeout_s = engine.endpoint.name, self._cfg.sync.timeout_s
+        await self._own_turn(name)
+        try:
+            async with asyncio.timeout(timeout_s) as self._taking_in:
+                await self._take_in(engine)
+        except TimeoutError as error:
+            raise TimeoutError(f"{name} was not caught up after {timeout_s:g} s (sync.timeout_s): {error}") from error
+        finally:
+            self._taking_in = None
+            self._turn.release()
+
+    async def _own_turn(self, name: str) -> None:
+        """The turn, when no version is on its way. A publication has a deadline, and ends its offer however it goes."""
+        limit_s = PUBLICATIONS * self._cfg.sync.timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                while True:
+                    await self._unoffered.wait()
+                    await self._turn.acquire()
+                    if self._unoffered.is_set():
+                        return
+                    self._turn.release()
+        except TimeoutError:
+            raise TimeoutError(f"{name} waits to be caught up: a publication has not ended after {limit_s:g} s") from None
+
+    @contextlib.asynccontextmanager
+    async def _offering(self) -> AsyncIterator[None]:
+        """A version is on its way from here on, until `advance` or `give_up`. An engine that is being taken in may end that first, in half
+        of the publication's time."""
+        self._unoffered.clear()
+        if self._taking_in is not None:
+            loop, limit = asyncio.get_running_loop(), self._taking_in
+            limit.reschedule(min(limit.when() or math.inf, loop.time() + self._cfg.sync.timeout_s / 2))
         async with self._turn:
-            try:
-                async with asyncio.timeout(self._cfg.sync.timeout_s):
-                    await self._take_in(engine)
-            except TimeoutError as error:
-                late = f"{engine.endpoint.name} was not caught up after {self._cfg.sync.timeout_s:g} s (sync.timeout_s): {error}"
-                raise TimeoutError(late) from error
+            self._forget()
+            yield
 
     async def _take_in(self, engine: LiveEngine) -> None:
         """Nothing is answered between the first look at its weights and their proof, nor with prefixes of weights from before."""
@@ -164,23 +201,22 @@ class HostWeights:
                     )
 
     def live(self) -> list[LiveEngine]:
-        """Engines that take part: those that learned and are not fenced."""
-        return [e for e in self._engines() if e.state is not None and not isinstance(e.state.state, Fenced)]
+        """Engines that take part: those that hold a version, proven."""
+        return [e for e in self._engines() if e.state is not None and e.state.held is not None]
 
     # --- a version ----------------------------------------------------------------------------------------------------
 
     async def offer(self, manifest_json: str, parts: Sequence[bytes]) -> None:
         """Check and decode a delta, and write what the engines will stage. Raises ManifestError, WireError, ValueError; nothing has
         changed then."""
-        async with self._turn:
-            self._forget()
+        async with self._offering():
             manifest = Manifest.from_json(manifest_json)
             verify(manifest, self._run.key)
             for engine in self.live():
                 assert engine.state is not None, "adopt comes first"
                 engine.state.check(manifest)
             incoming, self._paths = await asyncio.to_thread(self._decode, manifest, parts)
-            self._actions = Actions(self._cfg.sync, self.served, incoming, self._paths)
+            self._actions = Actions(self._cfg, self.served, incoming, self._paths)
 
     def _decode(self, manifest: Manifest, given: Sequence[bytes]) -> tuple[IncomingDelta, dict[str, Path]]:
         parts = transport.fetch(manifest, given, self._run.url, self._cfg.sync.timeout_s)
@@ -196,15 +232,14 @@ class HostWeights:
 
     async def offer_whole(self, label: str) -> None:
         """The buckets since the first are the version `label`."""
-        async with self._turn:
+        async with self._offering():
             buckets, self._buckets = self._buckets, []
-            self._forget()
             incoming = await asyncio.to_thread(IncomingWhole, self.served, buckets, label)
-            self._actions = Actions(self._cfg.sync, self.served, incoming, {})
+            self._actions = Actions(self._cfg, self.served, incoming, {})
 
-    async def perform(self, actions: Sequence[Action], label: str) -> list[Answer]:
-        """Do these side by side; one answer each."""
-        return await self._offered(label).perform(actions, {engine.endpoint.name: engine for engine in self._engines()})
+    async def perform(self, actions: Sequence[Action], label: str, timeout_s: float) -> list[Answer]:
+        """Do these side by side; one answer each, after `timeout_s` or soon afterwards."""
+        return await self._offered(label).perform(actions, {engine.endpoint.name: engine for engine in self._engines()}, timeout_s)
 
     async def advance(self, label: str) -> str:
         """The host copy becomes the version that every engine has proven. Returns why the last anchor could not be written, if so."""
@@ -212,7 +247,15 @@ class HostWeights:
             failed = await self.anchor_written()
             await asyncio.to_thread(self._offered(label).incoming.apply)
             self._forget()
+            self._unoffered.set()
             return failed
+
+    async def give_up(self, label: str) -> None:
+        """The version that was offered, if it was, is not published: no engine goes on with it."""
+        async with self._turn:
+            self._forget()
+            self._buckets = []
+            self._unoffered.set()
 
     def write_anchor(self, manifest_json: str) -> None:
         """Begin to write what the host copy holds whole to the run's files. The host copy does not change before that has ended."""

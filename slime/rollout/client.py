@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from slime.engine.client import EngineClient, Generation, Sampling
-from slime.engine.errors import EngineError
 from slime.models.map import Routing
 from slime.types import Sample
 
@@ -28,8 +27,8 @@ class RolloutClient:
     ) -> Generation:
         """Continue `token_ids`. Samples of one group go to one engine, whose cache holds their common prefix.
 
-        Raises what EngineClient.generate raises: for other weights than expected, a lost engine, a deadline, ids outside the vocabulary;
-        and EngineError for an answer that the engine cut short.
+        Raises what EngineClient.generate raises: for ids outside the vocabulary, a refusal, and where three answers failed or no engine
+        came back in time.
         """
         sampling = replace(
             self.sampling,
@@ -38,7 +37,5 @@ class RolloutClient:
             seed=sample.seed,
         )
         answer = await self.engines.generate(list(token_ids), sampling, session=sample.group, routing=self.routing)
-        if answer.finish_reason == "abort":
-            raise EngineError(f"{answer.engine} aborted a request after {len(answer.output_ids)} tokens; its log says why")
         self.generations.append(answer)
         return answer

@@ -1,5 +1,6 @@
 """Supervised examples as batches: the prompt, and the label with the end token as the response."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import ray
@@ -8,11 +9,11 @@ from slime.config import SlimeConfig
 from slime.data.source import PromptSource
 from slime.data.template import load_tokenizer, tokenize
 from slime.engine.endpoint import Endpoint
-from slime.observe.trace import Span
+from slime.engine.health import Turn
 from slime.rollout.draw import Draw
-from slime.rollout.handle import Pending, Ready, RolloutResult
+from slime.rollout.handle import Evaluated, Pending, Ready, RolloutResult
 from slime.rollout.metrics import example, response_lengths
-from slime.types import Batch, EvalResult, Group, Prompt, RolloutSummary, Sample, WeightVersion
+from slime.types import Batch, Group, Prompt, RolloutSummary, Sample, WeightVersion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +30,7 @@ class Demonstrations:
         if self._tokenizer.eos_token_id is None:
             raise ValueError(f"model.path={cfg.model.path}: the tokenizer has no end token, so an answer could never end; set eos_token")
 
-    def start(self, step: int, first_ordinal: int) -> Pending:
+    def start(self, step: int, first_ordinal: int) -> Pending[RolloutResult]:
         draw = Draw(first_ordinal, self._cfg.rollout.prompts_per_step)
         groups: list[Group] = []
         while (ordinal := draw.take()) is not None:
@@ -50,8 +51,11 @@ class Demonstrations:
     def expect(self, version: WeightVersion) -> None:
         """No engines answer here."""
 
-    def evaluate(self, step: int) -> tuple[list[EvalResult], list[Span]]:
-        return [], []
+    def engines(self, turns: Sequence[Turn]) -> None:
+        """No engines answer here."""
+
+    def evaluate(self, step: int) -> Pending[Evaluated]:
+        return Ready(step, ([], []))
 
     def stop(self) -> None:
         pass

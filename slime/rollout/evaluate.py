@@ -1,6 +1,6 @@
 """Evaluation of one set of prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import comb
 
 import numpy as np
@@ -14,14 +14,22 @@ from slime.types import EvalResult, Group, Prompt
 SUCCESS = 1.0  # a reward of at least this counts as solved in pass_at_k
 
 
-async def evaluate_set(name: str, eval_set: EvalSet, prompts: list[Prompt], maker: GroupMaker, cfg: SlimeConfig) -> EvalResult:
-    """Answer and judge every prompt of a set, `samples` times each.
+async def evaluate_set(
+    name: str, eval_set: EvalSet, prompts: list[Prompt], maker: GroupMaker, cfg: SlimeConfig, finished: Callable[[], None]
+) -> EvalResult:
+    """Answer and judge every prompt of a set, `samples` times each; `finished` is called for each that was asked.
 
     A prompt longer than data.max_prompt_tokens counts as not solved; an answer whose reward failed is left out.
     """
     tokenized = [(p, tokenize(p, maker.client.tokenizer, cfg.data)) for p in prompts]
     asked = [(p, ids) for p, ids in tokenized if ids is not None]
-    groups = await together(maker.make(p, ids, eval_set.samples) for p, ids in asked)
+
+    async def answered(prompt: Prompt, ids: list[int]) -> Group:
+        group = await maker.make(prompt, ids, eval_set.samples)
+        finished()
+        return group
+
+    groups = await together(answered(p, ids) for p, ids in asked)
     rewards: list[list[float | None]] = [[s.reward for s in g.samples] for g in groups]
     rewards += [[0.0] * eval_set.samples] * (len(prompts) - len(asked))
     metrics = scores(rewards, eval_set.samples)

@@ -1,16 +1,21 @@
 """Where the loop's batches come from, as the driver sees it.
 
     pending = source.start(step, first_ordinal)     # returns at once
-    result = pending.result()                       # waits; nothing of it is in flight afterwards
+    while not pending.wait(0.2):                    # engines that fail meanwhile are looked after:
+        pending.progress()
+        fleet.report(pending.troubles())
+        source.engines(fleet.tend())
+    result = pending.result()                       # nothing of it is in flight afterwards
 
 Three sources: `Rollout` (engines), `Demonstrations` (supervised examples), `Replay` (rollouts dumped earlier).
 """
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -18,11 +23,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from slime.cluster import deadline
 from slime.config import SlimeConfig
 from slime.engine.endpoint import Endpoint
+from slime.engine.health import Trouble, Turn
 from slime.models.map import Routing
 from slime.observe.trace import Span
 from slime.types import EvalResult, RolloutSummary, WeightVersion
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 STEP_KNOB = "cluster.step_timeout_s"
 PROGRESS_S = 0.1
@@ -38,10 +46,14 @@ class RolloutResult:
     spans: list[Span] = field(default_factory=list)
 
 
-class Pending(Protocol):
-    """A batch under way."""
+Evaluated = tuple[list[EvalResult], list[Span]]  # every evaluation set, and where the time went
 
-    step: int
+
+class Pending(Protocol[T_co]):
+    """Something under way: a batch, an evaluation."""
+
+    @property
+    def step(self) -> int: ...
 
     def wait(self, timeout_s: float) -> bool:
         """Whether it is finished, after at most `timeout_s`."""
@@ -51,8 +63,12 @@ class Pending(Protocol):
         """Prompts finished so far."""
         ...
 
-    def result(self) -> RolloutResult:
-        """The batch; waits for it. Raises what the rollout raised."""
+    def troubles(self) -> list[Trouble]:
+        """What went wrong with engines, as far as `progress` has heard, since the last call."""
+        ...
+
+    def result(self) -> T_co:
+        """What it came to; waits for it. Raises what it raised."""
         ...
 
 
@@ -67,65 +83,79 @@ class BatchSource(Protocol):
         """One more engine, where engines answer; it is used from the next `expect` on."""
         ...
 
-    def start(self, step: int, first_ordinal: int) -> Pending: ...
+    def engines(self, turns: Sequence[Turn]) -> None:
+        """What became of engines, as EngineFleet.tend says."""
+        ...
 
-    def evaluate(self, step: int) -> tuple[list[EvalResult], list[Span]]:
-        """Every evaluation set with the weights that are expected, and where the time went."""
+    def start(self, step: int, first_ordinal: int) -> Pending[RolloutResult]: ...
+
+    def evaluate(self, step: int) -> Pending[Evaluated]:
+        """Every evaluation set with the weights that are expected."""
         ...
 
     def stop(self) -> None: ...
 
 
 @dataclass(slots=True)
-class Ready:
-    """A batch that is there already."""
+class Ready(Generic[T]):
+    """What is there already."""
 
     step: int
-    _result: RolloutResult
+    _result: T
 
     def wait(self, timeout_s: float) -> bool:
         return True
 
     def progress(self) -> int:
-        return len(self._result.summary.trained)
+        return 0
 
-    def result(self) -> RolloutResult:
+    def troubles(self) -> list[Trouble]:
+        return []
+
+    def result(self) -> T:
         return self._result
 
 
 @dataclass
-class Generating:
-    """A batch that the RolloutManager works on."""
+class Working(Generic[T]):
+    """What the RolloutManager works on."""
 
     step: int
+    _what: str
     _ref: "ray.ObjectRef"
+    _made: Callable[[Any], T]  # of what the manager returns
     _manager: Any
     _give_up_s: float  # time.monotonic()
     _timeout_s: float
     _asked: "ray.ObjectRef | None" = None  # for progress, not answered yet
     _heard: tuple[int, int] = (0, 0)  # prompts finished, and of how many
+    _troubles: list[Trouble] = field(default_factory=list)
 
     def wait(self, timeout_s: float) -> bool:
-        """Raises TimeoutError naming cluster.step_timeout_s when the whole rollout has taken longer."""
+        """Raises TimeoutError naming cluster.step_timeout_s when all of it has taken longer."""
         if ray.wait([self._ref], timeout=timeout_s)[0]:
             return True
         if time.monotonic() > self._give_up_s:
             done, of = self._heard
-            raise TimeoutError(f"rollout {self.step + 1}: {done} of {of} prompts finished after {self._timeout_s:g} s ({STEP_KNOB})")
+            raise TimeoutError(f"{self._what}: {done} of {of} prompts finished after {self._timeout_s:g} s ({STEP_KNOB})")
         return False
 
     def progress(self) -> int:
         """As last heard: while a function of the user's holds up the manager, it answers late."""
         self._asked = self._asked or self._manager.progress.remote()
         if ray.wait([self._asked], timeout=PROGRESS_S)[0]:
-            self._heard = deadline.get(self._asked, MANAGER_S, "the rollout's progress")
-            self._asked = None
+            heard = deadline.get(self._asked, MANAGER_S, "the rollout's progress")
+            self._heard, self._asked = (heard.done, heard.of), None
+            self._troubles += heard.troubles
         return self._heard[0]
 
-    def result(self) -> RolloutResult:
+    def troubles(self) -> list[Trouble]:
+        drained, self._troubles = self._troubles, []
+        return drained
+
+    def result(self) -> T:
         left_s = max(0.1, self._give_up_s - time.monotonic())
-        ref, summary, spans = deadline.get(self._ref, left_s, f"rollout {self.step + 1}", STEP_KNOB)
-        return RolloutResult(ref, summary, spans)
+        return self._made(deadline.get(self._ref, left_s, self._what, STEP_KNOB))
 
 
 class Rollout:
@@ -160,17 +190,32 @@ class Rollout:
         deadline.get(self._manager.add.remote(endpoint), MANAGER_S, "the rollout manager to take an engine")
 
     def expect(self, version: WeightVersion) -> None:
-        """From here on every answer must come from these weights. Raises StaleWeights naming an engine that holds others."""
+        """From here on every answer must come from these weights. Raises StaleWeights where engines answer and none holds them."""
         deadline.get(self._manager.expect.remote(version.label), MANAGER_S, "the rollout manager to take the weight version")
 
-    def start(self, step: int, first_ordinal: int) -> Pending:
-        timeout_s = self._cfg.cluster.step_timeout_s
-        ref = self._manager.generate.remote(step, first_ordinal)
-        return Generating(step, ref, self._manager, time.monotonic() + timeout_s, timeout_s)
+    def engines(self, turns: Sequence[Turn]) -> None:
+        """What became of engines: those that are out get nothing, those that are back get requests once they hold the expected weights."""
+        if turns:
+            deadline.get(self._manager.tell.remote(list(turns)), MANAGER_S, "the rollout manager to hear of engines")
 
-    def evaluate(self, step: int) -> tuple[list[EvalResult], list[Span]]:
-        return deadline.get(self._manager.evaluate.remote(step), self._cfg.cluster.step_timeout_s, f"evaluation at step {step}", STEP_KNOB)
+    def start(self, step: int, first_ordinal: int) -> Pending[RolloutResult]:
+        return self._working(step, f"rollout {step + 1}", self._manager.generate.remote(step, first_ordinal), _rollout_of)
+
+    def evaluate(self, step: int) -> Pending[Evaluated]:
+        return self._working(step, f"evaluation at step {step}", self._manager.evaluate.remote(step), _evaluation_of)
+
+    def _working(self, step: int, what: str, ref: "ray.ObjectRef", made: Callable[[Any], T]) -> Working[T]:
+        timeout_s = self._cfg.cluster.step_timeout_s
+        return Working(step, what, ref, made, self._manager, time.monotonic() + timeout_s, timeout_s)
 
     def stop(self) -> None:
         """End the manager and its reward workers."""
         ray.kill(self._manager)
+
+
+def _rollout_of(returned: tuple[Any, RolloutSummary, list[Span]]) -> RolloutResult:
+    return RolloutResult(*returned)
+
+
+def _evaluation_of(returned: Evaluated) -> Evaluated:
+    return returned

@@ -7,6 +7,7 @@ back a reference to the batch and an account of every ordinal that was drawn.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,12 @@ from slime.data.source import PromptSource, eval_prompts
 from slime.data.template import load_tokenizer, tokenize
 from slime.engine.client import EngineClient, Sampling
 from slime.engine.endpoint import Endpoint
+from slime.engine.health import Trouble, Turn
 from slime.models.map import Routing
 from slime.observe.trace import Span
 from slime.rollout.client import RolloutClient
 from slime.rollout.draw import Draw
-from slime.rollout.dump import write_rollout
+from slime.rollout.dump import write_failed_rewards, write_rollout
 from slime.rollout.evaluate import evaluate_set
 from slime.rollout.groups import GroupMaker
 from slime.rollout.metrics import busy_spans, error_frac, examples, rollout_metrics
@@ -35,12 +37,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Of what the manager works on."""
+
+    done: int  # prompts finished
+    of: int  # and how many are wanted
+    troubles: list[Trouble]
+
+
 class RolloutManager:
-    """See the module. Every method is called by the driver alone, one at a time but for `progress`."""
+    """See the module. Every method is called by the driver alone, one at a time but for `progress` and `tell`."""
 
     def __init__(self, cfg: SlimeConfig, run_dir: str) -> None:
         self.cfg, self.run_dir = cfg, Path(run_dir)
         self._progress = (0, 0)
+        self._step = 0  # of the rollout or evaluation under way
 
     async def open(self) -> None:
         """Open data, tokenizer and rewards. Raises ValueError naming the knob of what cannot be used."""
@@ -66,6 +78,7 @@ class RolloutManager:
             timeout_s=cfg.request_timeout_s,
             max_in_flight=cfg.max_in_flight,
             pause=self.cfg.sync.pause,
+            wait_s=cfg.start_timeout_s + self.cfg.sync.timeout_s,
         )
 
     async def add(self, endpoint: Endpoint) -> None:
@@ -76,16 +89,21 @@ class RolloutManager:
         """From here on, every answer must come from the weights of this label."""
         await self.engines.expect(label)
 
-    async def progress(self) -> tuple[int, int]:
-        """Prompts of the rollout under way that are finished, and how many are wanted."""
-        return self._progress
+    async def tell(self, turns: list[Turn]) -> None:
+        """What became of engines."""
+        self.engines.engines(turns)
+
+    async def progress(self) -> Progress:
+        """How far the rollout or evaluation under way is, and what went wrong with engines since the last call."""
+        return Progress(*self._progress, self.engines.troubles())
 
     async def generate(self, step: int, first_ordinal: int) -> "tuple[ray.ObjectRef, RolloutSummary, list[Span]]":
         """Generate and judge the batch of `step` from prompts beginning with `first_ordinal`.
 
         Raises GateStopped above reward.max_error_frac and where nearly every prompt is dropped, ValueError for a row that cannot be read
-        or an unfit answer of rollout.generate, RuntimeError for an engine that is dead or answers with other weights than expected.
+        or an unfit answer of rollout.generate, EngineError and TimeoutError for a request that no engine answers.
         """
+        self._step, self._progress = step, (0, self.cfg.rollout.prompts_per_step)
         begun, begun_cpu, cfg = time.time(), time.process_time(), self.cfg.rollout
         maker = self._maker(self._client(cfg.temperature, cfg.top_p, cfg.max_response_tokens, self.routing), self.judge)
         surplus = max(1, round(cfg.oversample * cfg.prompts_per_step)) if cfg.select == "arrival" else 0
@@ -109,13 +127,19 @@ class RolloutManager:
     async def evaluate(self, step: int) -> tuple[list[EvalResult], list[Span]]:
         """Evaluate every set with the weights that are expected. Raises what `generate` raises."""
         results, spans = [], []
+        self._step, self._progress = step, (0, sum(len(prompts) for _, prompts in self.eval_sets.values()))
         for name, (eval_set, prompts) in self.eval_sets.items():
             longest = eval_set.max_response_tokens or self.cfg.rollout.max_response_tokens
             maker = self._maker(self._client(eval_set.temperature, eval_set.top_p, longest), self.eval_judges[name], name)
-            results.append(await evaluate_set(name, eval_set, prompts, maker, self.cfg))
+            results.append(await evaluate_set(name, eval_set, prompts, maker, self.cfg, self._finished))
             self._check_errors(maker)
             spans += busy_spans(maker.client.generations, maker.judging)
         return results, spans
+
+    def _finished(self) -> None:
+        """One more prompt."""
+        done, of = self._progress
+        self._progress = (done + 1, of)
 
     def _client(self, temperature: float, top_p: float, max_new_tokens: int, routing: Routing | None = None) -> RolloutClient:
         sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, stop=tuple(self.cfg.rollout.stop))
@@ -179,7 +203,9 @@ class RolloutManager:
         failed = [s for s in maker.judged if s.reward_error]
         limit = self.cfg.reward.max_error_frac
         if len(failed) > limit * max(at_least, len(maker.judged)):
+            path = write_failed_rewards(self.run_dir, self._step, maker.judged)
             raise GateStopped(
                 f"{len(failed)} of {len(maker.judged)} rewards failed ({error_frac(maker.judged):.0%}), "
-                f"above reward.max_error_frac={limit:g}; the first: {failed[0].reward_error}"
+                f"above reward.max_error_frac={limit:g}; the first: {failed[0].reward_error}; "
+                f"the judged samples are in {path}"
             )

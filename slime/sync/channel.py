@@ -1,5 +1,6 @@
 """The weight channel as the driver sees it: publish a version, get it into every engine, proven, or raise."""
 
+import contextlib
 import logging
 import os
 import secrets
@@ -27,6 +28,10 @@ ENDING_S = 60.0
 
 class NotProven(RuntimeError):
     """A version did not reach every engine; those that are not fenced hold the version before."""
+
+
+class EnginesLost(NotProven):
+    """No engine is left that could hold the version: their host agents bring them back, then it can be published again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +66,8 @@ class Channel:
         self._url = transport.url_of(cfg, weights_dir, version.run_id)
         self._transport = transport.make(cfg, weights_dir, version.run_id, lasting)
         self._spec: ModelSpec | None = None
-        self._lost: dict[str, str] = {}
         self._changed: list[Changed] = []
-        self._manifest_sent: Manifest | None = None  # of the delta that is on its way
+        self._sent: tuple[Manifest, Changed] | None = None  # the delta that is on its way
         self._tracer = Tracer("sync")
 
     def tensors(self) -> list[tuple[str, int]]:
@@ -86,8 +90,9 @@ class Channel:
     def publish(self, number: int) -> dict[str, float]:
         """Bring every engine to version `number`; returns at once where they hold it. Metrics: sync/*, time/sync_s.
 
-        Raises NotProven naming engine and tensors, EngineError, EngineLost, TimeoutError naming sync.timeout_s. Engines that are not fenced
-        then hold the version before.
+        An engine that dies meanwhile is left out: its host agent brings it to the version afterwards. Raises EnginesLost where none is
+        left, after which a second `publish` is right, NotProven naming engine and tensors, EngineError, TimeoutError naming
+        sync.timeout_s. Engines that are not fenced then hold the version before.
         """
         version = WeightVersion(self._run.epoch, number, self._run.run_id)
         if self._broken:
@@ -111,10 +116,6 @@ class Channel:
         drained, self._changed = self._changed, []
         return drained
 
-    def lost(self) -> dict[str, str]:
-        """Engines that were fenced while the others went on, and why."""
-        return dict(self._lost)
-
     def close(self) -> None:
         """Let go what is of no use after the run."""
         self._transport.close()
@@ -124,10 +125,19 @@ class Channel:
     def _send(self, version: WeightVersion, publisher: Publisher, receivers: Receivers) -> dict[str, float]:
         begun = time.perf_counter()
         offer = self._offer_delta if self._cfg.mode == "delta" else self._offer_whole
-        metrics, clock = offer(version, publisher, receivers)
+        try:
+            metrics, clock = offer(version, publisher, receivers)
+        except BaseException:
+            self._let_go(version, receivers)
+            raise
         self._broken = f"{version.label} was interrupted"
         metrics |= self._commit(version, publisher, receivers, clock)
         return {**metrics, "time/sync_s": time.perf_counter() - begun}
+
+    def _let_go(self, version: WeightVersion, receivers: Receivers) -> None:
+        """The version is not published."""
+        with contextlib.suppress(RuntimeError, TimeoutError):  # of a host that is gone; what went wrong first is the reason
+            receivers.give_up(version.label, ENDING_S)
 
     def _clock(self, version: WeightVersion) -> "_Clock":
         """It begins when the trainer has done its part."""
@@ -140,13 +150,10 @@ class Channel:
         clock, offered = self._clock(version), time.perf_counter()
         manifest = self._manifest(version, delta)
         signed = sign(manifest, self._key)
-        self._manifest_sent = signed if self._cfg.key_env else manifest  # a key that nobody has later signs nothing that stays
+        stays = signed if self._cfg.key_env else manifest  # a key that nobody has later signs nothing that stays
+        self._sent = stays, Changed(version.number, delta.summary.changed)
         with self._tracer.span("offer", version=version.number):
-            receivers.offer(
-                signed.to_json(), self._transport.send(self._manifest_sent, delta.parts, self._spec, clock.left()), clock.left()
-            )
-        if self._held is not None:  # the first one of a process leads from the model directory, which is no step
-            self._changed.append(Changed(version.number, delta.summary.changed))
+            receivers.offer(signed.to_json(), self._transport.send(stays, delta.parts, self._spec, clock.left()), clock.left())
         return {**self._of_delta(delta.summary, manifest), "sync/decode_s": time.perf_counter() - offered}, clock
 
     def _offer_whole(self, version: WeightVersion, publisher: Publisher, receivers: Receivers) -> "tuple[dict[str, float], _Clock]":
@@ -198,42 +205,58 @@ class Channel:
         while not publication.ended:
             if publication.phase is Phase.PREPARED:
                 tally.prepared_s = time.perf_counter()
-                due = publication.commit()
+                due = publication.commit() if clock.left_s > 0 else publication.abort(clock.late)
             asked = [action for action in due if action.do not in (Do.ACKNOWLEDGE, Do.FENCE)]
             with self._tracer.span("+".join(sorted({str(action.do) for action in asked})) or "fence", version=version.number):
                 answers = receivers.perform(asked, version.label, clock.of(asked)) if asked else []
             if Action(Do.ACKNOWLEDGE) in due:
                 tally.committed_s = time.perf_counter()
-                if self._cfg.mode == "delta":
-                    publisher.acknowledge(version)
-                receivers.advance(version.label, self._cfg.timeout_s)
-                self._settle(receivers)
+                self._acknowledge(version, publisher, receivers)
             due = []
             for answer in answers:
                 tally.add(answer)
-                if answer.failed and answer.action.do is Do.COMMIT and self._cfg.on_mismatch == "heal":
-                    log.warning("%s: weights %s: %s; loading all of them", answer.action.engine, version.label, answer.failed)
-                due += publication.failed(answer.action, answer.failed) if answer.failed else publication.done(answer.action)
+                due += self._judge(publication, answer, version)
+            if any(answer.lost for answer in answers):
+                clock = self._clock(version)  # the time that it has cost is not the others'
         self._broken = ""
+        if not publication.acknowledged:
+            self._let_go(version, receivers)
         self._report(publication, version)
         return tally.metrics()
 
-    def _settle(self, receivers: Receivers) -> None:
-        manifest, self._manifest_sent = self._manifest_sent, None
-        if manifest is not None and self._spec is not None:
-            self._transport.settle(manifest, lambda whole: receivers.write_anchor(whole.to_json()), self._spec)
+    def _judge(self, publication: Publication, answer: Answer, version: WeightVersion) -> list[Action]:
+        """What an answer leads to."""
+        action, failed = answer.action, answer.failed
+        if answer.lost:
+            return publication.died(action.engine, f"asked to {action.do}: {failed}")
+        if not failed:
+            return publication.done(action)
+        if action.do is Do.COMMIT and self._cfg.on_mismatch == "heal":
+            log.warning("%s: weights %s: %s; loading all of them", action.engine, version.label, failed)
+        return publication.failed(action, failed)
+
+    def _acknowledge(self, version: WeightVersion, publisher: Publisher, receivers: Receivers) -> None:
+        """Every engine that is left has proven it: the trainer's snapshot and the host copies become the version."""
+        if self._cfg.mode == "delta":
+            publisher.acknowledge(version)
+        receivers.advance(version.label, self._cfg.timeout_s)
+        sent, self._sent = self._sent, None
+        if sent is not None and self._spec is not None:
+            if self._held is not None:  # the first one of a process leads from the model directory, which is no step
+                self._changed.append(sent[1])
+            self._transport.settle(sent[0], lambda whole: receivers.write_anchor(whole.to_json()), self._spec)
+        self._held = version
 
     def _report(self, publication: Publication, version: WeightVersion) -> None:
-        """Raises NotProven where it was aborted, or left no engine."""
+        """Raises EnginesLost where no engine is left, NotProven where it was aborted otherwise."""
+        fenced = f"; fenced: {', '.join(publication.fenced)}" if publication.fenced else ""
         if publication.phase is not Phase.DONE:
-            fenced = f"; fenced: {', '.join(publication.fenced)}" if publication.fenced else ""
-            raise NotProven(f"weights {version.label} were not published: {publication.reason}{fenced}")
-        if not publication.live:
-            self._broken = f"no engine has gone on with {version.label}"
-            raise NotProven(f"weights {version.label}: no engine goes on: {'; '.join(publication.fenced.values())}")
+            kind = EnginesLost if publication.deserted else NotProven
+            raise kind(f"weights {version.label} were not published: {publication.reason}{fenced}")
+        if publication.deserted:
+            raise EnginesLost(f"weights {version.label}: no engine goes on: {'; '.join(publication.fenced.values())}")
         for engine, reason in publication.fenced.items():
-            log.error("%s is fenced: %s", engine, reason)
-        self._lost |= publication.fenced
+            log.error("%s did not come to weights %s and gets no requests: %s", engine, version.label, reason)
 
 
 @dataclass
@@ -272,14 +295,22 @@ class _Clock:
     version: WeightVersion
     timeout_s: float
 
+    @property
+    def left_s(self) -> float:
+        return self.deadline - time.perf_counter()
+
+    @property
+    def late(self) -> str:
+        return f"publishing weights {self.version.label}: not in every engine after {self.timeout_s:g} s (sync.timeout_s)"
+
     def left(self) -> float:
-        left = self.deadline - time.perf_counter()
-        if left <= 0:  # no engine has been written to yet
-            raise TimeoutError(f"publishing weights {self.version.label}: not in every engine after {self.timeout_s:g} s (sync.timeout_s)")
+        """Raises TimeoutError where nothing is."""
+        if (left := self.left_s) <= 0:
+            raise TimeoutError(self.late)
         return left
 
     def of(self, actions: Sequence[Action]) -> float:
         """For these: what ends a publication, well or not, has time of its own."""
         if actions[0].do in (Do.PREPARE, Do.COMMIT):
-            return self.left()
-        return max(min(ENDING_S, self.timeout_s), self.deadline - time.perf_counter())
+            return max(0.1, self.left_s)
+        return max(min(ENDING_S, self.timeout_s), self.left_s)

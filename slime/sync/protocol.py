@@ -17,7 +17,8 @@
 The words in capitals are `publication.Do`: a pure state machine says which engine is asked what next. Until ACKNOWLEDGE nothing is lost: a
 failure in PREPARE leaves every engine as it was, one in COMMIT is undone on every engine that wrote (or healed, sync.on_mismatch). An
 engine that cannot be brought back is fenced: it stays paused and gets no requests. The trainer's snapshot moves only after every engine has
-proven the version, so what failed is simply diffed again.
+proven the version, so what failed is simply diffed again. An engine that dies on the way leaves the quorum, and the others go on; its host
+agent starts it anew and brings it to the host copy, but not before the publication has ended (ACKNOWLEDGE, or give_up()).
 
 With sync.mode=full the agents are offered all tensors, and COMMIT is a load through stock SGLang's own update, with the same proof.
 """
@@ -54,6 +55,7 @@ class Answer:
     write_s: float = 0.0  # of COMMIT: inside the engine
     audit_s: float = 0.0
     staged_bytes: int = 0  # of PREPARE, over all ranks of the engine
+    lost: bool = False  # it failed because the engine is gone or answers nothing: it takes part no more
 
 
 class Publisher(Protocol):
@@ -109,6 +111,10 @@ class Receivers(Protocol):
 
     def advance(self, label: str, timeout_s: float) -> None:
         """Host copies become the version."""
+        ...
+
+    def give_up(self, label: str, timeout_s: float) -> None:
+        """The version that was offered is not published: hosts go on with what they hold."""
         ...
 
     def write_anchor(self, manifest: str) -> None:

@@ -71,6 +71,7 @@ class Publication:
         self.phase = Phase.IDLE
         self.reason = ""  # why it aborts
         self.fenced: dict[str, str] = {}  # engine -> why
+        self.deserted = False  # whether it ended because no engine was left
         self.acknowledged = False  # whether the trainer's snapshot is the version
         self._heal = heal
         self._asked: dict[str, tuple[Do | None, bool]] = dict.fromkeys(engines, (None, False))  # the last thing, and whether it is done
@@ -162,7 +163,8 @@ class Publication:
     def _next(self) -> list[Action] | None:
         """One transition; None where something must be waited for."""
         if not self.ended and self.phase is not Phase.PROVEN and not self._asked:
-            return self._end(Phase.ABORTED, self.reason or "no engine is left: " + "; ".join(self.fenced.values()))
+            self.deserted = not self.reason
+            return self._end(Phase.ABORTED, self.reason or f"no engine is left: {'; '.join(self.fenced.values()) or 'none took part'}")
         match self.phase:
             case Phase.PREPARING if self._all(Do.PREPARE):
                 self.phase = Phase.PREPARED
@@ -173,6 +175,7 @@ class Publication:
                 self.phase, self.acknowledged = Phase.PROVEN, True
                 return [*(self._ask(engine, Do.RESUME) for engine in self.live), Action(Do.ACKNOWLEDGE)]
             case Phase.PROVEN if self._all(Do.RESUME):
+                self.deserted = not self._asked
                 return self._end(Phase.DONE, "")
             case Phase.ROLLING_BACK:
                 return self._roll_back()

@@ -3,7 +3,7 @@
     Stale --adopted--> Holds v --stage w--> Staged v,w --write w--> Written v,w --proof--> (proven) --accept--> Holds w
                          ^  <----------drop----------|                  |
                          |  <-----------------------undo----------------|
-    any --died, fence--> Fenced --restarted, reload--> Stale
+    any --died, fence--> Fenced --reload--> Stale
 
 It generates in Holds and Staged, with weights that were proven, and in no other state. `publication.py` says which event is due.
 """
@@ -198,10 +198,6 @@ class Receiver:
 
     def died(self) -> None:
         self.state = Fenced("it died")
-
-    def restarted(self) -> None:
-        """A new process serves at its place."""
-        self.state = Stale("it has restarted")
 
     def _check_run(self, run_id: str) -> None:
         if run_id != self.run_id:

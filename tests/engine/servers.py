@@ -3,6 +3,7 @@
 import asyncio
 import os
 import secrets
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,13 @@ def processes_of(word: str) -> list[int]:
             except OSError:
                 continue
     return found
+
+
+def mischievous(folder: Path) -> str:
+    """An interpreter of engines that misbehave, see tests/engine/mischief/sitecustomize.py; files mischief.<port> of `folder` tell how."""
+    folder.mkdir(parents=True, exist_ok=True)
+    python, site = folder / "python", Path(__file__).parent / "mischief"
+    lines = ["#!/bin/sh", f"export SLIME_TEST_MISCHIEF={folder}/mischief", f'PYTHONPATH="{site}:$PYTHONPATH" exec {sys.executable} "$@"']
+    python.write_text("\n".join(lines) + "\n")
+    python.chmod(0o755)
+    return str(python)

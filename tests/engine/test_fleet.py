@@ -17,8 +17,9 @@ from slime.config import SyncConfig
 from slime.config.exits import PreflightError
 from slime.engine.client import EngineClient, Generation
 from slime.engine.endpoint import Endpoint
-from slime.engine.errors import EngineError, EngineLost, StaleWeights
+from slime.engine.errors import EngineError, StaleWeights
 from slime.engine.fleet import EngineFleet
+from slime.engine.health import State, Turn
 from slime.engine.server import Server
 from slime.sync.channel import Channel
 from slime.sync.records import ModelSpec, TensorSpec
@@ -97,13 +98,14 @@ def test_two_ranks_take_published_weights_and_their_end_is_noticed_and_mended(
         assert metrics["sync/wire_bytes"] == sum(tensor.nbytes for _, tensor in tensors(models[1]))
         answer = ask(fleet, "run/0/1")
         assert distance(models[1], answer, PROMPT) < 1e-5 and answer.versions[0].version == "run/0/1"
-        fleet.check()
+        fleet.wait_for_engines(1)
+        assert [turn.state for turn in fleet.tend()] == [State.HEALTHY]
         kill_server(fleet)
-        with pytest.raises(EngineLost, match=r"engine 0 ended; the end of .*engine_0.log"):
-            wait_for_the_loss(fleet)
-        assert fleet.restart_dead() == ["engine 0"] and fleet.restart_dead() == []
+        turns = wait_for_its_return(fleet)
+        assert [turn.state for turn in turns] == [State.DEAD, State.RESTARTING, State.STALE, State.HEALTHY] and turns[-1].life == 1
+        assert turns[0].tail, "the end of its log"
         assert distance(models[1], ask(fleet, "run/0/1"), PROMPT) < 1e-5, "it loaded model.path and did not catch up"
-        fleet.check()
+        assert fleet.engines() == ["engine 0"] and fleet.tend() == []
     finally:
         fleet.stop()
     assert not servers.processes_of(f"--model-path={models[0]}\0--dtype")
@@ -115,11 +117,14 @@ def kill_server(fleet: EngineFleet) -> None:
     os.kill(main, signal.SIGKILL)
 
 
-def wait_for_the_loss(fleet: EngineFleet) -> None:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        fleet.check()
+def wait_for_its_return(fleet: EngineFleet) -> list[Turn]:
+    turns: list[Turn] = []
+    give_up = time.monotonic() + 120
+    while not turns or turns[-1].state is not State.HEALTHY:
+        assert time.monotonic() < give_up, turns
+        turns += fleet.tend()
         time.sleep(0.2)
+    return turns
 
 
 def test_servers_of_the_user_are_used_and_left_alone(

@@ -65,6 +65,22 @@ def test_a_dead_engine_is_not_merely_fenced() -> None:
     assert made.slots[0].state is State.READY
 
 
+def test_an_engine_that_is_back_is_fenced_until_it_is_ready() -> None:
+    made = router(2)
+    made.back(0, life=0)
+    assert made.slots[0].state is State.READY, "it was never out"
+    made.dead(0, "no answer for 60 s")
+    made.back(0, life=0)
+    assert made.slots[0].state is State.FENCED and made.open
+    made.ready(0)
+    made.back(0, life=1)
+    assert made.slots[0].state is State.FENCED and made.slots[0].life == 1, "what it holds is another life's"
+    made.dead(1, "its process ended")
+    assert not made.open and made.said() == (
+        "engine 0 is fenced: it is back, and what it holds is not known yet; engine 1 is dead: its process ended"
+    )
+
+
 def test_loads_return_to_zero_and_never_pass_it() -> None:
     made = router(2)
     for engine in [made.acquire(s) for s in range(10)]:

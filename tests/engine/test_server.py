@@ -17,9 +17,10 @@ import torch
 from slime.engine.client import EngineClient, Generation, Sampling
 from slime.engine.control import Control
 from slime.engine.endpoint import Endpoint
-from slime.engine.errors import EngineError, EngineLost, StaleWeights
+from slime.engine.errors import EngineError, StaleWeights
+from slime.engine.health import Kind
 from slime.engine.live import LiveEngine
-from slime.engine.routing import Router, State
+from slime.engine.routing import State
 from slime.engine.server import Server
 from slime.models.hf_files import HFReader
 from slime.sync import buckets
@@ -272,25 +273,23 @@ def test_a_late_server_is_ended_and_shows_its_log(models: tuple[Path, Path], tmp
     assert time.monotonic() - begun < 5 and not servers.processes_of(str(models[0]) + "\0--port")
 
 
-def test_a_broken_connection_is_not_retried_and_a_refused_one_is(models: tuple[Path, Path], server: Server) -> None:
+def test_what_a_broken_or_refused_connection_was_asked_is_asked_of_another_engine(models: tuple[Path, Path], server: Server) -> None:
     servers.update(server, tensors(models[0]), "run/0/0")
 
     async def ask() -> None:
         silent = await asyncio.start_server(lambda reader, writer: writer.close(), servers.HOST, 0)
         gone = Endpoint(f"http://{servers.HOST}:{silent.sockets[0].getsockname()[1]}", "", "engine 1", "0.5.23")
-        async with EngineClient([server.spec.endpoint], vocab_size=servers.VOCAB, timeout_s=20, max_in_flight=4) as client:
-            await client.expect("run/0/0")
-            client.endpoints.insert(0, gone)  # expected weights and all, and then it breaks
-            client._facts *= 2
-            client.router = Router(["engine 1", "engine 0"])
-            client.router.ready(0)
-            client.router.ready(1)
-            with pytest.raises(EngineLost, match=r"engine 1 at .* was lost while it generated"):
-                await client.generate([7], Sampling(max_new_tokens=1))
-            silent.close()
-            await silent.wait_closed()
-            client.router.ready(0)
-            assert (await client.generate([7], Sampling(max_new_tokens=1))).engine == "engine 0"
-            assert client.router.slots[0].state is State.DEAD
+        async with EngineClient([gone, server.spec.endpoint], vocab_size=servers.VOCAB, timeout_s=20, max_in_flight=4) as client:
+            for says in ("was lost while it generated", "does not accept connections"):
+                client._expected = "run/0/0"
+                client.router.ready(0)  # expected weights and all, and then it breaks
+                client.router.ready(1)
+                client._noted.clear()
+                assert (await client.generate([7], Sampling(max_new_tokens=1))).engine == "engine 0"
+                assert client.router.slots[0].state is State.DEAD and says in client.router.slots[0].reason
+                [trouble] = client.troubles()
+                assert (trouble.engine, trouble.kind) == ("engine 1", Kind.LOST) and says in trouble.reason
+                silent.close()
+                await silent.wait_closed()
 
     asyncio.run(ask())

@@ -196,12 +196,15 @@ class Host:
 
     def perform(self, actions: Sequence[Action], label: str, timeout_s: float) -> list[Answer]:
         self.before(actions)
-        answers = self.run(self.weights.perform(actions, label))
+        answers = self.run(self.weights.perform(actions, label, timeout_s))
         self.answers += answers
         return answers
 
     def advance(self, label: str, timeout_s: float) -> None:
         self.run(self.weights.advance(label))
+
+    def give_up(self, label: str, timeout_s: float) -> None:
+        self.run(self.weights.give_up(label))
 
     def write_anchor(self, manifest: str) -> None:
         self.weights.write_anchor(manifest)

@@ -15,9 +15,11 @@ LABEL = "run/0/0"
 
 @dataclass
 class Double:
-    """`behave(request body)` names what happens: a text to answer with, or one of stale, die, hang, abort, refuse, nan."""
+    """`behave(request body)` names what happens: a text to answer with, or one of stale, die, hang, abort, refuse, error, cut, odd, alien,
+    nan."""
 
     behave: Callable[[dict[str, Any]], str]
+    name: str = "engine 0"
     asked: list[dict[str, Any]] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)  # request ids
 
@@ -35,6 +37,10 @@ class Double:
             await asyncio.sleep(30)
         if what == "refuse":
             return web.json_response({"error": {"message": "no such parameter"}}, status=400)
+        if what == "error":
+            return web.json_response({"error": {"message": "an assertion"}}, status=500)
+        if what in ("cut", "odd"):
+            return web.Response(text='{"text": "' if what == "cut" else '{"text": "yes"}', content_type="application/json")
         return web.json_response(self.answer(body, what))
 
     async def abort_request(self, request: web.Request) -> web.Response:
@@ -42,7 +48,7 @@ class Double:
         return web.Response()
 
     def answer(self, body: dict[str, Any], what: str) -> dict[str, Any]:
-        ids = [5, 6, 1]
+        ids = [5, 6, 999 if what == "alien" else 1]
         return {
             "text": what,
             "output_ids": ids,
@@ -67,5 +73,5 @@ class Double:
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield Endpoint(f"http://127.0.0.1:{runner.addresses[0][1]}", "key", "engine 0", "0.5.23")
+        yield Endpoint(f"http://127.0.0.1:{runner.addresses[0][1]}", "key", self.name, "0.5.23")
         await runner.cleanup()

@@ -11,7 +11,9 @@ import pytest
 
 from slime.config import DataFile, EvalSet, SlimeConfig
 from slime.config.exits import GateStopped
-from slime.engine.errors import EngineError, EngineLost, StaleWeights
+from slime.engine import health
+from slime.engine.errors import Aborted, EngineError, EngineLost, Garbage, StaleWeights
+from slime.engine.health import Kind, Trouble, Turn
 from slime.rollout.manager import RolloutManager
 from slime.types import Batch, EvalResult, RolloutSummary
 from tests.rollout.double import LABEL, Double
@@ -139,20 +141,116 @@ def test_seeds_belong_to_the_sample(cfg: SlimeConfig):
     assert len(set(every)) == len(every) == 8 and all(0 <= s < 2**31 for s in every)
 
 
-@pytest.mark.parametrize(
-    ("what", "kind", "says"),
-    [
-        ("stale", StaleWeights, "engine 0 answered with weights run/0/9, expected run/0/0"),
-        ("die", EngineLost, "engine 0 at http://127.* was lost while it generated"),
-        ("hang", TimeoutError, r"engine 0 gave no answer after 1 s \(rollout.request_timeout_s\)"),
-        ("abort", EngineError, "engine 0 aborted a request after 3 tokens"),
-        ("nan", EngineError, "engine 0 returned the log-prob NaN for token 1 of 3, which no probability has"),
-        ("refuse", EngineError, "engine 0 refused a request: 400 .*no such parameter"),
-    ],
-)
-def test_an_engine_that_fails(cfg: SlimeConfig, what: str, kind: type[Exception], says: str):
-    with pytest.raises(kind, match=says):
-        rollout(cfg, lambda body: what if prompt_of(body) == 3 else "yes")
+FAILURES = [
+    ("stale", StaleWeights, Kind.STALE, "engine 0 answered with weights run/0/9, expected run/0/0"),
+    ("die", EngineLost, Kind.LOST, "engine 0 at http://127.* was lost while it generated"),
+    ("hang", TimeoutError, Kind.LATE, r"engine 0 gave no answer after 1 s \(rollout.request_timeout_s\)"),
+    ("abort", Aborted, None, "engine 0 aborted a request after 3 tokens"),
+    ("nan", Garbage, Kind.GARBAGE, "engine 0 returned the log-prob NaN for token 1 of 3, which no probability has"),
+    ("error", Garbage, Kind.GARBAGE, "engine 0 refused a request: 500 .*an assertion"),
+    ("cut", Garbage, Kind.GARBAGE, "engine 0 answered .* which is no JSON"),
+    ("odd", Garbage, Kind.GARBAGE, "engine 0 returned what is no answer: KeyError: 'meta_info'"),
+    ("alien", Garbage, Kind.GARBAGE, r"engine 0 returned token ids from 5 to 999, outside the model's vocabulary \[0, 80\)"),
+]
+
+
+async def tend(manager: RolloutManager, found: list[Trouble]) -> None:
+    """A driver and a host agent that bring back whatever is reported."""
+    lives = 0
+    while True:
+        if troubles := (await manager.progress()).troubles:
+            found += troubles
+            lives += 1
+            await manager.tell([Turn(trouble.engine, health.State.HEALTHY, "it is back", lives) for trouble in troubles])
+        await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize(("what", "kind", "reported", "says"), FAILURES, ids=[failure[0] for failure in FAILURES])
+def test_an_engine_that_fails(what: str, kind: type[Exception], reported: Kind | None, says: str, cfg: SlimeConfig):
+    """A request is asked again, under another id, and fails with all reasons when it has failed three times; before, it is answered."""
+
+    def run(times: int) -> tuple[RolloutSummary, Double, list[Trouble]]:
+        count, troubles = iter(range(100)), []
+
+        async def with_failures() -> tuple[RolloutSummary, Double]:
+            async with serving(cfg, lambda body: what if prompt_of(body) == 3 and next(count) < times else "yes") as (manager, double):
+                tending = asyncio.create_task(tend(manager, troubles))
+                try:
+                    return (await asyncio.wait_for(manager.generate(0, 0), 60))[1], double
+                finally:
+                    tending.cancel()
+
+        return *asyncio.run(with_failures()), troubles
+
+    cfg.rollout.samples_per_prompt = 1
+    summary, double, troubles = run(2)
+    asked = [body for body in double.asked if prompt_of(body) == 3]
+    assert summary.trained == [0, 1, 2, 3] and len(asked) == 3 and len({body["rid"] for body in asked}) == 3
+    assert {trouble.kind for trouble in troubles} == ({reported} if reported else set())
+    with pytest.raises(kind, match=rf"a request failed 3 times: {says}"):
+        run(100)
+
+
+def test_a_request_that_an_engine_refuses_is_not_asked_again(cfg: SlimeConfig):
+    with pytest.raises(EngineError, match=r"engine 0 refused a request: 400 .*no such parameter"):
+        rollout(cfg, lambda body: "refuse" if prompt_of(body) == 3 else "yes")
+
+
+def test_requests_wait_for_an_engine_only_so_long(cfg: SlimeConfig):
+    cfg.rollout.start_timeout_s, cfg.sync.timeout_s = 0.3, 0.2
+    with pytest.raises(
+        EngineError, match=r"no engine can answer after 0.5 s \(rollout.start_timeout_s \+ sync.timeout_s\): engine 0 is dead"
+    ):
+        rollout(cfg, lambda body: "die" if prompt_of(body) == 3 else "yes")
+
+
+def test_requests_of_an_engine_that_fails_go_to_the_others(cfg: SlimeConfig):
+    """It gets no more of them, and the same seeds are asked for."""
+    cfg.run.deterministic, first, second = True, Double(lambda body: "cut"), Double(lambda body: "yes", "engine 1")
+
+    async def run() -> tuple[RolloutSummary, list[Trouble]]:
+        async with first.serving() as one, second.serving() as other:
+            manager = RolloutManager(cfg, cfg.run.dir)
+            await manager.open()
+            await manager.connect([one, other], 80)
+            await manager.expect(LABEL)
+            _, summary, _ = await asyncio.wait_for(manager.generate(0, 0), 60)
+            troubles = (await manager.progress()).troubles
+            await manager.engines.close()
+            await manager.judge.close()
+        return summary, troubles
+
+    summary, troubles = asyncio.run(run())
+    assert summary.trained == [0, 1, 2, 3] and 0 < len(first.asked) < 8
+    assert [(t.engine, t.kind, t.life) for t in troubles] == [("engine 0", Kind.GARBAGE, 0)]
+
+    def seeds(double: Double) -> set[int]:
+        return {body["sampling_params"]["sampling_seed"] for body in double.asked}
+
+    assert seeds(first) < seeds(second) and len(seeds(second)) == 8
+
+
+def test_what_is_asked_of_an_engine_that_its_agent_gives_up_is_asked_of_others(cfg: SlimeConfig):
+    """It hangs, and its connections do not break."""
+    cfg.rollout.request_timeout_s = 50.0
+    first, second = Double(lambda body: "hang"), Double(lambda body: "yes", "engine 1")
+
+    async def run() -> RolloutSummary:
+        async with first.serving() as one, second.serving() as other:
+            manager = RolloutManager(cfg, cfg.run.dir)
+            await manager.open()
+            await manager.connect([one, other], 80)
+            await manager.expect(LABEL)
+            generating = asyncio.create_task(manager.generate(0, 0))
+            while not first.asked:
+                await asyncio.sleep(0.02)
+            await manager.tell([Turn("engine 0", health.State.DEAD, "no answer for 60 s", 0)])
+            _, summary, _ = await asyncio.wait_for(generating, 10)
+            await manager.engines.close()
+            await manager.judge.close()
+        return summary
+
+    assert asyncio.run(run()).trained == [0, 1, 2, 3] and len(second.asked) == 8
 
 
 @pytest.mark.parametrize(

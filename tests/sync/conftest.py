@@ -27,7 +27,7 @@ def engine(model: Path, ranks_of_one_process: None) -> Iterator[ToyEngine]:
     """Of two ranks."""
     made = ToyEngine(model)
     yield made
-    made.stop()
+    made.close()
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def two(model: Path, engine: ToyEngine) -> Iterator[World]:
     made = World(model, [engine, other])
     yield made
     made.close()
-    other.stop()
+    other.close()
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from slime.types import WeightVersion
 from tests.engine.weights_double import Bits, Host
 
 RUN_ID = "run"
+GRACE_S = 15.0  # beyond an agent's own deadline
 
 
 def recipe(model: Path, ranks: int, timeout_s: float = 30.0, **sync: Any) -> SlimeConfig:
@@ -81,14 +82,15 @@ class Fleet:
             if mine := [action for action in actions if action.engine in names]:
                 host.before(mine)
                 gone = number in self.dead
-                asked.append((mine, None if gone else asyncio.run_coroutine_threadsafe(host.weights.perform(mine, label), host._loop)))
+                performed = None if gone else host.weights.perform(mine, label, timeout_s)
+                asked.append((mine, performed and asyncio.run_coroutine_threadsafe(performed, host._loop)))
         answers: list[Answer] = []
         for mine, future in asked:
             what = f"{', '.join(a.engine for a in mine)} to {mine[0].do} weights {label}"
             try:
                 if future is None:
                     raise RuntimeError(f"waiting for {what}: a process died or was lost")
-                answers += future.result(max(0.1, until - time.monotonic()))
+                answers += future.result(max(0.1, until - time.monotonic()) + GRACE_S)
             except TimeoutError:
                 answers += [Answer(a, f"waiting for {what}: nothing after {timeout_s:g} s (sync.timeout_s)") for a in mine]
             except RuntimeError as error:
@@ -97,6 +99,9 @@ class Fleet:
 
     def advance(self, label: str, timeout_s: float) -> None:
         self._all(lambda host: host.advance(label, timeout_s))
+
+    def give_up(self, label: str, timeout_s: float) -> None:
+        self._all(lambda host: host.give_up(label, timeout_s))
 
     def write_anchor(self, manifest: str) -> None:
         async def begin() -> None:

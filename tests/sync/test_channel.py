@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from slime.config import SyncConfig
-from slime.sync.channel import Channel, NotProven
+from slime.sync.channel import Channel, EnginesLost, NotProven
 from slime.sync.diff import Delta, Summary
 from slime.sync.manifest import Manifest, PartRef, root_of, verify
 from slime.sync.protocol import Adoption, Answer
@@ -88,6 +88,9 @@ class Log:
 
     def advance(self, label: str, timeout_s: float) -> None:
         self._log("advance", label)
+
+    def give_up(self, label: str, timeout_s: float) -> None:
+        self._log("give_up", label)
 
     def write_anchor(self, manifest: str) -> None:
         raise AssertionError("objects of Ray keep no history")
@@ -207,6 +210,83 @@ def test_an_engine_that_cannot_be_brought_back_is_fenced_and_named() -> None:
         opened(log).publish(5)
 
 
+@dataclass
+class Dying(Log):
+    """The engines `dying` are lost when they are asked to do `when`."""
+
+    when: str = ""
+    dying: tuple[str, ...] = ()
+
+    def perform(self, actions: Sequence[Action], label: str, timeout_s: float) -> list[Answer]:
+        self._log("perform", ", ".join(f"{a.do} {a.engine}" for a in actions))
+        dead = [a.do == self.when and a.engine in self.dying for a in actions]
+        return [Answer(a, "signal 9" if lost else "", lost=lost) for a, lost in zip(actions, dead, strict=True)]
+
+
+@pytest.mark.parametrize("when", ["prepare", "commit", "resume"])
+def test_an_engine_that_dies_is_left_out_and_the_others_get_the_version(when: str, caplog: pytest.LogCaptureFixture) -> None:
+    log = Dying(when=when, dying=("e1",))
+    made = opened(log)
+    assert made.publish(5)["sync/version"] == 5 and log.calls[-1] == "advance r/2/5"
+    assert f"e1 did not come to weights r/2/5 and gets no requests: e1: it died: asked to {when}: signal 9" in caplog.text
+    assert "perform resume e0" in " ".join(log.calls) and made.publish(5) == {}
+
+
+@pytest.mark.parametrize("when", ["prepare", "commit", "resume"])
+def test_without_any_engine_the_version_can_be_published_again(when: str) -> None:
+    """Where it was committed before the last one died, they come back with it."""
+    log = Dying()
+    made = opened(log)
+    made.publish(5)
+    log.when, log.dying = when, ("e0", "e1")
+    log.calls.clear()
+    with pytest.raises(EnginesLost, match=rf"weights r/2/6.* e0: it died: asked to {when}: signal 9; e1: it died"):
+        made.publish(6)
+    committed = when == "resume"
+    assert ("advance r/2/6" in log.calls) == committed and ("give_up r/2/6" in log.calls) == (not committed)
+    log.when = ""
+    if committed:
+        assert made.publish(6) == {}
+    else:
+        assert made.publish(6)["sync/version"] == 6 and log.manifests[-1].parent == (2, 5)
+    made.publish(7)
+    assert log.manifests[-1].parent == (2, 6) and [change.number for change in made.changes()] == [6, 7]
+
+
+def test_without_any_engine_from_the_beginning() -> None:
+    log = Dying(names=())
+    with pytest.raises(EnginesLost, match="weights r/2/5 were not published: no engine is left: none took part"):
+        opened(log).publish(5)
+    assert log.calls[-1] == "give_up r/2/5"
+
+
+def test_an_engine_that_fails_its_proof_ends_it_though_another_one_dies() -> None:
+    class Both(Dying):
+        def perform(self, actions: Sequence[Action], label: str, timeout_s: float) -> list[Answer]:
+            answers = super().perform(actions, label, timeout_s)
+            return [Answer(a.action, "other bits") if a.action == Action(Do.COMMIT, "e0") else a for a in answers]
+
+    with pytest.raises(NotProven, match="e0: commit failed: other bits; fenced: e1") as raised:
+        opened(Both(when="commit", dying=("e1",))).publish(5)
+    assert not isinstance(raised.value, EnginesLost)
+
+
+def test_the_time_that_a_lost_engine_took_is_not_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    class Slow(Dying):
+        def perform(self, actions: Sequence[Action], label: str, timeout_s: float) -> list[Answer]:
+            now[0] += timeout_s if actions[0].do is Do.PREPARE else 0.0
+            return super().perform(actions, label, timeout_s)
+
+    assert opened(Slow(when="prepare", dying=("e1",))).publish(5)["sync/version"] == 5
+    log = Slow()
+    with pytest.raises(NotProven, match=r"publishing weights r/2/5: not in every engine after 10 s \(sync.timeout_s\)"):
+        opened(log).publish(5)
+    assert log.calls[-2:] == ["perform drop e0, drop e1", "give_up r/2/5"]
+
+
 @pytest.mark.parametrize("fails", ["perform", "acknowledge", "advance"])
 def test_after_an_interruption_nothing_can_be_published(fails: str) -> None:
     log = Log()
@@ -229,6 +309,7 @@ def test_what_fails_before_any_engine_knows_can_be_tried_again(fails: str) -> No
     log.fails = fails
     with pytest.raises(RuntimeError, match=f"{fails} failed"):
         made.publish(6)
+    assert log.calls[-1] == "give_up r/2/6", "hosts may have heard of it"
     assert made.publish(5) == {}
     log.fails = ""
     assert made.publish(6)["sync/version"] == 6

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from slime.cluster import shared_folder
-from slime.sync.channel import NotProven
+from slime.sync.channel import EnginesLost, NotProven
 from slime.sync.publication import Action, Do
 from tests.sync import faulty
 from tests.sync.faulty import Proxy, recipe
@@ -161,10 +161,11 @@ def test_an_answer_is_lost_between_agent_and_driver(do: Do, two: World) -> None:
 
 @pytest.fixture
 def far(model: Path, engine: ToyEngine) -> Iterator[tuple[World, Proxy]]:
-    """An engine behind a connection."""
+    """An engine of the user's behind a connection."""
     proxy = Proxy(engine.spec.endpoint.url.removeprefix("http://"))
     engine.spec.endpoint = replace(engine.spec.endpoint, url=proxy.url)
     world = World(model, [engine], timeout_s=1.5)
+    world.fleet.hosts[0].live[0].server = None
     yield world, proxy
     world.close()
     proxy.close()
@@ -192,7 +193,8 @@ def test_a_partition_ends_with_the_name_of_the_deadline(answer: bool, far: tuple
 
     proxy.rule = rule
     world.trainer.mutate(2, 0.03)
-    with pytest.raises(NotProven, match=r"engine 0: commit failed: waiting for .* after .* s \(sync.timeout_s\); fenced: engine 0"):
+    late = r"engine 0: it died: asked to commit: waiting for engine 0 to commit: nothing after .* s \(sync.timeout_s\).*; fenced"
+    with pytest.raises(EnginesLost, match=late):
         world.channel.publish(1)
     assert engine.paused, "nobody has proven what it holds"
     for host in world.fleet.hosts:

@@ -99,7 +99,7 @@ def history(model: Path, versions: int, run_id: str = "run", epoch: int = 0) -> 
         world.step(10 * epoch + seed + 1)
         bits.append(world.trainer.copied())
     world.close()
-    engine.stop()
+    engine.close()
     return world.fleet.offered, bits
 
 

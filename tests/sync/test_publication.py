@@ -318,7 +318,12 @@ def test_the_dead_leave_the_quorum(phase: Phase) -> None:
 def test_without_a_live_engine_it_aborts(phase: Phase) -> None:
     publication = to(phase, count=1)
     publication.died("e0", "signal 9")
-    assert publication.phase is Phase.ABORTED and not publication.acknowledged and "e0: it died: signal 9" in publication.reason
+    assert (
+        publication.phase is Phase.ABORTED
+        and publication.deserted
+        and not publication.acknowledged
+        and "e0: it died: signal 9" in publication.reason
+    )
     assert Publication([]).begin() == []
 
 

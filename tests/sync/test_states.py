@@ -167,7 +167,7 @@ def test_a_version_that_runs_is_not_undone() -> None:
         engine.undo(version(5).version, version(5).root)
 
 
-def test_death_fence_restart_reload() -> None:
+def test_death_fence_reload() -> None:
     engine = receiver(4)
     for fence in (engine.died, lambda: engine.fence("its undo failed")):
         fence()
@@ -175,8 +175,8 @@ def test_death_fence_restart_reload() -> None:
         for event in (lambda: engine.stage(version(5)), engine.accept, engine.drop, lambda: engine.adopted(Held.target(version(4)))):
             with pytest.raises(Refused, match="fenced"):
                 event()
-        engine.restarted()
-        assert engine.state == Stale("it has restarted") and engine.held is None
+        engine.reload()
+        assert engine.state == Stale("it is being loaded anew") and engine.held is None
         for event in (
             lambda: engine.stage(version(5)),
             lambda: engine.write(version(5).version),

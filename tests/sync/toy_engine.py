@@ -147,7 +147,12 @@ class ToyEngine:
         self.models = []
 
     def stop(self) -> None:
-        self.crash()
+        """As a server is ended by its host agent."""
+        if not self.down:
+            self.crash()
+
+    def close(self) -> None:
+        self.stop()
         asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
 
