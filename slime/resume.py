@@ -16,29 +16,19 @@ from pathlib import Path
 from typing import IO, Any
 
 from slime.checkpoint import restore
+from slime.checkpoint.origin import Origin
 from slime.checkpoint.restore import Restored
 from slime.checkpoint.save import iterations
 from slime.config import SlimeConfig
+from slime.config.changes import Change, Kind, changes
 from slime.config.exits import ConfigError, NothingToDo
-from slime.config.load import UNNAMED
-from slime.observe import density, summary
+from slime.observe import account, density, summary
 from slime.observe.files import write_atomic
 from slime.types import WeightVersion
 
 log = logging.getLogger(__name__)
 
-# What gives an ordinal its prompt; a run that changed it would repeat some prompts and skip others.
-PROMPTS = (
-    "run.seed",
-    "data.train",
-    "data.prompt_key",
-    "data.label_key",
-    "data.metadata_key",
-    "data.tools_key",
-    "data.shuffle",
-    "data.max_prompt_tokens",
-)
-METRICS, EXAMPLES, DENSITY, TRACE = "metrics.jsonl", "examples.jsonl", density.NAME, "trace.json.gz"
+METRICS, EXAMPLES, LEDGER, DENSITY, TRACE = "metrics.jsonl", "examples.jsonl", account.NAME, density.NAME, "trace.json.gz"
 EPOCH = "epoch"
 
 
@@ -69,18 +59,52 @@ def is_own(restored: Restored, directory: Path) -> bool:
 
 
 def check_recipe(restored: Restored, directory: Path, resolved: dict[str, Any]) -> None:
-    """Compare the recipe with the checkpoint's. Raises ConfigError for a change that gives ordinals other prompts; warns of the others."""
-    before, now = _flat(restored.state.config), _flat(resolved)
-    changed = [n for n in sorted((before.keys() | now.keys()) - set(UNNAMED)) if before.get(n) != now.get(n)]
-    for name in changed:
-        if name in PROMPTS and _without_folders(before.get(name)) != _without_folders(now.get(name)):
+    """Compare the recipe with the checkpoint's: differences are told. Raises ConfigError naming all those that a run cannot go on with and
+    run.accept_changes does not name (slime.config.changes)."""
+    own = is_own(restored, directory)
+    found = changes(restored.state.config, resolved)
+    strict = (Kind.PROMPTS, Kind.COURSE) if own else (Kind.PROMPTS,)
+    named = resolved["run"].get("accept_changes", [])
+    refused = [change for change in found if change.kind in strict and not change.accepted(named)]
+    if refused:
+        raise ConfigError(_refusal(refused, named, restored))
+    if found:
+        what = "resumes with another recipe" if own else f"begins from {restored.path} with another recipe"
+        log.warning("%s: %s", what, "; ".join(map(str, found)))
+
+
+def check_origin(restored: Restored, cfg: SlimeConfig, origin: Origin) -> None:
+    """Compare code and data with the checkpoint's. Other versions are told; raises ConfigError for data files of another content, unless
+    run.accept_changes names data.train. A file may have moved."""
+    before, now = restored.state.origin.code, origin.code
+    names = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
+    if names:
+        other = "; ".join(f"{n} {before.get(n, 'none')} -> {now.get(n, 'none')}" for n in names)
+        log.warning("%s was made with other code: %s", restored.path, other)
+    if "data.train" in cfg.run.accept_changes:
+        return
+    for at, (was, file) in enumerate(zip(restored.state.origin.data, origin.data, strict=False)):  # another number is another recipe
+        if not was.same_content(file):
+            size = f"{was.bytes} bytes then, {file.bytes} now" if was.bytes != file.bytes else "as many bytes, but others"
             raise ConfigError(
-                f"{name}={_said(now.get(name))}, but {restored.path} was made with {name}={_said(before.get(name))}: prompts would be "
-                f"repeated and skipped. Set it back, or start a new run.name from the weights alone: model.path={restored.path.parent}/hf"
+                f"data.train.{at}.path={file.path}: its content is not that of {was.path} when {restored.path} was made ({size}): "
+                "prompts would be repeated and skipped. Restore the file, name it in run.accept_changes='[data.train]' to go on all the "
+                f"same, or {_anew(restored)}"
             )
-    if changed and is_own(restored, directory):
-        changes = ", ".join(f"{name} {_said(before.get(name))} -> {_said(now.get(name))}" for name in changed)
-        log.warning("resumes with another recipe: %s", changes)
+
+
+def _refusal(refused: list[Change], named: list[str], restored: Restored) -> str:
+    prompts = "Prompts would be repeated and skipped. " if any(change.kind is Kind.PROMPTS for change in refused) else ""
+    accepting = ",".join([*named, *(change.name for change in refused)])
+    listed = "".join(f"\n    {change}" for change in refused) if len(refused) > 1 else str(refused[0])
+    return (
+        f"{restored.path} was made with another recipe: {listed}\n{prompts}Set {'it' if len(refused) == 1 else 'them'} "
+        f"back, add run.accept_changes='[{accepting}]' to go on all the same, or {_anew(restored)}"
+    )
+
+
+def _anew(restored: Restored) -> str:
+    return f"start a new run.name from the weights alone: model.path={restored.path.parent}/hf"
 
 
 def next_version(restored: Restored | None, directory: Path) -> WeightVersion:
@@ -125,7 +149,7 @@ def prepare_files(directory: Path, restored: Restored | None) -> None:
     if restored is None:
         if (directory / METRICS).exists():
             log.warning("%s holds no checkpoint: the run begins anew, its earlier records are replaced", directory)
-        for stale in (METRICS, EXAMPLES, DENSITY, TRACE):
+        for stale in (METRICS, EXAMPLES, LEDGER, DENSITY, TRACE):
             (directory / stale).unlink(missing_ok=True)
         return
     metrics = restored.path.parent / METRICS
@@ -133,6 +157,8 @@ def prepare_files(directory: Path, restored: Restored | None) -> None:
         raise ConfigError(f"{metrics} is missing: {restored.path} needs the record of its run beside it; copy it there")
     if not is_own(restored, directory):
         shutil.copy(metrics, directory)
+        if (ledger := restored.path.parent / LEDGER).is_file():
+            shutil.copy(ledger, directory)
         return
     if (directory / DENSITY).exists():
         density.DensityLog(directory / DENSITY).truncate(restored.step)
@@ -184,20 +210,3 @@ def _check_step(cfg: SlimeConfig, restored: Restored, directory: Path) -> None:
     done = ended is not None and ended.status == "done" and ended.steps >= restored.step
     if restored.step >= cfg.run.steps and (done or not is_own(restored, directory)):
         raise NothingToDo(f"{restored.path.parent} has completed {restored.step} updates and run.steps={cfg.run.steps}; raise run.steps")
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Knob -> value of a nested recipe."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def _without_folders(value: Any) -> Any:
-    """data.train with the files' names alone: data may have moved."""
-    return [{**file, "path": Path(file["path"]).name} for file in value] if isinstance(value, list) else value
-
-
-def _said(value: Any) -> str:
-    return "null" if value is None else str(value)

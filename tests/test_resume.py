@@ -1,21 +1,35 @@
 """Which directory a run takes and what it goes on from, before anything is started."""
 
+import copy
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from slime.checkpoint import save
+from slime.checkpoint.origin import KnownFile, Origin
 from slime.checkpoint.restore import Restored
 from slime.checkpoint.state import DriverState, write_state
-from slime.config import RunConfig, SlimeConfig
+from slime.config import DataConfig, DataFile, RunConfig, SlimeConfig, TrainerConfig
 from slime.config.exits import ConfigError, NothingToDo
+from slime.observe.account import AccountLog, Settled, read
 from slime.observe.summary import Summary, read_summary, write_summary
-from slime.resume import EPOCH, check_recipe, claim, next_version, prepare_files, take_epoch, write_recipe
+from slime.resume import (
+    EPOCH,
+    check_origin,
+    check_recipe,
+    claim,
+    next_version,
+    prepare_files,
+    take_epoch,
+    write_recipe,
+)
 from slime.types import WeightVersion
 
-RECIPE = {"run": {"seed": 0, "steps": 10}, "data": {"train": [{"path": "old/a.jsonl", "weight": 1.0}]}, "trainer": {"lr": 0.1}}
+RECIPE = asdict(SlimeConfig(run=RunConfig(steps=10), data=DataConfig(train=[DataFile("old/a.jsonl")]), trainer=TrainerConfig(lr=0.1)))
+ORIGIN = Origin({"torch": "2.6"}, [KnownFile("old/a.jsonl", 3, "aa")])
 
 
 def config(steps: int = 10, resume: str = "auto", only: str = "all") -> SlimeConfig:
@@ -24,7 +38,7 @@ def config(steps: int = 10, resume: str = "auto", only: str = "all") -> SlimeCon
 
 def commit(run_dir: Path, step: int, epoch: int = 0) -> Path:
     folder = save.begin(run_dir, step)
-    write_state(folder, DriverState(step, WeightVersion(epoch, step, "abc"), {}, {}, RECIPE, 1.0))
+    write_state(folder, DriverState(step, WeightVersion(epoch, step, "abc"), {}, {}, RECIPE, 1.0, ORIGIN))
     return save.commit(run_dir, step)
 
 
@@ -135,32 +149,130 @@ def test_a_run_that_was_killed_before_its_export_goes_on_to_it(tmp_path: Path, e
 
 
 def recipe(**changes: Any) -> dict[str, Any]:
-    return {**RECIPE, **changes}
+    """RECIPE with other values: group__knob=value."""
+    values = copy.deepcopy(RECIPE)
+    for name, value in changes.items():
+        group, _, knob = name.partition("__")
+        values[group][knob] = value
+    return values
+
+
+def resumed(run_dir: Path, **changes: Any) -> None:
+    """Go on from a checkpoint of RECIPE with another recipe."""
+    commit(run_dir, 3)
+    restored = resume_point(config(), run_dir)
+    assert restored is not None
+    check_recipe(restored, run_dir, recipe(**changes))
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"run": {"seed": 1}}, r"run\.seed=1, but .*iter_0000003 was made with run\.seed=0: prompts would be repeated and skipped"),
-        ({"data": {"train": [{"path": "old/b.jsonl", "weight": 1.0}]}}, r"data\.train=\[.*b\.jsonl.* was made with data\.train=.*a\.jsonl"),
-        ({"data": {**RECIPE["data"], "shuffle": False}}, r"data\.shuffle=False, but .* was made with data\.shuffle=null"),
+        (
+            {"run__seed": 1},
+            r"iter_0000003 was made with another recipe: run\.seed: 0 -> 1\nPrompts would be repeated and skipped\. Set it back",
+        ),
+        ({"data__shuffle": False}, r"data\.shuffle: true -> false\nPrompts"),
+        ({"data__train": [{"path": "old/a.jsonl", "weight": 2.0, "source": None}]}, r"data\.train: .*\nPrompts"),
+        ({"data__train": [RECIPE["data"]["train"][0]] * 2}, r"data\.train: .*\nPrompts"),
+        (
+            {"trainer__lr": 0.2},
+            r"trainer\.lr: 0\.1 -> 0\.2\nSet it back, add run\.accept_changes='\[trainer\.lr\]' to go on all the same, or start .*/hf",
+        ),
+        (
+            {"rollout__temperature": 0.7, "algorithm__clip_low": 0.1},
+            r"\n    algorithm\.clip_low: .*\n    rollout\.temperature: .*\nSet them back, .*'\["
+            r"algorithm\.clip_low,rollout\.temperature\]'",
+        ),
+        (
+            {"trainer__lr": 0.2, "reward__fn": "math", "run__accept_changes": ["trainer.lr"]},
+            r"recipe: reward\.fn: exact -> math\n.*'\[trainer\.lr,reward\.fn\]'",
+        ),
+        ({"run__steps": 20, "trainer__schedule": "wsd"}, r"run\.steps: 10 -> 20\n    trainer\.schedule"),
+        ({"rollout__sglang": {"attention_backend": "x"}}, r"rollout\.sglang\.attention_backend: null -> x"),
+        ({"trainer__megatron": {"moe_router_fusion": True}}, r"trainer\.megatron\.moe_router_fusion"),
     ],
 )
-def test_a_recipe_that_gives_other_prompts_is_refused(tmp_path: Path, changes: dict[str, Any], says: str):
+def test_a_recipe_that_trains_something_else_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], says: str):
+    with pytest.raises(ConfigError, match=says):
+        resumed(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"run__steps": 20},
+        {
+            "run__steps": 20,
+            "trainer__schedule": "cosine",
+            "trainer__decay_steps": 5,
+            "run__accept_changes": ["trainer.schedule", "trainer.decay_steps"],
+        },
+        {"rollout__engines": 2, "trainer__tensor_parallel": 2, "cluster__device": "cpu", "sync__transport": "host", "run__save_every": 5},
+        {"rollout__sglang": {"mem_fraction_static": 0.7}, "trainer__megatron": {"recompute_granularity": "full"}},
+        {"data__eval": {"heldout": {"path": "e.jsonl"}}},
+        {"trainer__lr": 0.2, "run__accept_changes": ["trainer.lr"]},
+        {"rollout__sglang": {"attention_backend": "x"}, "run__accept_changes": ["rollout.sglang"]},
+        {"rollout__sglang": {"attention_backend": "x"}, "run__accept_changes": ["rollout.sglang.attention_backend"]},
+        {"run__seed": 1, "run__accept_changes": ["run.seed"]},
+    ],
+)
+def test_other_changes_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any]):
+    resumed(tmp_path, **changes)
+    told = [name.replace("__", ".") for name in changes if name != "run__accept_changes"]
+    assert all(name in caplog.text for name in told) and "run.accept_changes" not in caplog.text
+
+
+def test_the_same_command_starts_again_and_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """A change that was accepted once is in the next checkpoint; files that moved, names and modes of resuming are no changes."""
+    moved = [{**RECIPE["data"]["train"][0], "path": "new/b.jsonl"}]
+    resumed(tmp_path, data__train=moved, run__name="n", run__resume="must", run__accept_changes=["trainer.lr"])
+    assert caplog.text == ""
+
+
+def test_a_new_run_that_begins_from_another_takes_another_course_but_no_other_prompts(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    commit(tmp_path / "old", 3)
+    restored = resume_point(config(resume=str(tmp_path / "old")), tmp_path / "new")
+    assert restored is not None
+    check_recipe(restored, tmp_path / "new", recipe(trainer__lr=0.2))
+    assert "iter_0000003 with another recipe: trainer.lr: 0.1 -> 0.2" in caplog.text
+    with pytest.raises(ConfigError, match="Prompts would be repeated"):
+        check_recipe(restored, tmp_path / "new", recipe(trainer__lr=0.2, run__seed=1))
+
+
+@pytest.mark.parametrize(
+    ("now", "says"),
+    [
+        (
+            KnownFile("new.jsonl", 4, "bb"),
+            r"data\.train\.0\.path=new\.jsonl: its content is not that of old/a\.jsonl when .*iter_0000003 was made \(3 bytes then, 4 now",
+        ),
+        (
+            KnownFile("new.jsonl", 3, "bb"),
+            r"\(as many bytes, but others\): prompts would be repeated and skipped\. .*run\.accept_changes='\[data\.train\]'",
+        ),
+    ],
+)
+def test_a_data_file_of_another_content_is_refused_by_name(tmp_path: Path, now: KnownFile, says: str):
     commit(tmp_path, 3)
-    restored = resume_point(config(), tmp_path)
+    restored, origin = resume_point(config(), tmp_path), replace(ORIGIN, data=[now])
     assert restored is not None
     with pytest.raises(ConfigError, match=says):
-        check_recipe(restored, tmp_path, recipe(**changes))
+        check_origin(restored, config(), origin)
+    accepting = config()
+    accepting.run.accept_changes = ["data.train"]
+    check_origin(restored, accepting, origin)
 
 
-def test_other_changes_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_other_code_is_told_and_data_may_move(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     commit(tmp_path, 3)
     restored = resume_point(config(), tmp_path)
     assert restored is not None
-    moved = {"train": [{"path": "new/a.jsonl", "weight": 1.0}]}
-    check_recipe(restored, tmp_path, recipe(trainer={"lr": 0.2}, run={"seed": 0, "steps": 20}, data=moved))
-    assert "trainer.lr 0.1 -> 0.2" in caplog.text and "run.steps" not in caplog.text
+    check_origin(restored, config(), replace(ORIGIN, data=[replace(ORIGIN.data[0], path="moved.jsonl")]))
+    check_origin(restored, config(), replace(ORIGIN, data=[]))  # batches are replayed
+    assert caplog.text == ""
+    check_origin(restored, config(), replace(ORIGIN, code={"torch": "2.7"}))
+    assert "iter_0000003 was made with other code: torch 2.6 -> 2.7" in caplog.text
 
 
 def test_records_are_cut_at_the_resume_point(tmp_path: Path):
@@ -193,6 +305,14 @@ def test_a_checkpoint_without_the_record_of_its_run_is_refused(tmp_path: Path):
     restored = resume_point(config(resume=str(path)), tmp_path / "new")
     with pytest.raises(ConfigError, match=r"old/metrics\.jsonl is missing: .* needs the record of its run beside it"):
         prepare_files(tmp_path / "new", restored)
+
+
+def test_the_account_of_a_run_goes_to_one_that_begins_from_it(tmp_path: Path):
+    path = commit(tmp_path / "old", 3)
+    (tmp_path / "old" / "metrics.jsonl").write_text("{}\n")
+    AccountLog(tmp_path / "old" / "ledger.jsonl").append(line := Settled(1, [0, 1], {2: "filter"}))
+    prepare_files(tmp_path / "new", resume_point(config(resume=str(path)), tmp_path / "new"))
+    assert read(tmp_path / "new" / "ledger.jsonl") == [line]
 
 
 def test_two_drivers_cannot_share_a_directory(tmp_path: Path):

@@ -34,6 +34,7 @@ def advantages(batch: Batch, normalize_std: bool) -> np.ndarray:
     if not normalize_std:
         return centred
     std_G = np.sqrt(np.bincount(of, centred**2) / np.maximum(size_G - 1, 1))
+    std_G[np.isinf(std_G)] = np.nan  # squares that no double holds must not make an advantage of 0
     return centred / np.where(size_G > 1, std_G + STD_EPS, 1.0)[of]
 
 

@@ -9,7 +9,7 @@ from slime.config.check_sync import check_sync
 from slime.config.exits import ConfigError
 from slime.config.roles import needed_roles, needs_rollouts
 from slime.config.trainer import decay_length
-from slime.config.tree import nearest
+from slime.config.tree import nearest, type_of
 
 ROLES = ("actor", "rollout")
 CPU_ONLY = "equal bits are promised on the CPU only; set cluster.device=cpu"
@@ -18,6 +18,7 @@ CPU_ONLY = "equal bits are promised on the CPU only; set cluster.device=cpu"
 def check_combinations(cfg: SlimeConfig) -> None:
     """Raise ConfigError for the first contradiction or option without effect."""
     _run(cfg)
+    _stopping(cfg)
     check_inert(cfg)
     _deterministic(cfg)
     _algorithm(cfg)
@@ -61,6 +62,22 @@ def _run(cfg: SlimeConfig) -> None:
         raise _inert(f"rollout.join={cfg.rollout.join}", "run.only=rollout, which publishes no weights", "remove it")
     if run.name is not None and not re.fullmatch(r"[\w.+=,@-]+", run.name):
         raise ConfigError(f"run.name={run.name}: names one directory below run.dir; use letters, digits and . _ - + = , @")
+
+
+def _stopping(cfg: SlimeConfig) -> None:
+    run = cfg.run
+    if run.max_hours and run.max_hours * 3600 <= run.grace_s:
+        raise ConfigError(
+            f"run.max_hours={run.max_hours:g} is {run.max_hours * 3600:g} s, and the run stops run.grace_s={run.grace_s:g} s before: "
+            "raise it, or lower run.grace_s"
+        )
+    for name in run.accept_changes:
+        if "." not in name:
+            raise ConfigError(f"run.accept_changes: {name} is no knob; name each, as in run.accept_changes='[trainer.lr]'")
+        try:
+            type_of(name)
+        except ConfigError as error:
+            raise ConfigError(f"run.accept_changes: {error}") from error
 
 
 def _deterministic(cfg: SlimeConfig) -> None:

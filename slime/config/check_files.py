@@ -29,8 +29,11 @@ def check_files(cfg: SlimeConfig) -> None:
             _data_file(f"data.train.{at}.path", file.path)
         for name, chosen in cfg.data.eval.items():
             _data_file(f"data.eval.{name}.path", chosen.path)
-    if cfg.run.replay is not None and not Path(cfg.run.replay).is_dir():
-        raise ConfigError(f"run.replay={cfg.run.replay}: no such folder; it is the rollouts/ that a run with rollout.dump=true wrote")
+    if cfg.run.replay is not None and not _is_replay(Path(cfg.run.replay)):
+        raise ConfigError(
+            f"run.replay={cfg.run.replay}: no such folder or .npz file; it is the rollouts/ that a run with rollout.dump=true wrote, or a "
+            "batch of the stopped/ of a run that it stopped"
+        )
     if cfg.run.resume not in RESUME and not Path(cfg.run.resume).is_dir():
         raise ConfigError(f"run.resume={cfg.run.resume}: neither {', '.join(RESUME)} nor a run's folder{nearest(cfg.run.resume, RESUME)}")
     python = cfg.rollout.engine_python
@@ -53,6 +56,10 @@ def model_config(cfg: SlimeConfig) -> dict[str, Any] | None:
         raise ConfigError(f"model.path={cfg.model.path}: no config.json there; give a Hugging Face model directory") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"model.path={cfg.model.path}: its config.json is not JSON ({error})") from error
+
+
+def _is_replay(path: Path) -> bool:
+    return path.is_dir() or (path.suffix == ".npz" and path.is_file())
 
 
 def _model(cfg: SlimeConfig) -> None:

@@ -18,7 +18,7 @@ MEANING = {
     CONFIG: "the recipe is wrong; nothing was trained",
     PREFLIGHT: "the machine or cluster lacks something that the recipe asks for",
     NOTHING_TO_DO: "nothing to do: the run has all its steps already",
-    GATE: "stopped by a gate: a threshold of the recipe was passed",
+    GATE: "stopped by a gate: a threshold of the recipe was passed, or a loss or gradient is no number",
     SAVED_RUN_AGAIN: "stopped early and saved; run the same command again",
 }
 
@@ -47,7 +47,19 @@ class GateStopped(RuntimeError):
     exit_code = GATE
 
 
+class NotFinite(GateStopped):
+    """A loss or a gradient is not finite; the optimizer step was not taken."""
+
+
 class SavedRunAgain(Exception):
     """Stopped early by a signal or a limit; the state is saved."""
 
     exit_code = SAVED_RUN_AGAIN
+
+
+class StoppedAtOnce(KeyboardInterrupt):
+    """Ended by a second signal: what was under way is given up."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code  # SAVED_RUN_AGAIN where there is a checkpoint to go on from, else 128 + the signal's number

@@ -24,7 +24,20 @@ from slime.config.recipes import RECIPES, SCHEMA, check_beginning, no_beginning,
 
 VERSION_BASE = "1.3"  # of Hydra's behaviour
 # Overrides that leave the run the same run.
-UNNAMED = ("run.name", "run.dir", "run.resume", "run.dry_run", "run.steps", "run.save_every", "run.keep_last", "run.grace_s")
+UNNAMED = (
+    "run.name",
+    "run.dir",
+    "run.resume",
+    "run.dry_run",
+    "run.steps",
+    "run.save_every",
+    "run.keep_last",
+    "run.grace_s",
+    "run.keep_every",
+    "run.max_hours",
+    "run.max_restarts",
+    "run.accept_changes",
+)
 
 ConfigStore.instance().store(name=SCHEMA, node=SlimeConfig)
 

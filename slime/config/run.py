@@ -1,6 +1,6 @@
 """run: what is run, for how long, and where it lies."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from slime.config.fields import choice, number
 
@@ -20,16 +20,24 @@ class RunConfig:
     save_every: int = number(0, low=0)
     """Checkpoint every this many updates; 0 saves after the last only."""
     keep_last: int = number(2, low=1)
-    """Newest checkpoints that stay; older ones go once a newer one is durable."""
+    """Newest checkpoints that stay; older ones go once a newer one is durable and verified."""
+    keep_every: int = number(0, low=0)
+    """Checkpoints whose step is a multiple of this stay for good, beside the newest run.keep_last; 0 keeps none for good."""
     resume: str = "auto"
     """auto resumes this run if it has a checkpoint; must demands one; never refuses a directory with a run; a path is where it begins."""
+    accept_changes: list[str] = field(default_factory=list)
+    """Knobs whose new values a resumed run takes though they change what it trains, e.g. [trainer.lr]; others are refused by name."""
     deterministic: bool = False
     """Same recipe, same bits (CPU; rollout.mode sync or one_step_off): seeded sampling, batch-invariant engines."""
     grace_s: float = number(60.0, above=0)
     """Seconds that a stopping run may take to finish its step and save."""
+    max_hours: float = number(0.0, low=0)
+    """Hours after which this process saves and exits with 75, run.grace_s earlier to be in time: a job's wall-time limit; 0 has none."""
+    max_restarts: int = number(3, low=0)
+    """How often a run that lost a process, a host or all engines starts again by itself without a new checkpoint in between."""
     dry_run: bool = False
     """Print the resolved recipe and the resource plan, start nothing."""
     only: str = choice("all", "rollout", "train")
     """Run one half alone: rollout generates and dumps, train reads rollouts from run.replay."""
     replay: str | None = None
-    """Directory of rollouts dumped by rollout.dump=true, for run.only=train."""
+    """For run.only=train: a directory of rollouts that rollout.dump=true wrote, or one batch that stopped a run (stopped/*.npz)."""

@@ -1,13 +1,14 @@
 """report.html: a run on one page that needs nothing but a browser. Reads the files of a run's directory, whatever of them is there.
 
 Sources: metrics.jsonl, summary.json, config.yaml, examples.jsonl (one JSON object a line: step, prompt, response, reward,
-label, source), ledger.json, density.jsonl.
+label, source), ledger.jsonl, density.jsonl.
 """
 
 from html import escape
 from pathlib import Path
 
 from slime.observe import report_curves
+from slime.observe.account import Account
 from slime.observe.charts import number, percent
 from slime.observe.console_table import short
 from slime.observe.files import write_atomic
@@ -120,18 +121,38 @@ def duration(seconds: float) -> str:
 
 
 def ledger(run: RunRecord) -> str:
-    """What became of every prompt that was drawn, and whether it adds up."""
+    """What became of every prompt that was drawn, whether it adds up, and whether each was settled once."""
     if not {"drawn", "trained", "dropped", "pending"} <= run.ledger.keys():
         return ""
-    drawn = run.ledger["drawn"]
-    parts = [(name, run.ledger[name], i) for i, name in enumerate(("trained", "dropped", "pending"))]
-    accounted = sum(count for _, count, _ in parts)
+    drawn, pending = run.ledger["drawn"], run.ledger["pending"]
+    counted = run.account if isinstance(run.account, Account) else None
+    trained = counted.trained if counted else run.ledger["trained"]
+    dropped = sum(counted.dropped.values()) if counted else run.ledger["dropped"]
+    parts = [("trained", trained, 0), ("dropped", dropped, 1), ("pending", pending, 2)]
+    accounted = trained + dropped + pending
     bars = "".join(f'<i class="c{i}" style="width:{100 * count / max(1, drawn):.3f}%"></i>' for _, count, i in parts)
     keys = "".join(f'<span class="key"><i class="c{i}"></i>{name} <b>{count:,}</b></span>' for name, count, i in parts)
     kind, verdict = ("good", "adds up") if drawn == accounted else ("bad", f"accounts for {accounted:,}")
-    title = f'<h3>{drawn:,} prompts drawn = trained + dropped + pending</h3><span class="pill {kind}">{verdict}</span>'
-    account = f'<div class="bar">{bars}</div><div class="legend">{keys}</div>'
-    return f'<h2>Ledger</h2><div class="card"><div class="title">{title}</div>{account}</div>'
+    title = f'<h3>{drawn:,} prompts drawn = trained + dropped + pending</h3><span class="pill {kind}">{verdict}</span>{settled_once(run)}'
+    shown = f'<div class="bar">{bars}</div><div class="legend">{keys}</div>{reasons(counted)}'
+    return f'<h2>Ledger</h2><div class="card"><div class="title">{title}</div>{shown}</div>'
+
+
+def settled_once(run: RunRecord) -> str:
+    """Exactly once, counted prompt by prompt."""
+    if run.account is None:
+        return ""
+    if isinstance(run.account, str):
+        return f'<span class="pill bad">every prompt settled once: no</span><p class="reason">{escape(run.account)}</p>'
+    return '<span class="pill good">every prompt settled once: yes</span>'
+
+
+def reasons(counted: Account | None) -> str:
+    """Why prompts were dropped."""
+    if counted is None or not counted.dropped:
+        return ""
+    rows = "".join(f"<tr><td>{escape(reason)}</td><td>{count:,}</td></tr>" for reason, count in sorted(counted.dropped.items()))
+    return f"<table><tr><th>dropped because</th><th>prompts</th></tr>{rows}</table>"
 
 
 def files(run: RunRecord) -> str:

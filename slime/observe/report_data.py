@@ -1,14 +1,14 @@
 """What a report is made of: the files of a run's directory, read leniently where a crash may have left them short."""
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from slime.observe import account as accounts
 from slime.observe import density
+from slime.observe.account import Account, account
 from slime.observe.charts import Series
 from slime.observe.density import Density
 from slime.observe.density_cells import Cell, cell_of
@@ -27,12 +27,14 @@ class RunRecord:
     config_text: str
     config: dict[str, Any]
     examples: list[Example]
-    ledger: dict[str, int]  # drawn, trained, dropped, pending; {} where not known
+    ledger: dict[str, int]  # drawn, trained, dropped, pending, by the newest line of metrics; {} where not known
+    account: Account | str | None  # of every prompt by its ordinal; what is wrong with it; None where it was not kept
     density: Density[Cell] | None  # None where no version of the weights was recorded
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunRecord":
-        """Read a run's directory. Raises ValueError where metrics.jsonl, config.yaml or density.jsonl is damaged; any may be missing."""
+        """Read a run's directory. Raises ValueError where metrics.jsonl, config.yaml, density.jsonl or a line of ledger.jsonl is damaged;
+        any may be missing."""
         metrics, config, changes = run_dir / "metrics.jsonl", run_dir / "config.yaml", run_dir / density.NAME
         lines = read(metrics) if metrics.exists() else []
         text = config.read_text() if config.exists() else ""
@@ -44,7 +46,8 @@ class RunRecord:
             config_text=text,
             config={str(k): v for k, v in loaded.items()} if isinstance(loaded, dict) else {},
             examples=read_examples(run_dir / "examples.jsonl"),
-            ledger=_read_ledger(run_dir / "ledger.json", lines),
+            ledger={n.removeprefix("ledger/"): int(v) for n, v in (lines or [{}])[-1].items() if n.startswith("ledger/") and v is not None},
+            account=_read_account(run_dir / accounts.NAME, len(lines) - 1),
             density=density.read_merged(changes, cell_of) if changes.exists() else None,
         )
 
@@ -74,7 +77,14 @@ class RunRecord:
         return next((v for line in reversed(self.lines) if (v := line.get(metric)) is not None), None)
 
 
-def _read_ledger(path: Path, lines: Sequence[Line]) -> dict[str, int]:
-    """The counts of ledger.json, by default those of the newest line of metrics."""
-    values = json.loads(path.read_bytes()) if path.exists() else (lines[-1] if lines else {})
-    return {n.removeprefix("ledger/"): int(v) for n, v in values.items() if n.startswith("ledger/") and v is not None}
+def _read_account(path: Path, updates: int) -> Account | str | None:
+    """The account of the first `updates` updates, or why there is none: a crash may have left one line more than metrics.jsonl has."""
+    if not path.exists():
+        return None
+    lines = accounts.read(path)
+    if len(lines) < updates:
+        return f"{accounts.NAME} ends at update {len(lines)} of {updates}"
+    try:
+        return account(lines[:updates])
+    except ValueError as error:
+        return str(error)

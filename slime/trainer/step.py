@@ -18,6 +18,7 @@ from torch import Tensor
 from slime.algorithms.aggregation import token_weights
 from slime.algorithms.base import Algorithm, LossInputs
 from slime.config import SlimeConfig
+from slime.config.exits import NotFinite
 from slime.observe.trace import Tracer
 from slime.trainer import metrics, performance, routing
 from slime.trainer.device import Device
@@ -103,7 +104,7 @@ def train_batch(trainer: Trainer, batch: Batch) -> dict[str, float]:
 
     Metrics that the algorithm reports are means with the loss's own weights. mismatch/* and offpolicy/* compare log-probs from before the
     first optimizer step: of the whole batch with one update or where the algorithm reads old log-probs, else of the first update's samples.
-    Raises RuntimeError for a gradient that is not finite: that optimizer step and those after it are not taken.
+    Raises NotFinite, on every rank alike, for a loss or gradient that is not finite: that optimizer step and those after it are not taken.
     """
     begun = time.perf_counter()
     cfg, algorithm, version = trainer.cfg.trainer, trainer.algorithm, trainer.version
@@ -113,12 +114,12 @@ def train_batch(trainer: Trainer, batch: Batch) -> dict[str, float]:
     advantages = algorithm.advantages(batch)
     old = log_probs(trainer, batch) if several and algorithm.uses_old_logprobs else None
     before = None if old is None else (old, batch)
-    updates = []
+    updates: list[dict[str, float]] = []
     for _ in range(cfg.epochs_per_batch):
         for samples in split_groups(batch.group, cfg.updates_per_batch):
             part = batch.select(samples) if several else batch
             old_part = old[_tokens_of(batch, samples)] if old is not None else None
-            report, logprobs = _update(trainer, part, advantages[samples], old_part)
+            report, logprobs = _update(trainer, part, advantages[samples], old_part, taken=len(updates))
             updates.append(report)
             before = before or (logprobs, part)
     assert before is not None
@@ -174,14 +175,16 @@ def _speed(trainer: Trainer, batch: Batch, train_s: float) -> dict[str, float]:
     return speed | performance.of_gpus(name, gpus, tokens, flops, train_s, float(peak))
 
 
-def _update(trainer: Trainer, part: Batch, advantages: np.ndarray, old: np.ndarray | None) -> tuple[dict[str, float], np.ndarray]:
-    """One optimizer step; returns its metrics and the log-probs (float32 [T]) before it."""
+def _update(
+    trainer: Trainer, part: Batch, advantages: np.ndarray, old: np.ndarray | None, taken: int
+) -> tuple[dict[str, float], np.ndarray]:
+    """One optimizer step, after `taken` others on the same batch; returns its metrics and the log-probs (float32 [T]) before it."""
     micro_batches = trainer.micro_batches(part)
     with trainer.tracer.span("forward_backward", tokens=len(part.tokens), micro_batches=len(micro_batches)):
         sums, logprobs = accumulate_gradients(trainer, part, micro_batches, advantages, old)
     with trainer.tracer.span("optimizer"):
         lr = learning_rate(trainer.cfg.trainer, trainer.optimizer_steps, trainer.cfg.run.steps * trainer.steps_per_batch)
-        grad_norm = _apply(trainer, lr)
+        grad_norm = _apply(trainer, lr, sums["loss"], taken)
     trainer.optimizer_steps += 1
     weight = sums.pop("weight")
     report = {f"train/{name}": value / weight if weight else 0.0 for name, value in sums.items()}
@@ -244,16 +247,14 @@ def _run(trainer: Trainer, micro_batches: list[MicroBatch], on_logprobs, forward
     )
 
 
-def _apply(trainer: Trainer, lr: float) -> float:
-    """Clip and take the optimizer step; returns the gradient's norm before clipping."""
+def _apply(trainer: Trainer, lr: float, loss: float, taken: int) -> float:
+    """Clip and take the optimizer step; returns the gradient's norm before clipping. Loss and norm are those of all ranks, so that all of
+    them refuse a step that is not finite."""
     optimizer, cfg = trainer.model.optimizer, trainer.cfg.trainer
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(norm):
-        raise RuntimeError(
-            f"the gradient of optimizer step {trainer.optimizer_steps} has norm {norm}; the step was not taken: "
-            f"lower trainer.lr={cfg.lr:g} or trainer.clip_grad={cfg.clip_grad:g}, or look for log-probs or advantages that are not finite"
-        )
+    if not (math.isfinite(norm) and math.isfinite(loss)):
+        raise NotFinite(_not_finite(trainer, loss, norm, taken))
     if cfg.clip_grad > 0:
         for part in optimizer.chained_optimizers:
             clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=cfg.clip_grad, total_norm=norm)
@@ -262,6 +263,17 @@ def _apply(trainer: Trainer, lr: float) -> float:
         group["weight_decay"] = cfg.weight_decay * group["wd_mult"]
     optimizer.step_with_ready_grads()
     return norm
+
+
+def _not_finite(trainer: Trainer, loss: float, norm: float, taken: int) -> str:
+    cfg, of = trainer.cfg.trainer, trainer.steps_per_batch
+    which = f", optimizer step {taken + 1} of {of}" if of > 1 else ""
+    before = f" (the {taken} before it on this batch were: only the last checkpoint is whole)" if taken else ""
+    clip = f"lower trainer.clip_grad={cfg.clip_grad:g}" if cfg.clip_grad else "set trainer.clip_grad above 0"
+    return (
+        f"update {trainer.version + 1}{which}: the loss is {loss:g} and the gradient has norm {norm:g}; the step was not taken{before}. "
+        f"Lower trainer.lr={cfg.lr:g}, {clip}, or look for log-probs or advantages that are not finite"
+    )
 
 
 def _tokens_of(batch: Batch, samples: np.ndarray) -> np.ndarray:

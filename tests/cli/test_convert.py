@@ -16,6 +16,7 @@ from rich.console import Console as RichConsole
 from safetensors.torch import load_file, save_file
 
 from slime.checkpoint import manifest
+from slime.checkpoint.origin import Origin
 from slime.checkpoint.state import DriverState, write_state
 from slime.cli import convert
 from slime.config.exits import ConfigError
@@ -146,7 +147,7 @@ def test_a_run_s_checkpoint_of_any_layout(ranks: Ranks, models: dict[str, Path],
         cfg.trainer.megatron["expert_tensor_parallel_size"] = 1
     held = ranks.run(trained, 2, cfg, iteration / "trainer")[0]
     config = {"model": {"path": str(source), "family": "auto"}}
-    write_state(iteration, DriverState(1, WeightVersion(0, 1), {}, {}, config, 0.0))
+    write_state(iteration, DriverState(1, WeightVersion(0, 1), {}, {}, config, 0.0, Origin()))
     manifest.write(iteration, manifest.describe(iteration, 1))
     outcome = ranks.run(converted, 1, iteration, tmp_path / "hf")[0]
     expected = held | {name: tensor for name, tensor in contents(source).items() if name in MTP}
@@ -243,7 +244,7 @@ def test_sources_that_cannot_be_converted(ranks: Ranks, models: dict[str, Path],
     trainer.mkdir(parents=True)
     (trainer / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
     config = {"model": {"path": str(tmp_path / "gone"), "family": "auto"}}
-    write_state(tmp_path / "iter_0000001", DriverState(1, WeightVersion(0, 1), {}, {}, config, 0.0))
+    write_state(tmp_path / "iter_0000001", DriverState(1, WeightVersion(0, 1), {}, {}, config, 0.0, Origin()))
     manifest.write(tmp_path / "iter_0000001", manifest.describe(tmp_path / "iter_0000001", 1))
     nothing, lost, superfluous = ranks.run(refusals, 1, models["llama fp32"], tmp_path)[0]
     assert "neither a Hugging Face directory (config.json) nor a megatron-core checkpoint (metadata.json); give one of these" in nothing

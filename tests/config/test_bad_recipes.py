@@ -150,9 +150,13 @@ INERT = {
 }
 
 BAD_COMBINATIONS = {
+    "run.max_hours=0.01": "run.max_hours=0.01 is 36 s, and the run stops run.grace_s=60 s before: raise it, or lower run.grace_s",
+    "run.accept_changes=[trainer.warmup]": "run.accept_changes: unknown key trainer.warmup: did you mean trainer.warmup_steps?",
+    "run.accept_changes=[trainer]": "run.accept_changes: trainer is no knob; name each, as in run.accept_changes='[trainer.lr]'",
     "run.only=train": "run.only=train reads rollouts from a directory: set run.replay to one that rollout.dump=true wrote",
     "run.replay=rollouts": "run.replay=rollouts has no effect with run.only=all: set run.only=train, or unset run.replay",
-    "run.only=train run.replay=nowhere": "run.replay=nowhere: no such folder; it is the rollouts/ that a run with rollout.dump=true wrote",
+    "run.only=train run.replay=nowhere": "run.replay=nowhere: no such folder or .npz file; it is the rollouts/ that a run "
+    "with rollout.dump=true wrote, or a batch of the stopped/ of a run that it stopped",
     "run.only=rollout": "run.only=rollout without rollout.dump=true would throw all rollouts away: set rollout.dump=true",
     "observe.wandb='off' observe.project=mine": "observe.project=mine has no effect with observe.wandb=off: set observe.wandb to offline or "
     "online, or remove it",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from slime.observe.account import AccountLog, Settled
 from slime.observe.charts import MAX_POINTS, Axis, Series, line_chart, number, percent, stacked_chart, ticks
 from slime.observe.metrics import MetricsLog
 from slime.observe.report import write_report
@@ -224,10 +225,35 @@ def test_an_evaluation_alone_and_one_that_got_worse_are_shown_as_they_are(tmp_pa
     assert "-25.0 points" in Page(write_report(tmp_path)).text
 
 
+def settle(directory: Path, *trained: list[int], dropped: dict[int, str] | None = None) -> None:
+    log = AccountLog(directory / "ledger.jsonl")
+    for k, ordinals in enumerate(trained, 1):
+        log.append(Settled(k, ordinals, (dropped or {}) if k == len(trained) else {}))
+
+
+def test_the_ledger_counts_every_prompt(tmp_path: Path) -> None:
+    """Of what metrics.jsonl has recorded: the account may be a line ahead."""
+    run_of(tmp_path, 2)
+    assert "settled once" not in Page(write_report(tmp_path)).text
+    settle(tmp_path, list(range(9)), [*range(9, 16)], dropped={16: "filter", 17: "too_long"})
+    AccountLog(tmp_path / "ledger.jsonl").append(Settled(3, [18, 18]))
+    text = Page(write_report(tmp_path)).text
+    for said in ("18 prompts drawn = trained + dropped + pending", "adds up", "every prompt settled once: yes", "filter", "too_long"):
+        assert said in text, said
+
+
 def test_a_ledger_that_does_not_add_up_says_so(tmp_path: Path) -> None:
-    run_of(tmp_path, 3)
-    (tmp_path / "ledger.json").write_text('{"ledger/drawn": 30, "ledger/trained": 20, "ledger/dropped": 2, "ledger/pending": 3}')
-    assert "accounts for 25" in Page(write_report(tmp_path)).text
+    run_of(tmp_path, 2)
+    settle(tmp_path, list(range(9)), list(range(9, 17)))
+    assert "accounts for 17" in Page(write_report(tmp_path)).text
+    for faulty, says in (
+        ([[0, 1], [1, 2, 4]], "prompt 1 was settled twice, by updates 1 and 2; missing are the prompts 3"),
+        ([[0, 1]], "ledger.jsonl ends at update 1 of 2"),
+    ):
+        (tmp_path / "ledger.jsonl").unlink()
+        settle(tmp_path, *faulty)
+        text = Page(write_report(tmp_path)).text
+        assert "every prompt settled once: no" in text and says in text
 
 
 def test_a_long_run_stays_small(tmp_path: Path) -> None:

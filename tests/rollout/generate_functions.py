@@ -76,3 +76,7 @@ def broken(group: Group) -> bool:
 
 def perhaps(group: Group) -> Any:
     return "yes"
+
+
+def drops_every_fifth(group: Group) -> bool:
+    return group.ordinal % 5 != 4

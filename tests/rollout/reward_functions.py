@@ -85,3 +85,9 @@ async def reads_what_is_not_there(args: Any, sample: Any) -> float:
 
 
 not_a_function = 3
+
+
+def overflows_later(sample: Sample) -> float:
+    """The share of even tokens; from prompt 8 on, numbers whose difference no double holds."""
+    share = sum(token % 2 == 0 for token in sample.response_ids) / len(sample.response_ids)
+    return share if sample.group < 8 else 1.7e308 * (-1) ** sample.index
