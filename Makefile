@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart quickstart-bf16 test test-slow test-gpu unit lint install clean
+.PHONY: quickstart quickstart-bf16 test test-slow test-kills test-gpu unit lint install clean
 
 quickstart: install
 	$(BIN)/python -m examples.quickstart
@@ -23,7 +23,10 @@ test: install
 	$(BIN)/python -m pytest tests -m "not slow"
 
 test-slow: install
-	$(BIN)/python -m pytest tests -m slow
+	$(BIN)/python -m pytest tests -m "slow and not kills"
+
+test-kills: install  # 40 kills in each mode: about an hour. SLIME_TEST_KILLS=10 makes it shorter, SLIME_TEST_KILL_SEED=1 draws others
+	$(BIN)/python -m pytest tests/test_kills.py -m kills
 
 test-gpu:  # in an environment with a CUDA build of torch and with SGLang, on a machine with 4 Hopper GPUs
 	SLIME_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/trainer/test_layouts.py tests/engine/test_fp8.py

@@ -1,7 +1,7 @@
 """A run: its directory, what it commits and records, its signals, how it ends. The driver alone owns what is durable.
 
-    runs/<name>/  config.yaml  metrics.jsonl  examples.jsonl  density.jsonl  ledger.json  summary.json  report.html  trace.json.gz
-                  logs/  iter_0000010/  latest_checkpointed_iteration.txt  rollouts/  hf/
+    runs/<name>/  config.yaml  metrics.jsonl  examples.jsonl  density.jsonl  ledger.jsonl  summary.json  report.html  trace.json.gz
+                  logs/  iter_0000010/  latest_checkpointed_iteration.txt  rollouts/  stopped/  hf/
 
 `slime/train.py` drives it; `slime/start.py` builds it.
 """
@@ -15,26 +15,29 @@ from pathlib import Path
 from typing import NoReturn
 
 from slime.checkpoint import batch as batch_file
-from slime.checkpoint import retention, save
+from slime.checkpoint import save
+from slime.checkpoint.origin import Origin
+from slime.checkpoint.saver import STEP_KNOB, Committed, Saver
 from slime.checkpoint.state import DriverState, write_state
 from slime.cluster import deadline
 from slime.cluster.signals import StopSignal
 from slime.config import SlimeConfig
-from slime.config.exits import GateStopped, SavedRunAgain
+from slime.config.exits import GateStopped, NotFinite, SavedRunAgain
 from slime.data.ledger import Ledger
-from slime.engine.errors import EngineLost
 from slime.engine.fleet import EngineFleet
+from slime.observe.account import AccountLog, Settled
 from slime.observe.console import Console
 from slime.observe.density import DensityLog
-from slime.observe.files import write_atomic
+from slime.observe.hashed import write_hashed
 from slime.observe.metrics import MetricsLog, read
 from slime.observe.summary import Summary, before_and_after
 from slime.observe.trace import Span, TraceFile, Tracer, idle_fraction
 from slime.observe.trackers import Trackers
-from slime.rollout.handle import BatchSource, Pending, RolloutResult
-from slime.sync.channel import Channel
+from slime.rollout.dump import replay_command, write_stopped
+from slime.rollout.handle import BatchSource, Evaluated, Pending, RolloutResult
+from slime.sync.channel import Channel, EnginesLost, NotProven
 from slime.trainer.group import TrainerGroup
-from slime.types import WeightVersion
+from slime.types import Batch, WeightVersion
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +59,16 @@ class Run:
     channel: Channel
     console: Console
     metrics: MetricsLog
+    account: AccountLog
     density: DensityLog
     trackers: Trackers
     trace: TraceFile
     signal: StopSignal
+    saver: Saver
+    origin: Origin  # code and data, for checkpoints
     fleet: EngineFleet | None = None
-    restored_batch: Pending | None = None
-    in_flight: Pending | None = None  # the rollout under way, until it is joined
+    restored_batch: Pending[RolloutResult] | None = None
+    in_flight: Pending[RolloutResult] | None = None  # the rollout under way, until it is joined
     published: int = -1  # the version that engines hold
     wall_before_s: float = 0.0  # spent by earlier parts of the run
     tracer: Tracer = field(default_factory=lambda: Tracer("driver"))
@@ -74,7 +80,11 @@ class Run:
     _recent: list[Span] = field(default_factory=list)  # of the last record
     _joins: tuple[float, float] | None = None  # when the last two batches were joined; all work in between has been recorded
     _joined_s: float | None = None
-    saved: int = -1  # the last committed step
+    saved: int = -1  # the last step that is durable
+    _save_begun: int = -1  # the last step of which a save has begun
+
+    def __post_init__(self) -> None:
+        self._save_begun = self.saved
 
     @property
     def trainer(self) -> TrainerGroup:
@@ -102,19 +112,39 @@ class Run:
         with self.tracer.span("publish", version=number):
             if self.fleet is not None:
                 self._take_in(self.fleet)
-            self._sync |= self.channel.publish(number)
+            self._sync |= self._published(number)
             self._record_changes()
-            if lost := self.channel.lost():
-                raise EngineLost("; ".join(f"{engine} was lost and is fenced: {why}" for engine, why in lost.items()))
+            self._tend()
             self.rollout.expect(WeightVersion(self.version.epoch, number, self.version.run_id))
         self.published = number
 
-    def start(self, step: int) -> Pending | None:
+    def _published(self, number: int) -> dict[str, float]:
+        """Publish, again once engines are back where none was left that could hold the version."""
+        while True:
+            try:
+                return self.channel.publish(number)
+            except EnginesLost as lost:
+                assert self.fleet is not None
+                log.warning("%s; it is published again once an engine is back", lost)
+                self.fleet.wait_for_engines(self.cfg.rollout.start_timeout_s + self.cfg.sync.timeout_s)
+            except NotProven:
+                assert self.fleet is not None
+                self.fleet.tend()  # raises ProcessLost where it was a host agent that was lost
+                raise
+
+    def _tend(self, pending: "Pending[RolloutResult] | Pending[Evaluated] | None" = None) -> None:
+        """Let host agents and rollout manager know of one another's engines; to be called often while anything is waited for."""
+        if self.fleet is not None:
+            if pending is not None:
+                self.fleet.report(pending.troubles())
+            self.rollout.engines(self.fleet.tend())
+
+    def start(self, step: int) -> Pending[RolloutResult] | None:
         """Start the rollout of `step`, unless that is past the end."""
-        self.in_flight = self.rollout.start(step, self.ledger.next) if step < self.cfg.run.steps else None
+        self.in_flight = self.rollout.start(step, self.ledger.begin(step)) if step < self.cfg.run.steps else None
         return self.in_flight
 
-    def join(self, pending: Pending | None) -> RolloutResult:
+    def join(self, pending: Pending[RolloutResult] | None) -> RolloutResult:
         """Wait for a rollout; nothing of it is in flight afterwards. A stop signal meanwhile commits and ends the run."""
         assert pending is not None, "a rollout past the last step"
         self._wait(pending)
@@ -128,22 +158,27 @@ class Run:
         return result
 
     def commit_if_due(self, step: int, batch: RolloutResult) -> None:
-        """Commit the trainer at `step` with this finished, untrained batch, where run.save_every or a stop signal asks for it."""
+        """Begin to save the trainer at `step` with this finished, untrained batch, where run.save_every asks for it. A stop signal saves
+        too, waits until that is durable and ends the run."""
         every = self.cfg.run.save_every
         due = every and step > 0 and step % every == 0 and self.restored_batch is None
         self.restored_batch = None
         if due or self.signal.received:
             self.commit(step, batch)
         if self.signal.received:
-            raise SavedRunAgain(f"stopped by {self.signal.received} after update {step}; saved")
+            self._leave(f"stopped by {self.signal.received} after update {step}; saved")
 
     def update(self, batch: RolloutResult) -> dict[str, float]:
-        """Train on a batch; returns the update's metrics."""
+        """Train on a batch; returns the update's metrics. Raises NotFinite, with the batch kept for run.replay."""
         with self.console.bar(f"update {self.step + 1}", None):
-            return self.trainer.update(batch.ref)
+            try:
+                return self.trainer.update(batch.ref, self._look_beside)
+            except NotFinite as error:
+                raise NotFinite(f"{error}. {self._keep_stopped(self.step, batch, str(error))}") from error
 
     def record(self, step: int, batch: RolloutResult, metrics: dict[str, float]) -> None:
-        """Everything that is kept of update `step`: metrics with the evaluation after it, samples, trace, ledger. Raises GateStopped."""
+        """Everything that is kept of update `step`: metrics with the evaluation after it, samples, trace, ledger. Raises GateStopped, and
+        what a save in flight has raised."""
         self.version = WeightVersion(self.version.epoch, step, self.version.run_id)
         self.ledger.train(batch.summary.trained)
         line = {**batch.summary.metrics, **metrics, **self.ledger.metrics()}
@@ -152,7 +187,9 @@ class Run:
             line |= self._evaluate(step)
         line |= self._sync
         self._write(step, line, batch.summary.examples, batch.spans)
-        self._gate(step, line)
+        self.account.append(Settled(step, batch.summary.trained, batch.summary.dropped))
+        self._landed(self.saver.poll())
+        self._gate(step, line, batch)
 
     def evaluate_first(self) -> None:
         """Line 0: the evaluation, if there is one, of the weights that the run starts from."""
@@ -173,22 +210,41 @@ class Run:
 
     # --- what the verbs do ------------------------------------------------------------------------------------------
 
-    def _wait(self, pending: Pending) -> None:
+    def _wait(self, pending: Pending[RolloutResult]) -> None:
         """Wait for a rollout, with a bar, and for a signal. In sync mode nothing is lost by not waiting: a resumed run draws the same
         prompts with the same weights. One step off, the batch comes from weights that a resumed run would not have: it is waited for."""
         with self.console.bar(f"rollout {pending.step + 1}", self.cfg.rollout.prompts_per_step, "prompts") as bar:
             while not pending.wait(POLL_S):
                 bar.update(pending.progress())
-                if self.fleet is not None:
-                    self.fleet.check()
+                self._look_after(pending)
                 if self.signal.received and self.cfg.rollout.mode == "sync":
                     self._stop()
 
+    def _look_beside(self) -> None:
+        """What goes on beside an update."""
+        if self.in_flight is not None:
+            self.in_flight.progress()
+        self._tend(self.in_flight)
+        self._landed(self.saver.poll())
+
+    def _look_after(self, pending: "Pending[RolloutResult] | Pending[Evaluated]") -> None:
+        """What goes on beside a wait: engines that fail and come back, a save that ends, Ray itself."""
+        deadline.check()
+        self._tend(pending)
+        self._landed(self.saver.poll())
+
     def _stop(self) -> NoReturn:
+        self.ledger.abandon()
         if self.ranks is None:
             raise RuntimeError(f"stopped by {self.signal.received}: rollouts before step {self.step} are in {self.directory / 'rollouts'}")
-        self.commit(self.step, None)
-        raise SavedRunAgain(f"stopped by {self.signal.received} before update {self.step + 1}; saved at step {self.step}")
+        if self._save_begun != self.step:
+            self.commit(self.step, None)
+        self._leave(f"stopped by {self.signal.received} before update {self.step + 1}; saved at step {self.step}")
+
+    def _leave(self, said: str) -> NoReturn:
+        self._wait_for_save()
+        self.signal.leave()
+        raise SavedRunAgain(said)
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Every evaluation set under version `step`. A rollout that is in flight under another version ends first."""
@@ -198,7 +254,11 @@ class Run:
             self._wait(self.in_flight)
         self.publish(step)
         begun = time.time()
-        results, self._eval_spans = self.rollout.evaluate(step)
+        evaluation = self.rollout.evaluate(step)
+        while not evaluation.wait(POLL_S):
+            evaluation.progress()
+            self._look_after(evaluation)
+        results, self._eval_spans = evaluation.result()
         self._keep_examples(step, [{**e, "source": f"eval/{r.name}"} for r in results for e in r.examples])
         line = {f"eval/{r.name}/{name}": value for r in results for name, value in r.metrics.items()}
         return {**line, "time/eval_s": time.time() - begun}
@@ -218,7 +278,6 @@ class Run:
         self.trackers.log(step, line)
         self.trace.append(step, spans)
         self._keep_examples(step, examples)
-        write_atomic(self.directory / "ledger.json", json.dumps(self.ledger.metrics()))
         if step or "time/eval_s" in line:
             self.console.step(step, line)
 
@@ -226,7 +285,7 @@ class Run:
         with (self.directory / "examples.jsonl").open("a") as file:
             file.writelines(json.dumps({"step": step, **example}) + "\n" for example in examples)
 
-    def _gate(self, step: int, line: dict[str, float]) -> None:
+    def _gate(self, step: int, line: dict[str, float], batch: RolloutResult) -> None:
         """Train and inference must agree on the log-probs of the same tokens under the same weights; a difference that is no number is none
         that may pass."""
         drift, observe = line.get("mismatch/logprob_abs_diff"), self.cfg.observe
@@ -236,38 +295,64 @@ class Run:
             return
         if observe.mismatch_stop and not drift <= observe.mismatch_stop:
             limit = f"observe.mismatch_stop={observe.mismatch_stop:g}"
-            raise GateStopped(f"update {step}: trainer and engine log-probs differ by {drift:.3g} on average, above {limit}")
+            said = f"update {step}: trainer and engine log-probs differ by {drift:.3g} on average, above {limit}"
+            raise GateStopped(f"{said}. {self._keep_stopped(step - 1, batch, said)}")
         if not drift <= observe.mismatch_warn:
             limit = f"observe.mismatch_warn={observe.mismatch_warn:g}"
             log.warning("update %d: trainer and engine log-probs differ by %.3g on average, above %s", step, drift, limit)
 
+    def _keep_stopped(self, step: int, batch: RolloutResult, reason: str) -> str:
+        """Keep the batch that stops the run; where it is, and how it is trained on alone from the last checkpoint, once that is durable."""
+        self.settle()
+        path = write_stopped(self.directory, step, self._fetch(batch), batch.summary, reason)
+        durable = None if self.saved < 0 else self.saved
+        return f"Its batch is kept; from the last checkpoint it is trained alone by: {replay_command(path, self.directory, durable)}"
+
+    def _fetch(self, batch: RolloutResult) -> Batch:
+        return deadline.get(batch.ref, self.cfg.cluster.step_timeout_s, "the finished batch", STEP_KNOB)
+
     # --- durable ----------------------------------------------------------------------------------------------------
 
-    def commit(self, step: int, batch: RolloutResult | None) -> Path:
-        """Write iter_<step>: shards, ledger, the finished batch if there is one. Whole or not at all."""
+    def commit(self, step: int, batch: RolloutResult | None) -> None:
+        """Begin to write iter_<step>: shards, ledger, the finished batch if there is one. Whole or not at all. Returns once the ranks hold
+        what they write, which a later look at `saver` finds durable."""
         begun = time.time()
-        with self.tracer.span("save", step=step):
-            temporary = save.begin(self.directory, step)
-            self.trainer.save(temporary / "trainer")
+        version = WeightVersion(self.version.epoch, step, self.version.run_id)
+        state = DriverState(step, version, self.ledger.to_dict(), self.trackers.ids(), self.resolved, self.wall_s, self.origin)
+
+        def write_rest(folder: Path) -> None:
             if batch is not None:
-                timeout_s = self.cfg.cluster.step_timeout_s
-                batch_file.write_batch(temporary, deadline.get(batch.ref, timeout_s, "the finished batch", "cluster.step_timeout_s"))
-                (temporary / "rollout.json").write_text(json.dumps(batch.summary.to_dict()))
-            version = WeightVersion(self.version.epoch, step, self.version.run_id)
-            write_state(temporary, DriverState(step, version, self.ledger.to_dict(), self.trackers.ids(), self.resolved, self.wall_s))
-            path = save.commit(self.directory, step)
-            retention.keep_newest(self.directory, self.cfg.run.keep_last)
-        self.saved, self._save_s, self.signal.committed = step, time.time() - begun, path
-        self.console.note(f"saved {path}")
-        return path
+                batch_file.write_batch(folder, self._fetch(batch))
+                write_hashed(folder / "rollout.json", json.dumps(batch.summary.to_dict()).encode())
+            write_state(folder, state)
+
+        with self.tracer.span("save", step=step):
+            self.saver.start(step, self.trainer.save, write_rest)
+        self._save_begun, self._save_s = step, time.time() - begun
+
+    def _landed(self, commits: list[Committed]) -> None:
+        for commit in commits:
+            self.saved, self.signal.committed = commit.step, commit.path
+            self.console.note(f"saved {commit.path} ({commit.seconds:.1f} s)")
+
+    def _wait_for_save(self) -> None:
+        self._landed(self.saver.wait(self.cfg.cluster.step_timeout_s, STEP_KNOB))
+
+    def settle(self) -> None:
+        """The run is to end: let a save in flight come to its end, where it can."""
+        try:
+            self._wait_for_save()
+        except (RuntimeError, OSError) as error:
+            log.warning("the save that was in flight is lost: %s", error)
 
     def finish(self) -> None:
         """The last commit and the Hugging Face directory of the final weights."""
         if self.ranks is None:
             return
-        if self.saved != self.step:
+        if self._save_begun != self.step:
             self.commit(self.step, None)
         self.trainer.export_hf(self.directory / "hf")
+        self._wait_for_save()
 
     def summary(self, status: str, reason: str = "") -> Summary:
         """How the run ended, with the paths that exist."""

@@ -12,7 +12,9 @@ import ray
 import yaml
 
 from slime.checkpoint import batch as batch_file
+from slime.checkpoint.origin import Origin, origin_of
 from slime.checkpoint.restore import Restored
+from slime.checkpoint.saver import Saver
 from slime.cluster.placement import RolePlacement, place
 from slime.cluster.preflight import check_resources, check_run_dir
 from slime.cluster.session import Cluster, connect
@@ -30,6 +32,7 @@ from slime.models.hub import local_directory
 from slime.models.registry import load_map
 from slime.observe import density
 from slime.observe import log as log_files
+from slime.observe.account import AccountLog
 from slime.observe.console import Console
 from slime.observe.density import DensityLog
 from slime.observe.metrics import MetricsLog
@@ -37,7 +40,7 @@ from slime.observe.report import write_report
 from slime.observe.summary import Summary, write_summary
 from slime.observe.trace import TraceFile
 from slime.observe.trackers import start_trackers
-from slime.resume import check_recipe, claim, is_own, next_version, prepare_files, take_epoch, write_recipe
+from slime.resume import LEDGER, check_origin, check_recipe, claim, is_own, next_version, prepare_files, take_epoch, write_recipe
 from slime.rollout.demonstrations import Demonstrations
 from slime.rollout.handle import BatchSource, Pending, Ready, Rollout, RolloutResult
 from slime.rollout.replay import Replay
@@ -51,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def open_run(cfg: SlimeConfig, resolved_yaml: str) -> Iterator[Run]:
+def open_run(cfg: SlimeConfig, resolved_yaml: str, signal: StopSignal) -> Iterator[Run]:
     """The run of a recipe, started; summary and report are written and everything is ended when the block ends, however it ends.
 
     Raises ConfigError, PreflightError or ValueError where it cannot start, NothingToDo, and what the block raises; there, a ValueError
@@ -66,21 +69,25 @@ def open_run(cfg: SlimeConfig, resolved_yaml: str) -> Iterator[Run]:
         console = Console(steps=cfg.run.steps, progress=cfg.observe.progress)
         stack.callback(console.stop)
         log_files.set_up(directory, console.warning)
-        signal = stack.enter_context(StopSignal(cfg.run.grace_s))
         console.start(f"slime {cfg.run.name}", facts(cfg, directory, restored))
+        origin = origin_of(cfg)
         if restored is not None:
             check_recipe(restored, directory, resolved)
+            check_origin(restored, cfg, origin)
         prepare_files(directory, restored)
         write_recipe(directory, resolved_yaml, restored)
         try:
             cluster = stack.enter_context(connect(cfg, directory))
-            run = build(cfg, directory, resolved, restored, cluster, console, signal, stack)
+            run = build(cfg, directory, resolved, restored, origin, cluster, console, signal, stack)
         except BaseException as error:
             write_summary(directory, Summary("failed", restored.step if restored else 0, 0.0, reason=reason_of(error)))
             raise
         try:
             yield run
         except BaseException as error:
+            if isinstance(error, Exception) and not isinstance(error, SavedRunAgain):
+                run.settle()
+            signal.leave()
             end(run, status_of(error), reason_of(error))
             if isinstance(error, ValueError):
                 raise RuntimeError(str(error)) from error
@@ -172,6 +179,7 @@ def build(
     directory: Path,
     resolved: dict,
     restored: Restored | None,
+    origin: Origin,
     cluster: Cluster,
     console: Console,
     signal: StopSignal,
@@ -189,16 +197,22 @@ def build(
     version = replace(version, epoch=channel.open())
     take_epoch(directory, version)  # a store may know of later ones
     ledger, restored_batch, wall_s = Ledger(), None, 0.0
-    metrics = MetricsLog(directory / "metrics.jsonl")
+    metrics, account = MetricsLog(directory / "metrics.jsonl"), AccountLog(directory / LEDGER)
     if restored is not None:
         assert parts.trainer is not None
         parts.trainer.load(restored.path / "trainer")
         metrics.truncate(restored.step)
+        account.truncate(restored.step)
         ledger, wall_s = Ledger.from_dict(restored.state.ledger), restored.state.wall_s
         restored_batch = read_batch(restored)
+        if restored_batch is not None and isinstance(parts.source, Replay) and parts.source.is_file:
+            ledger.set_aside(restored_batch.result().summary)  # the file's batch comes next, not this one
+            restored_batch = None
         signal.committed = restored.path
     own = restored is not None and is_own(restored, directory)
     ids = restored.state.trackers if restored is not None and own else {}
+    saver = Saver(directory, cfg.run.keep_last, cfg.run.keep_every, cfg.cluster.step_timeout_s)
+    stack.callback(saver.close)
     trackers = start_trackers(cfg.observe, directory, str(cfg.run.name), resolved, ids=ids, first_step=version.number + bool(restored))
     stack.callback(trackers.close)
     return Run(
@@ -212,10 +226,13 @@ def build(
         channel=channel,
         console=console,
         metrics=metrics,
+        account=account,
         density=DensityLog(directory / density.NAME),
         trackers=trackers,
         trace=TraceFile(directory / "trace.json.gz"),
         signal=signal,
+        saver=saver,
+        origin=origin,
         fleet=parts.fleet,
         restored_batch=restored_batch,
         saved=version.number if own else -1,
@@ -223,7 +240,7 @@ def build(
     )
 
 
-def read_batch(restored: Restored) -> Pending | None:
+def read_batch(restored: Restored) -> Pending[RolloutResult] | None:
     """The finished batch that the checkpoint holds."""
     batch = batch_file.read_batch(restored.path)
     if batch is None:

@@ -7,19 +7,27 @@ A checkpoint is taken where nothing is in flight: the trainer at `step` and the 
 Publishing always comes before a rollout, in a resumed run too.
 """
 
+from slime.cluster.signals import StopSignal
 from slime.config import SlimeConfig
+from slime.restarts import Attempts
 from slime.run import Run
 from slime.start import open_run
 
 
 def main(cfg: SlimeConfig, resolved_yaml: str) -> None:
-    """Run a recipe to its end. Raises ConfigError, PreflightError, NothingToDo, GateStopped or SavedRunAgain (see slime.config.exits)."""
-    with open_run(cfg, resolved_yaml) as run:
-        if cfg.run.only == "rollout":
-            generate(run)
-        else:
-            train(run)
-        run.finish()
+    """Run a recipe to its end, from the last checkpoint again where something was lost on the way.
+
+    Raises ConfigError, PreflightError, NothingToDo, GateStopped or SavedRunAgain (see slime.config.exits).
+    """
+    with StopSignal(cfg.run.grace_s, cfg.run.max_hours) as signal:
+        for attempt in Attempts(cfg, signal):
+            with attempt, open_run(attempt.cfg, resolved_yaml, signal) as run:
+                attempt.began()
+                if cfg.run.only == "rollout":
+                    generate(run)
+                else:
+                    train(run)
+                run.finish()
 
 
 def train(run: Run) -> None:

@@ -17,7 +17,7 @@ RANKS = (
     ("sync",),
     ("engine",),
     ("rollout", "trainer", "checkpoint"),
-    ("run", "resume"),
+    ("run", "resume", "restarts"),
     ("start",),
     ("train",),
     ("cli",),

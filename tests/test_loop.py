@@ -8,18 +8,23 @@ from typing import Any
 import pytest
 
 from slime import train
+from slime.checkpoint.origin import Origin
+from slime.checkpoint.saver import Saver
 from slime.cluster.signals import StopSignal
 from slime.config import DataConfig, EvalSet, RolloutConfig, RunConfig, SlimeConfig
-from slime.config.exits import GateStopped, SavedRunAgain
+from slime.config.exits import GateStopped, NotFinite, SavedRunAgain
 from slime.data.ledger import Ledger
+from slime.observe.account import AccountLog, account
+from slime.observe.account import read as read_account
 from slime.observe.console import Console
 from slime.observe.density import DensityLog
 from slime.observe.metrics import MetricsLog, read
 from slime.observe.trace import TraceFile
 from slime.observe.trackers import Trackers
-from slime.rollout.handle import RolloutResult
+from slime.rollout.dump import read_batch
+from slime.rollout.handle import Ready, RolloutResult
 from slime.run import Run
-from slime.types import RolloutSummary, WeightVersion
+from slime.types import Batch, Group, RolloutSummary, Sample, WeightVersion
 
 
 @dataclass
@@ -41,11 +46,29 @@ class Flight:
     def progress(self) -> int:
         return 0
 
+    def troubles(self) -> list:
+        return []
+
     def result(self) -> RolloutResult:
         assert self.step not in self.world.flying
         first = 4 * self.step
         summary = RolloutSummary(self.step, 4, first, list(range(first, first + 4)), dropped={}, metrics={}, examples=[])
         return RolloutResult(None, summary)  # type: ignore[arg-type]
+
+
+@dataclass
+class Written:
+    """Shards that are on disk at once."""
+
+    refused: OSError | None
+
+    def done(self) -> bool:
+        return True
+
+    def result(self, timeout_s: float) -> dict[str, Any]:
+        if self.refused is not None:
+            raise self.refused
+        return {}
 
 
 @dataclass
@@ -57,6 +80,8 @@ class World:
     metrics: dict[str, float] = field(default_factory=dict)
     on_wait: Callable[[int], None] = lambda step: None
     held: int = -1
+    fails_at: int | None = None  # update
+    refuses: OSError | None = None  # of the disk
 
     def publish(self, number: int) -> dict[str, float]:
         if number == self.held:
@@ -75,18 +100,22 @@ class World:
         self.events.append(f"rollout {step}")
         return Flight(step, self)
 
-    def evaluate(self, step: int) -> tuple[list, list]:
+    def evaluate(self, step: int) -> Ready:
         assert self.held == step
         self.events.append(f"evaluate {step}")
-        return [], []
+        return Ready(step, ([], []))
 
-    def update(self, ref: Any) -> dict[str, float]:
+    def update(self, ref: Any, meanwhile: Callable[[], None]) -> dict[str, float]:
+        meanwhile()
+        if self.fails_at == self.events.count("update"):
+            raise NotFinite("the loss is nan")
         self.events.append("update")
         return dict(self.metrics)
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path) -> "Written":
         directory.mkdir()
         self.events.append("save")
+        return Written(self.refuses)
 
     def spans(self) -> list:
         return []
@@ -97,10 +126,13 @@ class World:
     def join(self) -> list:
         return []
 
-    def lost(self) -> dict[str, str]:
-        return {}
+    def tend(self) -> list:
+        return []
 
-    def check(self) -> None:
+    def engines(self, turns: list) -> None:
+        pass
+
+    def report(self, troubles: list) -> None:
         pass
 
 
@@ -119,10 +151,13 @@ def make_run(tmp_path: Path, world: World, mode: str = "sync", eval_every: int =
         channel=anything,
         console=Console(steps=3, progress=False),
         metrics=MetricsLog(tmp_path / "metrics.jsonl"),
+        account=AccountLog(tmp_path / "ledger.jsonl"),
         density=DensityLog(tmp_path / "density.jsonl"),
         trackers=Trackers([]),
         trace=TraceFile(tmp_path / "trace.json.gz"),
         signal=StopSignal(60.0),
+        origin=Origin(),
+        saver=Saver(tmp_path, keep_last=2, keep_every=0, timeout_s=60),
         fleet=anything,
     )
 
@@ -178,6 +213,17 @@ def test_a_stop_without_a_trainer_says_what_there_is(tmp_path: Path):
         train.generate(run)
 
 
+BATCH = Batch.from_groups(
+    [Group(0, [Sample("1+1=", [1, 2], group=0, response_ids=[3], loss_mask=[1], rollout_logprobs=[-0.5], reward=1.0)])]
+)
+
+
+@pytest.fixture(autouse=True)
+def batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batches of this loop are none; where one is kept, it is BATCH."""
+    monkeypatch.setattr(Run, "_fetch", lambda self, batch: BATCH)
+
+
 @pytest.mark.parametrize(("drift", "stops"), [(float("nan"), True), (0.6, True), (0.1, False), (None, False)])
 def test_a_mismatch_that_is_too_large_or_no_number_stops_the_run(tmp_path: Path, drift: float | None, stops: bool):
     world = World(metrics={} if drift is None else {"mismatch/logprob_abs_diff": drift})
@@ -188,3 +234,29 @@ def test_a_mismatch_that_is_too_large_or_no_number_stops_the_run(tmp_path: Path,
     else:
         train.train(run)
     assert len(read(tmp_path / "metrics.jsonl")) == 1 + (1 if stops else 3)
+    assert (tmp_path / "stopped" / "step_0000000.npz").exists() == stops
+
+
+def test_a_step_that_is_not_finite_stops_the_run_and_its_batch_is_kept(tmp_path: Path):
+    world = World(fails_at=2)
+    run = make_run(tmp_path, world)
+    with pytest.raises(NotFinite, match=r"the loss is nan\. Its batch is kept; .* run\.replay=.*stopped/step_0000002\.npz"):
+        train.train(run)
+    kept, summary = read_batch(tmp_path / "stopped" / "step_0000002.npz", "")
+    assert summary.step == 2 and all((a == b).all() for a, b in zip(kept.columns().values(), BATCH.columns().values(), strict=True))
+    assert run.step == 2 and [line.step for line in read_account(tmp_path / "ledger.jsonl")] == [1, 2]
+
+
+def test_every_prompt_is_settled_once(tmp_path: Path):
+    run = make_run(tmp_path, World())
+    train.train(run)
+    assert account(read_account(tmp_path / "ledger.jsonl")).trained == 12 == run.ledger.trained
+
+
+def test_a_save_that_the_disk_refused_ends_the_run(tmp_path: Path):
+    world = World(refuses=OSError(28, "No space left on device"))
+    run = make_run(tmp_path, world)
+    run.cfg.run.save_every = 1
+    with pytest.raises(OSError, match="No space left"):
+        train.train(run)
+    assert run.saved == -1 and not list(tmp_path.glob("iter_???????"))

@@ -12,13 +12,17 @@ import os
 import signal
 import socket
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+import psutil
 import ray
 
+from slime.cluster import deadline
 from slime.cluster.local import Scratch
 from slime.config import SlimeConfig
 from slime.config.exits import ConfigError, PreflightError
@@ -27,6 +31,7 @@ from slime.config.roles import role_needs
 log = logging.getLogger(__name__)
 
 PROBE_S = 5.0  # for a TCP connection to a cluster's address
+DAEMONS = {"raylet", "gcs_server"}
 NODE = "127.0.0.2"  # Ray replaces 127.0.0.1 by the host's outward address
 
 
@@ -37,13 +42,29 @@ class Cluster:
     address: str
     device: Literal["cpu", "cuda"]
     scratch: Scratch | None  # of a Ray that we started
+    _daemons: list[psutil.Process] = field(default_factory=list)  # its own processes, which it cannot lose
+    _watching: ExitStack = field(default_factory=ExitStack)
 
     @property
     def local(self) -> bool:
         return self.scratch is not None
 
+    def watch(self) -> None:
+        """From here on, every wait notices when a process of the Ray that we started has ended: Ray itself says so late, or never."""
+        children = psutil.Process().children(recursive=True) if self.local else []
+        self._daemons = [child for child in children if _name(child) in DAEMONS]
+        assert not self.local or {_name(child) for child in self._daemons} == DAEMONS, "a Ray that has just started"
+        self._watching.enter_context(deadline.watch(self.check))
+
+    def check(self) -> None:
+        """Raises deadline.ProcessLost where a process of the Ray that we started has ended."""
+        for daemon in self._daemons:
+            if not daemon.is_running() or daemon.status() == psutil.STATUS_ZOMBIE:
+                raise deadline.ProcessLost(f"Ray's own process {daemon.pid} has ended; its log is in the run's logs/ray")
+
     def stop(self) -> None:
         """Disconnect; end a Ray that we started, and with it everything that runs in it."""
+        self._watching.close()
         ray.shutdown()
         if self.scratch is not None:
             self.scratch.collect()
@@ -65,25 +86,45 @@ def connect(cfg: SlimeConfig, run_dir: Path) -> Cluster:
     warnings.filterwarnings("ignore", message=".*accelerator visible devices.*", category=FutureWarning)
     address = cfg.cluster.address or os.environ.get("RAY_ADDRESS")
     scratch = None
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    if address:
-        _join(address)
-    else:
-        scratch = Scratch(run_dir / "logs" / "ray")
-        try:
-            _start(cfg, scratch)
-        except BaseException:
-            scratch.collect()
-            raise
-    signal.signal(signal.SIGTERM, on_sigterm)  # Ray installs its own
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    with _without_warnings():
+        if address:
+            _join(address)
+        else:
+            scratch = Scratch(run_dir / "logs" / "ray")
+            try:
+                _start(cfg, scratch)
+            except BaseException:
+                scratch.collect()
+                raise
+    for number, handler in handlers.items():
+        signal.signal(number, handler)  # Ray installs its own
     ray._private.worker._worker_logs_enabled = False  # Ray's reports of dead workers go to stdout, log_to_driver or not
     cluster = Cluster(ray.get_runtime_context().gcs_address, "cpu", scratch)
     try:
         cluster.device = _device(cfg.cluster.device, ray.cluster_resources().get("GPU", 0))
-    except PreflightError:
+        cluster.watch()
+    except BaseException:
         cluster.stop()
         raise
     return cluster
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Processes that are started inside do not get SIGUSR1, which would end them: a scheduler may send its warning to all of a job."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # one that came meanwhile arrives now
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def _join(address: str) -> None:

@@ -101,3 +101,31 @@ def test_reaper_ends_what_does_not_end_by_itself(tmp_path: Path) -> None:
     bystander.kill()
     assert (tmp_path / "ray" / scratch.path.name / "raylet.out").read_text() == "why"
     assert not scratch.path.exists()
+
+
+STOPPED = """
+import sys, time
+from pathlib import Path
+from slime.cli.endings import exiting
+from slime.cluster.session import connect
+from slime.cluster.signals import StopSignal
+from slime.config import SlimeConfig
+from slime.config.exits import SavedRunAgain
+
+with exiting(), StopSignal(60.0) as stop, connect(SlimeConfig(), Path(sys.argv[1])):
+    print("running", flush=True)
+    for _ in range(300):
+        time.sleep(0.1)
+        if stop.received:
+            raise SavedRunAgain(f"stopped by {stop.received}; saved")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_the_run_although_ray_has_started(number: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STOPPED, str(tmp_path)]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
+    assert driver.stdout is not None and driver.stdout.readline() == "running\n"
+    driver.send_signal(number)
+    _, err = driver.communicate(timeout=30)
+    assert driver.returncode == 75 and f"slime: stopped by {number.name}; saved" in err

@@ -1,0 +1,166 @@
+"""Killing runs of the real command, at moments that a seed fixes.
+
+    plan = plan_of(seed=7, count=5, saves=40, wall_s=60)
+    finished = survive(inputs, "killed", plan, overrides)          # the same command again after every end of its driver
+
+A `Kill` names a victim and a moment: so many seconds after the last one, or the n-th request of the driver, in its saves, to make
+something durable, visible or gone. The latter is counted in the driver itself: `python -m tests.killing '{"call": n}' ARGUMENTS` is `slime`
+with that.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.launch import LAUNCH_S, ROOT, Launched, Offspring, arguments
+
+VICTIMS = {  # victim -> what its process is called
+    "driver": "",
+    "rank": "ray::Rank",
+    "engine": "sglang::scheduler",
+    "raylet": "/raylet",
+    "agent": "ray::EngineActor",
+    "manager": "ray::RolloutManager",
+    "everything": "",
+}
+ENDS_THE_DRIVER = ("driver", "everything")
+GONE_S = 60.0  # for what a dead driver leaves to end
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One SIGKILL. `call` counts the driver's requests in saves; `after_s` counts from the start or the last kill."""
+
+    victim: str
+    after_s: float = 0.0
+    call: int | None = None
+
+
+def plan_of(seed: int, count: int, calls: int, wall_s: float, victims: tuple[str, ...] = tuple(VICTIMS)) -> list[Kill]:
+    """`count` kills, every victim in turn, of the driver every other time in the middle of a save: `calls` are the requests of all saves of
+    an undisturbed run, `wall_s` its duration."""
+    rng = random.Random(seed)
+    order = [victims[i % len(victims)] for i in range(count)]
+    rng.shuffle(order)
+    kills, drivers = [], 0
+    for victim in order:
+        drivers += victim == "driver"
+        in_save = victim == "driver" and drivers % 2 == 1
+        kills.append(Kill(victim, call=rng.randint(1, calls)) if in_save else Kill(victim, after_s=round(rng.uniform(1.0, wall_s), 1)))
+    return kills
+
+
+def survive(inputs: Path, name: str, plan: list[Kill], *overrides: str, timeout_s: float = LAUNCH_S) -> tuple[Launched, list[Kill]]:
+    """Start the command, kill as planned, start it again where the driver ended, and so on to its end. Returns the run, and those kills
+    that found their victim. `timeout_s` is for what follows the last kill."""
+    left, done = list(plan), []
+    process, offspring, log = _start(inputs, name, left[0] if left else None, overrides)
+    while left:
+        kill = left.pop(0)
+        if _strike(process, offspring, kill):
+            done.append(kill)
+        elif process.poll() == 0:
+            break  # the run was at its end before
+        if process.poll() is not None:
+            assert offspring.left(GONE_S) == []
+            process, offspring, log = _start(inputs, name, left[0] if left else None, overrides)
+    try:
+        code = process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"the command did not end in {timeout_s} s after {done}:\n{log.read_text()[-6000:]}") from None
+    return Launched(code, log.read_text(), "", inputs / "runs" / name, offspring), done
+
+
+def _start(inputs: Path, name: str, kill: Kill | None, overrides: tuple[str, ...]) -> tuple[subprocess.Popen, Offspring, Path]:
+    """Its output goes to a file beside the run, one for all starts."""
+    log = inputs / f"{name}.log"
+    command = [
+        sys.executable,
+        "-m",
+        "tests.killing",
+        json.dumps(asdict(kill) if kill else {}),
+        "train",
+        *arguments(inputs, name, *overrides),
+    ]
+    with log.open("a") as out:
+        out.write(f"--- {kill}\n")
+        out.flush()
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(command, cwd=inputs, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    return process, Offspring(process), log
+
+
+def _strike(process: subprocess.Popen, offspring: Offspring, kill: Kill) -> bool:
+    """Wait for the moment and kill; False where the run ended before, or the victim was not there."""
+    until = time.monotonic() + (kill.after_s if kill.call is None else LAUNCH_S)
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            return process.returncode == -signal.SIGKILL
+        time.sleep(0.02)
+    if kill.victim in ENDS_THE_DRIVER:
+        pids = [process.pid, *(offspring.alive() if kill.victim == "everything" else ())]
+    else:
+        pids = [pid for pid, command in offspring.alive().items() if VICTIMS[kill.victim] in command][:1]
+    for pid in pids:
+        if psutil.pid_exists(pid):
+            os.kill(pid, signal.SIGKILL)
+    if kill.victim in ENDS_THE_DRIVER:
+        process.wait()
+    return bool(pids)
+
+
+# --- inside the driver ---------------------------------------------------------------------------------------------------------
+
+
+def count_calls(at: int | None, counted: Callable[[int], None]) -> None:
+    """From here on this process is killed before its `at`-th request to make something of a checkpoint durable, visible or gone; `counted`
+    is told how many there were."""
+    lock, seen = threading.Lock(), [0]
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(target: Any, *args: Any, **kwargs: Any) -> Any:
+            if _of_a_checkpoint(target):
+                with lock:
+                    seen[0] += 1
+                    counted(seen[0])
+                    if seen[0] == at:
+                        os.kill(os.getpid(), signal.SIGKILL)
+            return function(target, *args, **kwargs)
+
+        return wrapped
+
+    for name in ("fsync", "rename", "replace", "mkdir"):
+        setattr(os, name, wrap(getattr(os, name)))
+    shutil.rmtree = wrap(shutil.rmtree)  # type: ignore[assignment]
+
+
+def _of_a_checkpoint(target: Any) -> bool:
+    path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else os.fspath(target)
+    return "/iter_" in str(path) or "latest_checkpointed" in str(path)
+
+
+def main() -> None:
+    kill = json.loads(sys.argv[1])
+    sys.argv = ["slime", *sys.argv[2:]]
+    counts = os.environ.get("SLIME_TEST_COUNT")
+    count_calls(kill.get("call"), lambda n: Path(counts).write_text(str(n)) if counts else None)  # type: ignore[arg-type,return-value]
+    from slime.cli.main import main as slime
+
+    slime()
+
+
+if __name__ == "__main__":
+    main()
