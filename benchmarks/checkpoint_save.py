@@ -1,12 +1,13 @@
 """What a checkpoint costs a training step: an asynchronous save of a 300 million parameter model, one rank over real Ray.
 
-    python -m benchmarks.checkpoint_save [--tokens 1024] [--rounds 3] [--folder /tmp]
+    python -m benchmarks.checkpoint_save [--tokens 16384] [--rounds 2] [--device cpu] [--folder /tmp]
 
 A round is an update alone and an update with a save begun just before it; the costs are medians over the rounds, and the share is what an
 update with a save takes longer. A save that is not durable when its update ends is waited for outside the clock, and the time is shown.
 Beside them: the snapshot, the time until durable, a save that is waited for with nothing else going on, and peak memory of the rank
 (VmHWM) over an update with and without a save, against the bound of `slime.trainer.shards.snapshot`. Prints a table and writes
-benchmarks/results/checkpoint_save.json. Wants 14 GB of memory, 10 GB of disk and about five minutes.
+benchmarks/results/checkpoint_save.json (checkpoint_save_gpu.json with --device cuda). Wants 14 GB of memory, 10 GB of disk and a quarter
+of an hour on two cores.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import psutil
@@ -26,6 +28,7 @@ from ray.util.placement_group import placement_group
 from rich.console import Console
 from rich.table import Table
 
+from slime.checkpoint.origin import Origin
 from slime.checkpoint.saver import Saver
 from slime.checkpoint.state import DriverState, write_state
 from slime.cluster.placement import RolePlacement
@@ -82,18 +85,19 @@ class Found:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--folder", default=None)
     args = parser.parse_args()
     ray.init(num_cpus=psutil.cpu_count(), include_dashboard=False, logging_level="error", object_store_memory=100 << 20)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        found = measure(Path(folder), args.tokens, args.rounds)
+        found = measure(Path(folder), args.tokens, args.rounds, args.device)
     ray.shutdown()
     Console(width=120).print(table(found))
     RESULTS.mkdir(exist_ok=True)
     line = asdict(found) | {"cost_s": found.cost_s, "share": found.share, "share_every_10": found.share / 10}
-    (RESULTS / "checkpoint_save.json").write_text(json.dumps(line, indent=1) + "\n")
+    (RESULTS / f"checkpoint_save{'_gpu' if args.device == 'cuda' else ''}.json").write_text(json.dumps(line, indent=1) + "\n")
     return 0 if found.share <= BAR and found.peak_saving <= found.bound else 1
 
 
@@ -131,15 +135,16 @@ def make_batch(tokens: int) -> Batch:
     )
 
 
-def measure(folder: Path, tokens: int, rounds: int) -> Found:
+def measure(folder: Path, tokens: int, rounds: int, device: Literal["cpu", "cuda"]) -> Found:
     parameters, largest = make_model(folder / "model")
     cfg = SlimeConfig()
-    cfg.model.path, cfg.cluster.device, cfg.rollout.max_response_tokens = str(folder / "model"), "cpu", 256
+    cfg.model.path, cfg.cluster.device, cfg.rollout.max_response_tokens = str(folder / "model"), device, 256
+    cfg.trainer.max_tokens_per_rank = 1024
     cfg.cluster.start_timeout_s = cfg.cluster.step_timeout_s = TIMEOUT_S
     cpus = float(psutil.cpu_count() or 1)
-    pool = placement_group([{"CPU": cpus}])
+    pool = placement_group([{"CPU": cpus} | ({"GPU": 1} if device == "cuda" else {})])
     assert pool.wait(60)
-    group = TrainerGroup.start(cfg, RolePlacement("actor", pool, [0], "cpu", cpus))
+    group = TrainerGroup.start(cfg, RolePlacement("actor", pool, [0], device, cpus))
     found, saver = Found(parameters, tokens), Saver(folder / "run", 1, 0, TIMEOUT_S)
     batch = ray.put(make_batch(tokens))
     group.update(batch)
@@ -178,7 +183,7 @@ def measure(folder: Path, tokens: int, rounds: int) -> Found:
 
 
 def rest(step: int):
-    state = DriverState(step, WeightVersion(0, step, "benchmark"), {}, {}, {}, 0.0)
+    state = DriverState(step, WeightVersion(0, step, "benchmark"), {}, {}, {}, 0.0, Origin())
     return lambda directory: write_state(directory, state)
 
 
