@@ -5,8 +5,8 @@
             attempt.began()
             ...                                   # to the end; a loss ends the attempt, and the next one follows after a pause
 
-What another attempt cannot mend is raised: a wrong recipe, a gate, a full disk, whatever the user's functions raise. So is a loss before
-the first attempt had begun, and one more loss than run.max_restarts without a new checkpoint in between.
+What another attempt cannot mend is raised: a wrong recipe, a gate, a full disk, whatever the user's functions raise. So are deadlines that
+pass before the first attempt has begun, and one more loss than run.max_restarts without a new checkpoint in between.
 """
 
 import logging
@@ -102,7 +102,7 @@ class Attempt:
     def __init__(self, attempts: Attempts, cfg: SlimeConfig, first: bool) -> None:
         self.cfg = cfg
         self._attempts = attempts
-        self._losses: tuple[type[Exception], ...] = () if first else (*LOSSES, PreflightError)
+        self._losses: tuple[type[Exception], ...] = (ProcessLost,) if first else (*LOSSES, PreflightError)
 
     def began(self) -> None:
         """Everything is started: from here on a loss is not the recipe's fault."""

@@ -65,19 +65,24 @@ def plan_of(seed: int, count: int, calls: int, wall_s: float, victims: tuple[str
 def survive(inputs: Path, name: str, plan: list[Kill], *overrides: str, timeout_s: float = LAUNCH_S) -> tuple[Launched, list[Kill]]:
     """Start the command, kill as planned, start it again where the driver ended, and so on to its end. Returns the run, and those kills
     that found their victim. `timeout_s` is for what follows the last kill."""
-    left, done = list(plan), []
+    left, done, struck = list(plan), [], False
     process, offspring, log = _start(inputs, name, left[0] if left else None, overrides)
     while left:
         kill = left.pop(0)
-        if _strike(process, offspring, kill):
-            done.append(kill)
-        elif process.poll() == 0:
+        struck = _strike(process, offspring, kill)
+        done += [kill] if struck else []
+        if process.poll() == 0:
             break  # the run was at its end before
         if process.poll() is not None:
             assert offspring.left(GONE_S) == []
             process, offspring, log = _start(inputs, name, left[0] if left else None, overrides)
+            struck = False
     try:
         code = process.wait(timeout_s)
+        if code and struck:  # it lost an engine before it had begun: whoever started it starts it again
+            assert offspring.left(GONE_S) == []
+            process, offspring, log = _start(inputs, name, None, overrides)
+            code = process.wait(timeout_s)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise AssertionError(f"the command did not end in {timeout_s} s after {done}:\n{log.read_text()[-6000:]}") from None

@@ -90,8 +90,9 @@ def test_what_another_attempt_cannot_mend_is_raised(tmp_path: Path, error: Excep
 
 @pytest.mark.usefixtures("no_pause")
 def test_a_first_start_that_fails_is_not_tried_again_and_a_later_one_is(tmp_path: Path) -> None:
-    """A host that was lost may take a while to come back."""
-    for error in (ProcessLost("died"), TimeoutError("the engines"), PreflightError("no GPU")):
+    """Unless a process was lost. A host that was lost may take a while to come back."""
+    assert run_through(tmp_path, losing(1, ProcessLost("died")), began=False) == ["auto"] * 2
+    for error in (EngineLost("all retired"), TimeoutError("the engines"), PreflightError("no GPU")):
         with pytest.raises(type(error)):
             run_through(tmp_path, losing(1, error), began=False)
     cfg = SlimeConfig(run=RunConfig(name="r", dir=str(tmp_path), max_restarts=2))
