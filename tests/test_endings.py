@@ -52,3 +52,13 @@ def test_another_course_is_refused_by_name_and_can_be_accepted(inputs: Path) -> 
     accepted = ("run.steps=3", "trainer.lr=1e-4", "run.accept_changes=[trainer.lr]")
     run = launch(inputs, "course", *accepted)
     assert run.code == 0 and run.metrics[3]["train/lr"] == 1e-4, run.out + run.err
+
+
+def test_a_rollout_that_does_not_end_says_what_it_waits_for(inputs: Path) -> None:
+    stuck = ("rollout.generate=tests.rollout.generate_functions:never_ends", "cluster.step_timeout_s=20", "run.max_restarts=1")
+    run = launch(inputs, "stuck", *stuck)
+    assert run.code == 1 and run.offspring.left() == [], run.out + run.err
+    assert "rollout 1: 0 of 4 prompts finished after 20 s (cluster.step_timeout_s): 16 tasks in rollout/groups.py" in run.err.replace(
+        "\n", " "
+    )
+    assert "engine 0 is ready" in run.err and "restart 1 of 1" in (run.run_dir / "logs" / "driver.log").read_text()

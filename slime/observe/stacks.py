@@ -1,15 +1,20 @@
-"""Where every thread of this process is: for a rank that does not answer.
+"""Where every thread of this process is, for a rank that does not answer; and every task of an event loop, for a rollout that does not end.
 
 Stacks.now().text       every thread with its frames, innermost last
 Stacks.now().waits      "trainer/step.py:210 _gather": the innermost frame of slime of each thread that is inside it
+awaits()                "31 tasks in engine/client.py:210 _ask, 1 in rollout/manager.py:163 _fill"
 """
 
+import asyncio
 import sys
 import threading
 import traceback
+from collections import Counter
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import CoroutineType, FrameType
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 INNERMOST = 100  # frames of a thread that are shown
@@ -38,6 +43,24 @@ class Stacks:
 def stacks() -> str:
     """Every other thread of this process with its innermost frames, for people."""
     return Stacks.now().text
+
+
+def awaits() -> str:
+    """The innermost frames of slime in which the tasks of this thread's event loop wait, by number."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    places = Counter(place for task in tasks if (place := _awaited(task.get_coro())))
+    return ", ".join(f"{count} task{'s' if count > 1 else ''} in {place}" for place, count in places.most_common()) or AT_REST
+
+
+def _awaited(coroutine: Coroutine[Any, Any, Any] | Any) -> str:
+    """The innermost frame of slime of what a coroutine awaits; empty where there is none."""
+    found = ""
+    while isinstance(coroutine, CoroutineType):
+        frame = coroutine.cr_frame
+        if frame is not None and (path := Path(frame.f_code.co_filename)).is_relative_to(ROOT):
+            found = f"{path.relative_to(ROOT)}:{frame.f_lineno} {frame.f_code.co_name}"
+        coroutine = coroutine.cr_await
+    return found
 
 
 def _shown(name: str, frame: FrameType) -> str:

@@ -34,6 +34,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 STEP_KNOB = "cluster.step_timeout_s"
 PROGRESS_S = 0.1
+ANSWER_S = 5.0
 MANAGER_S = 60.0  # for small questions; the manager answers between two pieces of work, the longest of which is packing a batch
 
 
@@ -137,8 +138,16 @@ class Working(Generic[T]):
             return True
         if time.monotonic() > self._give_up_s:
             done, of = self._heard
-            raise TimeoutError(f"{self._what}: {done} of {of} prompts finished after {self._timeout_s:g} s ({STEP_KNOB})")
+            said = f"{self._what}: {done} of {of} prompts finished after {self._timeout_s:g} s ({STEP_KNOB})"
+            raise TimeoutError(f"{said}: {self._where()}")
         return False
+
+    def _where(self) -> str:
+        """What the manager waits for, if it still answers."""
+        asked = self._manager.waits.remote()
+        if not ray.wait([asked], timeout=ANSWER_S)[0]:
+            return "the rollout manager does not answer: a function of the recipe (rollout.generate, rollout.filter) blocks it"
+        return deadline.get(asked, ANSWER_S, "the rollout manager to say what it waits for")
 
     def progress(self) -> int:
         """As last heard: while a function of the user's holds up the manager, it answers late."""

@@ -23,6 +23,7 @@ from slime.engine.client import EngineClient, Sampling
 from slime.engine.endpoint import Endpoint
 from slime.engine.health import Trouble, Turn
 from slime.models.map import Routing
+from slime.observe.stacks import awaits
 from slime.observe.trace import Span
 from slime.rollout.client import RolloutClient
 from slime.rollout.draw import Draw
@@ -96,6 +97,10 @@ class RolloutManager:
     async def progress(self) -> Progress:
         """How far the rollout or evaluation under way is, and what went wrong with engines since the last call."""
         return Progress(*self._progress, self.engines.troubles())
+
+    async def waits(self) -> str:
+        """Who waits for what, for a rollout that does not end."""
+        return f"{awaits()}; {self.engines.router.said()}"
 
     async def generate(self, step: int, first_ordinal: int) -> "tuple[ray.ObjectRef, RolloutSummary, list[Span]]":
         """Generate and judge the batch of `step` from prompts beginning with `first_ordinal`.

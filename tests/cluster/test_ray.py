@@ -61,6 +61,9 @@ class Worker:
     def die(self) -> None:
         os._exit(1)
 
+    def put(self) -> None:
+        raise ray.exceptions.ObjectStoreFullError("Failed to put object 12 in object store because it is full")  # as ray.put does
+
 
 @ray.remote
 class Unborn:
@@ -111,6 +114,12 @@ def test_deadlines(placed: dict[str, RolePlacement]) -> None:
     with pytest.raises(TimeoutError) as late:
         deadline.get(worker.sleep.remote(), 0.3, "the update of step 3", "cluster.step_timeout_s")
     assert str(late.value) == "waiting for the update of step 3: nothing after 0.3 s (cluster.step_timeout_s)"
+    with pytest.raises(RuntimeError, match=r"waiting for a batch: Ray's object store is full \(.*\); raise cluster\.object_store_mb"):
+        deadline.get(on(placed, "actor", 0).put.remote(), 30, "a batch")
+    looks: list[int] = []
+    with deadline.watch(lambda: looks.append(1)), pytest.raises(TimeoutError):
+        deadline.get(worker.sleep.remote(), 2.5, "nothing", meanwhile=lambda: looks.append(2))
+    assert looks == [1, 2, 1, 2]
     ray.kill(worker)
 
 

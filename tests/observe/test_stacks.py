@@ -1,9 +1,11 @@
 """A picture of all threads names what each waits in."""
 
+import asyncio
 import threading
 
 from slime.checkpoint.saver import Saver
-from slime.observe.stacks import AT_REST, Stacks, stacks
+from slime.observe.stacks import AT_REST, Stacks, awaits, stacks
+from slime.rollout.groups import together
 
 
 def waits_in_a_test(event: threading.Event) -> None:
@@ -48,3 +50,18 @@ def test_frames_of_slime_are_named(tmp_path) -> None:
         event.set()
         saver.close()
     assert seen.startswith("checkpoint/saver.py:") and seen.endswith(" _finish")
+
+
+def test_tasks_of_an_event_loop_are_counted_by_the_frame_of_slime_that_they_wait_in() -> None:
+    async def look() -> tuple[str, str]:
+        idle = awaits()
+        waiting = [asyncio.create_task(together([asyncio.sleep(60)])) for _ in range(3)]
+        await asyncio.sleep(0.01)
+        seen = awaits()
+        for task in waiting:
+            task.cancel()
+        return idle, seen
+
+    idle, seen = asyncio.run(look())
+    assert idle == AT_REST
+    assert seen.startswith("3 tasks in rollout/groups.py:") and seen.endswith(" together")

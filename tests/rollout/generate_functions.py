@@ -1,5 +1,6 @@
 """Generate functions and filters, good and bad, to be named by import path."""
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -80,3 +81,8 @@ def perhaps(group: Group) -> Any:
 
 def drops_every_fifth(group: Group) -> bool:
     return group.ordinal % 5 != 4
+
+
+async def never_ends(sample: Sample, client: RolloutClient, cfg: RolloutConfig) -> Sample:
+    await asyncio.Event().wait()
+    return sample
