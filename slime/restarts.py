@@ -2,7 +2,7 @@
 
     for attempt in Attempts(cfg, signal):
         with attempt, open_run(attempt.cfg, resolved, signal) as run:
-            attempt.began()
+            attempt.began(run.begins_from)
             ...                                   # to the end; a loss ends the attempt, and the next one follows after a pause
 
 What another attempt cannot mend is raised: a wrong recipe, a gate, a full disk, whatever the user's functions raise. So are deadlines that
@@ -61,14 +61,17 @@ class Attempts:
         self._cfg, self._signal = cfg, signal
         self._directory = Path(cfg.run.dir).resolve() / str(cfg.run.name)
         self._budget = Budget(cfg.run.max_restarts)
+        self._begins_from: str | None = None  # the checkpoint of another run, for as long as there is none of its own
         self._over = False
 
     def __iter__(self) -> "Iterator[Attempt]":
         yield Attempt(self, self._cfg, first=True)
-        resume = "auto" if self._cfg.run.resume == "never" else self._cfg.run.resume
-        again = replace(self._cfg, run=replace(self._cfg.run, resume=resume))
         while not self._over:
-            yield Attempt(self, again, first=False)
+            resume = self._begins_from or ("must" if self._cfg.run.resume == "must" else "auto")
+            yield Attempt(self, replace(self._cfg, run=replace(self._cfg.run, resume=resume)), first=False)
+
+    def begins_from(self, path: Path | None) -> None:
+        self._begins_from = None if path is None else str(path)
 
     def ended(self) -> None:
         """The last attempt came to its end."""
@@ -77,6 +80,8 @@ class Attempts:
     def goes_on_after(self, loss: BaseException) -> bool:
         """Wait before the next attempt; False where there is none. Raises SavedRunAgain for a stop signal meanwhile."""
         newest = max(iterations(self._directory), default=-1)
+        if self._signal.received and newest >= 0:  # whoever stops a job may end its ranks first
+            raise SavedRunAgain(f"stopped by {self._signal.received}, and lost something meanwhile; the run goes on from step {newest}")
         pause_s = self._budget.lost(newest)
         if pause_s is None:
             log.error("given up after %d restarts without a new checkpoint (run.max_restarts)", self._budget.used)
@@ -104,9 +109,11 @@ class Attempt:
         self._attempts = attempts
         self._losses: tuple[type[Exception], ...] = (ProcessLost,) if first else (*LOSSES, PreflightError)
 
-    def began(self) -> None:
-        """Everything is started: from here on a loss is not the recipe's fault."""
+    def began(self, begins_from: Path | None) -> None:
+        """Everything is started: from here on a loss is not the recipe's fault. `begins_from` is the checkpoint of another run from which
+        this one begins: another attempt takes the same, whatever that run has saved since."""
         self._losses = LOSSES
+        self._attempts.begins_from(begins_from)
 
     def __enter__(self) -> Self:
         return self

@@ -152,18 +152,18 @@ def prepare_files(directory: Path, restored: Restored | None) -> None:
         for stale in (METRICS, EXAMPLES, LEDGER, DENSITY, TRACE):
             (directory / stale).unlink(missing_ok=True)
         return
-    metrics = restored.path.parent / METRICS
-    if not metrics.is_file():
-        raise ConfigError(f"{metrics} is missing: {restored.path} needs the record of its run beside it; copy it there")
+    for record in (restored.path.parent / METRICS, restored.path.parent / LEDGER):
+        if not record.is_file():
+            raise ConfigError(f"{record} is missing: {restored.path} needs the record of its run beside it; copy it there")
+        if not is_own(restored, directory):
+            shutil.copy(record, directory)
     if not is_own(restored, directory):
-        shutil.copy(metrics, directory)
-        if (ledger := restored.path.parent / LEDGER).is_file():
-            shutil.copy(ledger, directory)
         return
     if (directory / DENSITY).exists():
         density.DensityLog(directory / DENSITY).truncate(restored.step)
     if (examples := directory / EXAMPLES).exists():
-        kept = [line for line in examples.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= restored.step]
+        whole, newline, _ = examples.read_text().rpartition("\n")  # a last line that a crash cut off goes
+        kept = [line for line in (whole + newline).splitlines(keepends=True) if json.loads(line)["step"] <= restored.step]
         write_atomic(examples, "".join(kept))
 
 

@@ -35,13 +35,14 @@ from slime.observe.trace import Span, TraceFile, Tracer, idle_fraction
 from slime.observe.trackers import Trackers
 from slime.rollout.dump import replay_command, write_stopped
 from slime.rollout.handle import BatchSource, Evaluated, Pending, RolloutResult
-from slime.sync.channel import Channel, EnginesLost, NotProven
+from slime.sync.channel import Channel, EnginesLost
 from slime.trainer.group import TrainerGroup
 from slime.types import Batch, WeightVersion
 
 log = logging.getLogger(__name__)
 
 BUSY = frozenset({"engine", "train"})  # spans in which something computes
+SETTLE_S = 300.0  # for a save in flight when a run fails
 POLL_S = 0.2  # how often a wait looks at its progress bar and for a stop
 
 
@@ -66,6 +67,7 @@ class Run:
     signal: StopSignal
     saver: Saver
     origin: Origin  # code and data, for checkpoints
+    begins_from: Path | None = None  # the checkpoint of another run
     fleet: EngineFleet | None = None
     restored_batch: Pending[RolloutResult] | None = None
     in_flight: Pending[RolloutResult] | None = None  # the rollout under way, until it is joined
@@ -127,10 +129,6 @@ class Run:
                 assert self.fleet is not None
                 log.warning("%s; it is published again once an engine is back", lost)
                 self.fleet.wait_for_engines(self.cfg.rollout.start_timeout_s + self.cfg.sync.timeout_s)
-            except NotProven:
-                assert self.fleet is not None
-                self.fleet.tend()  # raises ProcessLost where it was a host agent that was lost
-                raise
 
     def _tend(self, pending: "Pending[RolloutResult] | Pending[Evaluated] | None" = None) -> None:
         """Let host agents and rollout manager know of one another's engines; to be called often while anything is waited for."""
@@ -341,7 +339,7 @@ class Run:
     def settle(self) -> None:
         """The run is to end: let a save in flight come to its end, where it can."""
         try:
-            self._wait_for_save()
+            self._landed(self.saver.wait(min(SETTLE_S, self.cfg.cluster.step_timeout_s), "the end of the run"))
         except (RuntimeError, OSError) as error:
             log.warning("the save that was in flight is lost: %s", error)
 

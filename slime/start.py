@@ -233,6 +233,7 @@ def build(
         signal=signal,
         saver=saver,
         origin=origin,
+        begins_from=restored.path if restored is not None and not own else None,
         fleet=parts.fleet,
         restored_batch=restored_batch,
         saved=version.number if own else -1,

@@ -22,7 +22,7 @@ def main(cfg: SlimeConfig, resolved_yaml: str) -> None:
     with StopSignal(cfg.run.grace_s, cfg.run.max_hours) as signal:
         for attempt in Attempts(cfg, signal):
             with attempt, open_run(attempt.cfg, resolved_yaml, signal) as run:
-                attempt.began()
+                attempt.began(run.begins_from)
                 if cfg.run.only == "rollout":
                     generate(run)
                 else:

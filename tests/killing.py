@@ -74,6 +74,8 @@ def survive(inputs: Path, name: str, plan: list[Kill], *overrides: str, timeout_
         if process.poll() == 0:
             break  # the run was at its end before
         if process.poll() is not None:
+            ended = log.read_text()[-3000:]
+            assert process.returncode == -signal.SIGKILL or "while it started" in ended, f"it did not start again by itself:\n{ended}"
             assert offspring.left(GONE_S) == []
             process, offspring, log = _start(inputs, name, left[0] if left else None, overrides)
             struck = False

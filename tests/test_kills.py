@@ -102,6 +102,8 @@ def test_a_run_killed_a_few_times_gives_the_same_bits(inputs: Path, mode: str) -
     plan = [Kill("driver", call=calls // 3), Kill("rank", after_s=18.0), Kill("engine", after_s=12.0), Kill("everything", after_s=8.0)]
     run, done = survive(inputs, f"few_{mode}_killed", plan, *overrides)
     assert len(done) >= 2, done
+    log = (run.run_dir / "logs" / "driver.log").read_text()
+    assert "restart 1 of 8" in log or not any(kill.victim == "rank" for kill in done), "the run did not start again by itself"
     assert_the_same_run(run, reference)
 
 

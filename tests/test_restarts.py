@@ -40,7 +40,7 @@ def run_through(tmp_path: Path, act: Callable[[int], None], resume: str = "auto"
             with attempt:
                 seen.append(attempt.cfg.run.resume)
                 if began:
-                    attempt.began()
+                    attempt.began(None)
                 act(len(seen))
     except BaseException as error:
         error.add_note(f"{len(seen)} attempts")
@@ -101,7 +101,7 @@ def test_a_first_start_that_fails_is_not_tried_again_and_a_later_one_is(tmp_path
         with attempt:
             seen += 1
             if seen == 1:
-                attempt.began()
+                attempt.began(None)
                 raise ProcessLost("a host is gone")
             if seen == 2:
                 raise PreflightError("1 CPU and 2 are asked for")
@@ -120,5 +120,32 @@ def test_a_stop_signal_during_the_pause_ends_the_run(tmp_path: Path, monkeypatch
     with pytest.raises(expected, match="stopped by SIGTERM while it was about to start again; it goes on from step 4" if saved else "died"):
         for attempt in Attempts(replace(cfg), signal):
             with attempt:
-                attempt.began()
+                attempt.began(None)
+                raise ProcessLost("a rank died")
+
+
+@pytest.mark.usefixtures("no_pause")
+def test_another_attempt_begins_where_the_first_did(tmp_path: Path) -> None:
+    """A run that goes on elsewhere, from which this one begins, has other checkpoints by then."""
+    cfg = SlimeConfig(run=RunConfig(name="r", dir=str(tmp_path), resume="runs/other", max_restarts=2))
+    seen: list[str] = []
+    for attempt in Attempts(cfg, StopSignal(60.0)):
+        with attempt:
+            seen.append(attempt.cfg.run.resume)
+            attempt.began(Path("/runs/other/iter_0000040"))
+            if len(seen) < 3:
+                raise ProcessLost("a rank died")
+    assert seen == ["runs/other", "/runs/other/iter_0000040", "/runs/other/iter_0000040"]
+    assert run_through(tmp_path, losing(1, ProcessLost("died")), resume=str(tmp_path / "r")) == [str(tmp_path / "r"), "auto"]
+
+
+def test_a_stop_that_ends_the_ranks_first_is_a_stop(tmp_path: Path) -> None:
+    cfg = SlimeConfig(run=RunConfig(name="r", dir=str(tmp_path), max_restarts=0))
+    save.iteration(tmp_path / "r", 4).mkdir(parents=True)
+    signal = StopSignal(60.0)
+    with pytest.raises(SavedRunAgain, match="stopped by SIGTERM, and lost something meanwhile; the run goes on from step 4"):
+        for attempt in Attempts(cfg, signal):
+            with attempt:
+                attempt.began(None)
+                signal.received = "SIGTERM"
                 raise ProcessLost("a rank died")

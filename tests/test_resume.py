@@ -279,7 +279,8 @@ def test_records_are_cut_at_the_resume_point(tmp_path: Path):
     commit(tmp_path, 3)
     write_summary(tmp_path, Summary("saved", 5, 1.0))
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    (tmp_path / "examples.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in (0, 3, 4, 5)))
+    (tmp_path / "ledger.jsonl").write_text("")
+    (tmp_path / "examples.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in (0, 3, 4, 5)) + '{"step": 6, "resp')
     prepare_files(tmp_path, resume_point(config(), tmp_path))
     assert (tmp_path / "examples.jsonl").read_text() == '{"step": 0}\n{"step": 3}\n'
     assert read_summary(tmp_path) is None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slime.checkpoint import manifest
-from slime.checkpoint.save import POINTER, clean_up, iteration, iterations
+from slime.checkpoint.save import POINTER, clean_up, iteration, iterations, point_at
 from slime.checkpoint.state import DriverState, read_state
 
 
@@ -33,8 +33,8 @@ class Restored:
 def newest(run_dir: Path, mend: bool = True) -> Restored | None:
     """The newest iteration whose every byte is as its manifest says; None where the run never committed one.
 
-    Goes by the manifests alone, never by the pointer. First undoes what a crash left half done in `run_dir`; whoever is not the
-    run's own driver passes mend=False, since a save may be going on there.
+    Goes by the manifests alone, never by the pointer. First undoes what a crash left half done in `run_dir`, and lets the pointer name what
+    was found; whoever is not the run's own driver passes mend=False, since a save may be going on there.
 
     Raises InvalidCheckpoint naming each iteration and its fault where there are some but none is valid: such a run must not silently
     begin again.
@@ -44,7 +44,10 @@ def newest(run_dir: Path, mend: bool = True) -> Restored | None:
     refused = _named_but_absent(run_dir)
     for step, path in reversed(iterations(run_dir).items()):
         try:
-            return Restored(step, path, validate(path), tuple(refused))
+            found = Restored(step, path, validate(path), tuple(refused))
+            if mend and _pointed_at(run_dir) != str(step):
+                point_at(run_dir, step)
+            return found
         except manifest.InvalidCheckpoint as error:
             refused.append(Refused(path, str(error)))
     if refused:
@@ -67,9 +70,13 @@ def validate(path: Path) -> DriverState:
     return state
 
 
-def _named_but_absent(run_dir: Path) -> list[Refused]:
+def _pointed_at(run_dir: Path) -> str:
     pointer = run_dir / POINTER
-    text = pointer.read_text(errors="replace").strip() if pointer.exists() else ""
+    return pointer.read_text(errors="replace").strip() if pointer.exists() else ""
+
+
+def _named_but_absent(run_dir: Path) -> list[Refused]:
+    text = _pointed_at(run_dir)
     if not text.isdigit() or iteration(run_dir, int(text)).exists():
         return []
     return [Refused(iteration(run_dir, int(text)), f"{POINTER} names it, but it is not there")]

@@ -12,7 +12,7 @@ people; `restore` goes by the manifests.
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -44,28 +44,47 @@ def begin(run_dir: Path, step: int) -> Path:
     return directory
 
 
-def commit(run_dir: Path, step: int, written: Mapping[str, File] = MappingProxyType({})) -> Path:
+class GivenUp(RuntimeError):
+    """A commit that nobody wants any more, before it became visible."""
+
+
+def commit(
+    run_dir: Path, step: int, written: Mapping[str, File] = MappingProxyType({}), given_up: Callable[[], bool] = lambda: False
+) -> Path:
     """Make the folder of `begin` the iteration of `step` and return its final path.
 
     Reads every file once to hash it; `written` are those whose writers say what they hold, by path relative to the folder. An earlier
     iteration of the same step (of an abandoned continuation) is replaced. Raises OSError where the disk refuses or a file is not what was
-    written; the iterations that were there stay as they were.
+    written; the iterations that were there stay as they were. Raises GivenUp where `given_up` says so before the rename.
     """
     temporary, final = _temporary(run_dir, step), iteration(run_dir, step)
     assert temporary.is_dir(), f"commit of step {step} without begin"
     contents = manifest.describe(temporary, step, written)
+    _go_on(given_up)
     _fsync_tree(temporary)
+    _go_on(given_up)
     manifest.write(temporary, contents)
     manifest.verify(temporary, step=step, content=False)
+    _go_on(given_up)
     old = final.with_name(final.name + _REPLACED)
     if final.exists():
         os.rename(final, old)
     os.rename(temporary, final)
     fsync_directory(run_dir)
-    write_atomic(run_dir / POINTER, f"{step}\n")
+    point_at(run_dir, step)
     if old.exists():
         shutil.rmtree(old)
     return final
+
+
+def _go_on(given_up: Callable[[], bool]) -> None:
+    if given_up():
+        raise GivenUp("the run has ended before its save")
+
+
+def point_at(run_dir: Path, step: int) -> None:
+    """Let latest_checkpointed_iteration.txt name `step`."""
+    write_atomic(run_dir / POINTER, f"{step}\n")
 
 
 def clean_up(run_dir: Path) -> None:

@@ -50,10 +50,6 @@ class Committed:
     seconds: float  # from the start of the save
 
 
-class Abandoned(RuntimeError):
-    """A save that `close` has given up."""
-
-
 class Saver:
     """The driver's side of all saves of a run. One thread of the driver calls it."""
 
@@ -97,8 +93,8 @@ class Saver:
         return self.poll()
 
     def close(self) -> None:
-        """End of a run, failed or not: a save in flight does not commit any more, unless its commit has begun; that one ends. What is left
-        of it is removed by the next start."""
+        """End of a run, failed or not: a save in flight does not become visible any more, unless it is about to. What is left of it is
+        removed by the next start."""
         self._abandoned.set()
         if self._flying is not None:
             futures.wait([self._flying], CLOSE_S)
@@ -117,7 +113,7 @@ class Saver:
         write_rest(directory)
         shards = self._written(saving)
         _check_rest(directory)
-        path = save.commit(self._run_dir, step, {f"{TRAINER}/{name}": file for name, file in shards.items()})
+        path = save.commit(self._run_dir, step, {f"{TRAINER}/{name}": file for name, file in shards.items()}, self._abandoned.is_set)
         committed = Committed(step, path, time.monotonic() - begun)
         try:
             keep_newest(self._run_dir, self._keep_last, self._keep_every, step)
@@ -132,8 +128,10 @@ class Saver:
             if self._abandoned.is_set():
                 break
         if self._abandoned.is_set():
-            raise Abandoned("the run has ended before its save")
-        return saving.result(0.0 if time.monotonic() >= until else self._timeout_s)
+            raise save.GivenUp("the run has ended before its save")
+        if not saving.done():
+            raise TimeoutError(f"waiting for the trainer to write {self._run_dir}: nothing after {self._timeout_s:g} s ({STEP_KNOB})")
+        return saving.result(self._timeout_s)
 
 
 def _check_rest(directory: Path) -> None:

@@ -25,8 +25,12 @@ class ProcessLost(RuntimeError):
     """A process, its host or Ray itself is gone. Nothing is wrong with the recipe: the run can go on from its last checkpoint."""
 
 
+class ClusterLost(ProcessLost):
+    """Ray itself is gone, and with it everything that ran in it."""
+
+
 class _Watch:
-    """What a wait looks at meanwhile: raises ProcessLost where Ray itself is gone."""
+    """What a wait looks at meanwhile: raises ClusterLost where Ray itself is gone."""
 
     look: Callable[[], None] = staticmethod(lambda: None)
 
@@ -42,7 +46,7 @@ def watch(look: Callable[[], None]) -> Iterator[None]:
 
 
 def check() -> None:
-    """Raises ProcessLost where Ray itself is gone; for waits of another kind."""
+    """Raises ClusterLost where Ray itself is gone; for waits of another kind."""
     _Watch.look()
 
 

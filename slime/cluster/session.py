@@ -57,10 +57,10 @@ class Cluster:
         self._watching.enter_context(deadline.watch(self.check))
 
     def check(self) -> None:
-        """Raises deadline.ProcessLost where a process of the Ray that we started has ended."""
+        """Raises deadline.ClusterLost where a process of the Ray that we started has ended."""
         for daemon in self._daemons:
             if not daemon.is_running() or daemon.status() == psutil.STATUS_ZOMBIE:
-                raise deadline.ProcessLost(f"Ray's own process {daemon.pid} has ended; its log is in the run's logs/ray")
+                raise deadline.ClusterLost(f"Ray's own process {daemon.pid} has ended; its log is in the run's logs/ray")
 
     def stop(self) -> None:
         """Disconnect; end a Ray that we started, and with it everything that runs in it."""

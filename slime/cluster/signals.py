@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
-from slime.config.exits import FAILED, SAVED_RUN_AGAIN, SavedRunAgain, StoppedAtOnce
+from slime.config.exits import FAILED, SAVED_RUN_AGAIN, GraceOver, SavedRunAgain, StoppedAtOnce
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST_S = 0.2  # a launcher signals the process and its group: the same signal twice, at once
@@ -81,7 +81,7 @@ class StopSignal:
                 return
             late = f"stopped by {self.received}: the step did not finish within {self._grace_s:g} s (run.grace_s)"
             if self.committed is None:
-                raise RuntimeError(f"{late} and nothing was committed before; set run.save_every, or give more time")
+                raise GraceOver(f"{late} and nothing was committed before; set run.save_every, or give more time")
             raise SavedRunAgain(f"{late}; {self._kept()}")
 
     def _request(self, received: str) -> None:

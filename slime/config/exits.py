@@ -57,6 +57,10 @@ class SavedRunAgain(Exception):
     exit_code = SAVED_RUN_AGAIN
 
 
+class GraceOver(RuntimeError):
+    """A stop took longer than run.grace_s and nothing had been saved before."""
+
+
 class StoppedAtOnce(KeyboardInterrupt):
     """Ended by a second signal: what was under way is given up."""
 

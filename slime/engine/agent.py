@@ -15,7 +15,7 @@ from slime.config.exits import PreflightError
 from slime.engine import arguments, settings
 from slime.engine.control import Control
 from slime.engine.endpoint import Endpoint
-from slime.engine.errors import EngineError, EngineLost
+from slime.engine.errors import EngineError, EngineLost, NotStarted
 from slime.engine.health import Trouble, Turn
 from slime.engine.live import LiveEngine
 from slime.engine.ports import free_ports
@@ -51,13 +51,14 @@ class EngineActor:
         self._labelled: str | None = None  # what the engines were told to call what they loaded themselves
         self._tending = Tending(cfg.rollout, self._bring, self._start_anew)
         self._weights = HostWeights(cfg, lambda: self._tending.engines)
+        self._joining = asyncio.Lock()
 
     # --- starting -------------------------------------------------------------------------------------------------
 
     async def start(self, assignments: Sequence[Assignment], device: settings.Device, cpus: float) -> list[Endpoint]:
         """Start the servers side by side; all answer when this returns.
 
-        Raises ValueError for a model or argument that cannot be used, EngineError with a log's tail for a server that ended, TimeoutError
+        Raises ValueError for a model or argument that cannot be used, NotStarted with a log's tail for a server that ended, TimeoutError
         after rollout.start_timeout_s. Nothing is left running then.
         """
         self._session = open_session()
@@ -99,14 +100,13 @@ class EngineActor:
     async def join(self, url: str, key: str, name: str) -> Endpoint:
         """Use one more server of the user's: it is brought to the committed version, proven. Raises what `attach` raises, and ValueError,
         EngineError, RankError or TimeoutError where it does not come to hold that version."""
-        for known in self._tending.engines:
-            if known.endpoint.url == url.rstrip("/"):  # an earlier call ended after its caller had given up
-                return known.endpoint
-        engine = await self._attached(Endpoint(url.rstrip("/"), key, name, ""), "rollout.join")
-        await self._weights.take_in(engine)
-        self._tending.add(engine)
-        self._tending.proven([name])
-        return engine.endpoint
+        async with self._joining:
+            if name not in self._names():  # else an earlier call ended after its caller had given up
+                engine = await self._attached(Endpoint(url.rstrip("/"), key, name, ""), "rollout.join")
+                await self._weights.take_in(engine)
+                self._tending.add(engine)
+                self._tending.proven([name])
+        return next(known.endpoint for known in self._tending.engines if known.endpoint.name == name)
 
     async def _attached(self, endpoint: Endpoint, knob: str) -> LiveEngine:
         name, url = endpoint.name, endpoint.url
@@ -224,7 +224,7 @@ class EngineActor:
         engines = self._tending.engines
         results = await asyncio.gather(*(call(engine) for engine in engines), return_exceptions=True)
         for engine, result in zip(engines, results, strict=True):
-            if isinstance(result, EngineLost) and engine.server is not None:
+            if isinstance(result, EngineLost) and not isinstance(result, NotStarted) and engine.server is not None:
                 raise EngineLost(f"{result}; the end of {engine.server.spec.log}:\n{engine.server.tail()}") from result
             if isinstance(result, BaseException):
                 raise result

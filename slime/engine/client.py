@@ -77,7 +77,7 @@ class EngineClient:
         self._ready = asyncio.Event()  # some engine may be
         self._limits: list[set[asyncio.Timeout]] = [set() for _ in self.endpoints]  # deadlines of the requests under way
         self._admitting: dict[int, asyncio.Task[None]] = {}
-        self._noted: set[tuple[int, Kind]] = set()  # told since the engine was ready last
+        self._noted: set[tuple[int, Kind]] = set()  # told since the engine was ready, or said to be back, last
         self._untold: list[Trouble] = []
 
     # --- engines ----------------------------------------------------------------------------------------------------
@@ -121,24 +121,30 @@ class EngineClient:
                 continue
             self.router.back(engine, turn.life)
             if self.router.slots[engine].state is State.FENCED and self._expected is not None:
+                self._forgive(engine)
                 before = self._admitting.get(engine)
                 if before is not None:
                     before.cancel()
                 self._admitting[engine] = asyncio.create_task(self._admit(engine, turn.life))
 
     def troubles(self) -> list[Trouble]:
-        """What went wrong since the last call; of an engine that is out each kind once."""
+        """What went wrong since the last call; of an engine that is out each kind once. Raises what has ended a task, which is a defect."""
+        for task in self._admitting.values():
+            if task.done() and not task.cancelled():
+                task.result()
         untold, self._untold = self._untold, []
         return untold
 
     async def _label(self, engine: int) -> str | None:
-        """What it says that it holds; None where it does not answer."""
+        """What it says that it holds; None where it does not say."""
         life = self.router.slots[engine].life
         try:
             return await Control(self.endpoints[engine], self._session).label()
         except (EngineLost, TimeoutError) as error:
             self._trouble(engine, life, error if isinstance(error, EngineLost) else EngineLost(str(error)))
-            return None
+        except EngineError as error:  # none that it may refuse: whoever does is no engine that can be used
+            self._trouble(engine, life, Garbage(str(error)))
+        return None
 
     async def _admit(self, engine: int, life: int) -> None:
         """Let an engine that is back have requests."""
@@ -155,8 +161,12 @@ class EngineClient:
 
     def _open(self, engine: int) -> None:
         self.router.ready(engine)
-        self._noted = {(of, kind) for of, kind in self._noted if of != engine}
+        self._forgive(engine)
         self._ready.set()
+
+    def _forgive(self, engine: int) -> None:
+        """What goes wrong with it from here on is told anew."""
+        self._noted = {(of, kind) for of, kind in self._noted if of != engine}
 
     def _cut(self, engine: int) -> None:
         """Nobody waits for its answers any more."""
@@ -193,8 +203,8 @@ class EngineClient:
         """One answer. Requests of one `session` go to one engine, whose cache holds what they have in common. With `routing`, the answer
         says which experts every token went to.
 
-        `rid` is 32 hexadecimal digits, made here by default. Raises ValueError for ids outside the vocabulary, EngineError for a refusal
-        and where no engine is ready in time, and what the last of three answers that failed came to: TimeoutError naming
+        `rid` is 32 hexadecimal digits, made here by default. Raises ValueError for ids outside the vocabulary, EngineError for a refusal,
+        EngineLost where no engine is ready in time, and what the last of three answers that failed came to: TimeoutError naming
         rollout.request_timeout_s, EngineLost, Garbage, Aborted, StaleWeights.
         """
         check_ids(prompt_ids, self._vocab_size)
@@ -235,7 +245,7 @@ class EngineClient:
         await self.close()
 
     async def _acquire(self, session: int | None) -> int:
-        """A ready engine. Raises EngineError saying each engine's state where there is none for too long."""
+        """A ready engine. Raises EngineLost saying each engine's state where there is none for too long."""
         if not self.router.open and self._wait_s:
             try:
                 async with asyncio.timeout(self._wait_s):
@@ -244,7 +254,7 @@ class EngineClient:
                         await self._ready.wait()
             except TimeoutError:
                 waited = f"after {self._wait_s:g} s (rollout.start_timeout_s + sync.timeout_s)"
-                raise EngineError(f"no engine can answer {waited}: {self.router.said()}") from None
+                raise EngineLost(f"no engine can answer {waited}: {self.router.said()}") from None
         return self.router.acquire(session)
 
     async def _ask(self, engine: int, body: dict[str, Any], routing: Routing | None) -> Generation:

@@ -1,19 +1,21 @@
 """The control calls of one SGLang server: pause, update, flush, continue, version. Each is sent once and never again."""
 
+import json
 from typing import Any
 
 import aiohttp
 import orjson
 
 from slime.engine.endpoint import Endpoint
-from slime.engine.errors import EngineError, EngineLost
+from slime.engine.errors import EngineError, EngineLost, Garbage
 
 CALL_S = 120.0  # for calls that wait for running requests
 ASK_S = 10.0
 
 
 class Control:
-    """Raises EngineError where the server refuses, EngineLost where its connection breaks, TimeoutError naming the call."""
+    """Raises EngineError where the server refuses, EngineLost where its connection breaks, Garbage for an answer that is none, TimeoutError
+    naming the call."""
 
     def __init__(self, endpoint: Endpoint, session: aiohttp.ClientSession) -> None:
         self.endpoint = endpoint
@@ -22,16 +24,19 @@ class Control:
     async def info(self, timeout_s: float = ASK_S) -> dict[str, Any]:
         """Everything that the server says of itself: its arguments, `version`, `internal_states`. The last are its scheduler's answer,
         between two steps, also while it is paused: unlike other questions this one shows that it lives."""
-        return await self._call("GET", "/server_info", None, timeout_s)
+        return await self._question("/server_info", timeout_s, version=str, tp_size=int)
 
     async def label(self) -> str:
         """Label of the weights that it holds."""
-        return (await self._call("GET", "/model_info", None, ASK_S))["weight_version"]
+        return (await self._question("/model_info", ASK_S, weight_version=str))["weight_version"]
 
     async def running(self) -> int:
         """Requests that it works on or has queued."""
-        loads = (await self._call("GET", "/v1/loads", None, ASK_S))["loads"]
-        return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
+        answer = await self._question("/v1/loads", ASK_S, loads=list)
+        try:
+            return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in answer["loads"])
+        except (KeyError, TypeError) as error:
+            raise Garbage(f"{self.endpoint.name} answered /v1/loads with {_short(answer)}, which counts no requests") from error
 
     async def pause(self, mode: str) -> None:
         """Stop decoding; `mode` is abort, retract or in_place."""
@@ -77,6 +82,14 @@ class Control:
         """Call the weights that it holds `label`."""
         await self._call("POST", "/update_weight_version", {"new_version": label, "abort_all_requests": False})
 
+    async def _question(self, path: str, timeout_s: float, **fields: type) -> dict[str, Any]:
+        """An answer that has these fields, of these types."""
+        answer = await self._call("GET", path, None, timeout_s)
+        missing = [name for name, kind in fields.items() if not isinstance(answer, dict) or not isinstance(answer.get(name), kind)]
+        if missing:
+            raise Garbage(f"{self.endpoint.name} answered {path} with {_short(answer)}, without {', '.join(missing)}")
+        return answer
+
     async def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float = CALL_S) -> Any:
         name, data = self.endpoint.name, None if body is None else orjson.dumps(body)
         headers = self.endpoint.headers | ({"Content-Type": "application/json"} if data else {})
@@ -84,14 +97,22 @@ class Control:
             async with self._session.request(
                 method, self.endpoint.url + path, data=data, headers=headers, timeout=aiohttp.ClientTimeout(timeout_s)
             ) as response:
-                text = await response.text()
+                read = await response.read()
                 if response.status != 200:
-                    raise EngineError(f"{name} refused {path}: {response.status} {text[:500]}")
-                answer = await response.json() if response.content_type == "application/json" else {"message": text}
+                    raise EngineError(f"{name} refused {path}: {response.status} {read[:500].decode(errors='replace')}")
+                is_json = response.content_type == "application/json"
         except TimeoutError as error:
             raise TimeoutError(f"waiting for {name} to answer {path}: nothing after {timeout_s:g} s") from error
         except aiohttp.ClientError as error:
             raise EngineLost(f"{name} at {self.endpoint.url} was lost during {path}: {error or type(error).__name__}") from error
+        try:
+            answer = json.loads(read) if is_json else {"message": read.decode()}
+        except ValueError as error:  # no JSON, no UTF-8
+            raise Garbage(f"{name} answered {path} with {read[:100]!r}, which cannot be read") from error
         if isinstance(answer, dict) and answer.get("success") is False:
             raise EngineError(f"{name} refused {path}: {answer.get('message')}")
         return answer
+
+
+def _short(answer: Any) -> str:
+    return str(answer)[:100]

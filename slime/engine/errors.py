@@ -9,6 +9,10 @@ class EngineLost(EngineError):
     """An engine's process ended or its connection broke: whether it did what was asked is unknown."""
 
 
+class NotStarted(EngineLost):
+    """A server ended before it answered, or another process has its port; the end of its log is in the message."""
+
+
 class StaleWeights(EngineError):
     """An engine holds other weights than those that it should have."""
 

@@ -37,7 +37,7 @@ POLL_S = 0.2
 class EngineFleet:
     """A plain object over the host agents; the weight channel's Receivers. Methods return when every engine is done.
 
-    They raise what an agent raised (EngineError, EngineLost, StaleWeights, ValueError), TimeoutError naming the knob, RuntimeError where a
+    They raise what an agent raised (EngineError, EngineLost, StaleWeights, ValueError), TimeoutError naming the knob, ProcessLost where a
     host agent died.
     """
 
@@ -50,6 +50,7 @@ class EngineFleet:
         self._heard = [0] * len(agents)  # number of the next turn of each
         self._asked: list[ray.ObjectRef | None] = [None] * len(agents)
         self._untold: list[Turn] = []
+        self._late: dict[str, str] = {}  # url -> name of servers that were asked to join in vain, and may have joined since
         self._last: dict[str, Turn] = {}  # of every engine
 
     @classmethod
@@ -84,13 +85,16 @@ class EngineFleet:
         for url in _listed(self._cfg.rollout.join):
             if url in {endpoint.url for endpoint in self._endpoints}:
                 continue
-            name, what = f"engine {len(self._endpoints)}", f"{url} to join"
+            name, what = self._late.get(url, f"engine {len(self._endpoints) + len(self._late)}"), f"{url} to join"
             try:
                 call = self._agents[0].join.remote(url, _external_key(self._cfg), name)
                 joined.append(deadline.get(call, self._cfg.sync.timeout_s, what, SYNC_KNOB))
             except (EngineError, PreflightError, RankError, TimeoutError, ValueError) as error:
                 log.warning("%s does not join: %s", url, error)
+                if isinstance(error, TimeoutError):  # its agent may still take it in, by this name, which is nobody else's
+                    self._late[url] = name
                 continue
+            self._late.pop(url, None)
             self._endpoints.append(joined[-1])
             self._hosts[name] = self._agents[0]
         return joined
@@ -98,9 +102,10 @@ class EngineFleet:
     # --- health -----------------------------------------------------------------------------------------------------
 
     def tend(self) -> list[Turn]:
-        """What became of engines since the last call, in order; does not wait. To be called often while anything is waited for.
+        """What became of engines since the last call, in order; does not wait. To be called often while anything is waited for. Turns of a
+        server whose agent took it in after `join` had given up wait until it is listed.
 
-        Raises EngineLost where every engine is retired, RuntimeError where a host agent's process is gone.
+        Raises EngineLost where every engine is retired, ProcessLost where a host agent's process is gone.
         """
         for number, agent in enumerate(self._agents):
             asked = self._asked[number] or agent.health.remote(self._heard[number], NEWS_S)
@@ -109,8 +114,9 @@ class EngineFleet:
                 self._asked[number] = None
                 self._hear(number, asked)
         self._check()
-        untold, self._untold = self._untold, []
-        return untold
+        told = [turn for turn in self._untold if turn.engine in self._hosts]
+        self._untold = [turn for turn in self._untold if turn.engine not in self._hosts]
+        return told
 
     def report(self, troubles: Sequence[Trouble]) -> None:
         """Let the host agents know what the client saw of their engines."""
@@ -129,7 +135,7 @@ class EngineFleet:
             for number, agent in enumerate(self._agents):
                 self._hear(number, agent.health.remote(self._heard[number], 0.0))
             self._check()
-            if any(turn.state is State.HEALTHY for turn in self._last.values()):
+            if any(turn.state is State.HEALTHY for turn in self._now()):
                 return
             if time.monotonic() > until:
                 raise TimeoutError(
@@ -150,12 +156,16 @@ class EngineFleet:
         self._heard[number] = max(self._heard[number], next_turn)
 
     def _check(self) -> None:
-        retired = [turn for turn in self._last.values() if turn.state is State.RETIRED]
+        retired = [turn for turn in self._now() if turn.state is State.RETIRED]
         if len(retired) == len(self._endpoints):
             raise EngineLost("; ".join(f"{turn.engine} is given up: {turn.reason}{_log_of(turn)}" for turn in retired))
 
+    def _now(self) -> list[Turn]:
+        """The last turn of every engine that is listed and has had one."""
+        return [turn for name, turn in self._last.items() if name in self._hosts]
+
     def _states(self) -> str:
-        return "; ".join(f"{turn.engine} is {turn.state}: {turn.reason}" for turn in self._last.values())
+        return "; ".join(f"{turn.engine} is {turn.state}: {turn.reason}" for turn in self._now())
 
     def _names(self, number: int) -> str:
         return ", ".join(name for name, agent in self._hosts.items() if agent is self._agents[number])
@@ -188,7 +198,7 @@ class EngineFleet:
         self._all(lambda agent: agent.offer_whole.remote(label), timeout_s, f"every host to take weights {label}")
 
     def perform(self, actions: Sequence[Action], label: str, timeout_s: float) -> list[Answer]:
-        """Do these side by side. A host that does not answer in time, or is gone, has failed in all of its actions."""
+        """Do these side by side. A host that does not answer in time has failed in all of its actions; ProcessLost where one is gone."""
         by_host: dict[Any, list[Action]] = {}
         for action in actions:
             by_host.setdefault(self._hosts[action.engine], []).append(action)
@@ -199,6 +209,8 @@ class EngineFleet:
             what = f"{', '.join(a.engine for a in mine)} to {mine[0].do} weights {label}"
             try:
                 answers += deadline.get(refs[agent], max(0.1, until - time.monotonic()), what, SYNC_KNOB)
+            except deadline.ProcessLost:
+                raise
             except (TimeoutError, RuntimeError) as error:
                 answers += [Answer(action, failed=str(error)) for action in mine]
         return answers

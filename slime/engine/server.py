@@ -16,7 +16,7 @@ import aiohttp
 
 from slime.engine.control import Control
 from slime.engine.endpoint import Endpoint
-from slime.engine.errors import EngineError
+from slime.engine.errors import EngineError, NotStarted
 from slime.engine.ports import is_free
 
 POLL_S = 0.1
@@ -46,7 +46,7 @@ class Server:
     """A started server. `stop` must be called, or this process must end."""
 
     def __init__(self, spec: ServerSpec) -> None:
-        """Starts the process. Raises EngineError where the port is occupied, ValueError where the interpreter cannot be run."""
+        """Starts the process. Raises NotStarted where the port is occupied, ValueError where the interpreter cannot be run."""
         self.spec = spec
         host, port = spec.address
         if not is_free(host, port):
@@ -79,7 +79,7 @@ class Server:
     async def ready(self, session: aiohttp.ClientSession, timeout_s: float) -> None:
         """Wait until the server answers with the label of its weights.
 
-        Raises EngineError with the log's tail when its process ends first, TimeoutError naming rollout.start_timeout_s. The server is
+        Raises NotStarted with the log's tail when its process ends first, TimeoutError naming rollout.start_timeout_s. The server is
         stopped then.
         """
         control, deadline = Control(self.spec.endpoint, session), time.monotonic() + timeout_s
@@ -96,22 +96,22 @@ class Server:
                         f"the end of {self.spec.log}:\n{self.tail()}"
                     )
                 await asyncio.sleep(POLL_S)
+            await control.freeze_gc()
         except BaseException:
             self.stop()
             raise
         self._keys.close()
-        await control.freeze_gc()
 
-    def _ended(self) -> EngineError:
+    def _ended(self) -> NotStarted:
         tail = self.tail()
         if any(sign in tail for sign in OCCUPIED) and str(self.spec.address[1]) in tail:
             return self._occupied()
         code = self._guard.returncode
-        return EngineError(f"{self.spec.endpoint.name} ended with exit code {code} while it started; the end of {self.spec.log}:\n{tail}")
+        return NotStarted(f"{self.spec.endpoint.name} ended with exit code {code} while it started; the end of {self.spec.log}:\n{tail}")
 
-    def _occupied(self) -> EngineError:
+    def _occupied(self) -> NotStarted:
         host, port = self.spec.address
-        return EngineError(f"{self.spec.endpoint.name}: port {port} of {host} is taken by another process; start again to get another port")
+        return NotStarted(f"{self.spec.endpoint.name}: port {port} of {host} is taken by another process; start again to get another port")
 
     def tail(self) -> str:
         """The last lines of the log."""

@@ -85,7 +85,7 @@ class TensorboardTracker:
         from torch.utils.tensorboard import SummaryWriter
 
         try:
-            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step if first_step > 0 else None)
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
         except OSError as error:
             raise ValueError(f"observe.tensorboard=true cannot start: {error}. Use observe.tensorboard=false") from error
 

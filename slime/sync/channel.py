@@ -67,7 +67,7 @@ class Channel:
         self._transport = transport.make(cfg, weights_dir, version.run_id, lasting)
         self._spec: ModelSpec | None = None
         self._changed: list[Changed] = []
-        self._sent: tuple[Manifest, Changed] | None = None  # the delta that is on its way
+        self._sent: _Sent | None = None  # the delta that is on its way, or was when the last engine was lost
         self._tracer = Tracer("sync")
 
     def tensors(self) -> list[tuple[str, int]]:
@@ -92,7 +92,8 @@ class Channel:
 
         An engine that dies meanwhile is left out: its host agent brings it to the version afterwards. Raises EnginesLost where none is
         left, after which a second `publish` is right, NotProven naming engine and tensors, EngineError, TimeoutError naming
-        sync.timeout_s. Engines that are not fenced then hold the version before.
+        sync.timeout_s: engines that are not fenced then hold the version before. Raises what the receivers raise where one of them is
+        gone, ProcessLost: nobody knows what its engines hold, and nothing can be published any more.
         """
         version = WeightVersion(self._run.epoch, number, self._run.run_id)
         if self._broken:
@@ -151,7 +152,7 @@ class Channel:
         manifest = self._manifest(version, delta)
         signed = sign(manifest, self._key)
         stays = signed if self._cfg.key_env else manifest  # a key that nobody has later signs nothing that stays
-        self._sent = stays, Changed(version.number, delta.summary.changed)
+        self._sent = _Sent(manifest, stays, Changed(version.number, delta.summary.changed))
         with self._tracer.span("offer", version=version.number):
             receivers.offer(signed.to_json(), self._transport.send(stays, delta.parts, self._spec, clock.left()), clock.left())
         return {**self._of_delta(delta.summary, manifest), "sync/decode_s": time.perf_counter() - offered}, clock
@@ -167,9 +168,10 @@ class Channel:
         return {"sync/wire_bytes": float(wire), "sync/ratio": 1.0, "sync/gather_s": time.perf_counter() - begun}, clock
 
     def _manifest(self, version: WeightVersion, delta: Delta) -> Manifest:
+        """Where the same was sent before and no engine was left to prove it, what was sent: it may be durable, and is never replaced."""
         assert self._spec is not None, "the channel is open"
         epoch, number = (self._held.epoch, self._held.number) if self._held else MODEL_DIRECTORY
-        return Manifest(
+        made = Manifest(
             run_id=version.run_id,
             epoch=version.epoch,
             number=version.number,
@@ -185,6 +187,8 @@ class Channel:
             changed=delta.summary.changed,
             created_s=time.time(),
         )
+        before = self._sent.manifest if self._sent is not None else made
+        return before if before == replace(made, created_s=before.created_s) else made
 
     def _of_delta(self, summary: Summary, manifest: Manifest) -> dict[str, float]:
         assert self._spec is not None
@@ -243,8 +247,8 @@ class Channel:
         sent, self._sent = self._sent, None
         if sent is not None and self._spec is not None:
             if self._held is not None:  # the first one of a process leads from the model directory, which is no step
-                self._changed.append(sent[1])
-            self._transport.settle(sent[0], lambda whole: receivers.write_anchor(whole.to_json()), self._spec)
+                self._changed.append(sent.changed)
+            self._transport.settle(sent.stays, lambda whole: receivers.write_anchor(whole.to_json()), self._spec)
         self._held = version
 
     def _report(self, publication: Publication, version: WeightVersion) -> None:
@@ -257,6 +261,15 @@ class Channel:
             raise EnginesLost(f"weights {version.label}: no engine goes on: {'; '.join(publication.fenced.values())}")
         for engine, reason in publication.fenced.items():
             log.error("%s did not come to weights %s and gets no requests: %s", engine, version.label, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A delta that is not acknowledged."""
+
+    manifest: Manifest
+    stays: Manifest  # as the transport has it
+    changed: Changed
 
 
 @dataclass

@@ -114,7 +114,8 @@ class StoreTransport:
                 self._store.put_model(spec)
                 self._described = True
             self._store.publish(manifest, payloads)
-        self._known.append(manifest)
+        if manifest not in self._known:  # it is sent again where no engine was left to take it
+            self._known.append(manifest)
         return ()
 
     def settle(self, manifest: Manifest, write_anchor: Callable[[Manifest], None], spec: ModelSpec) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import ActorDiedError
 
 from slime.cluster import deadline
+from slime.cluster.deadline import ClusterLost, ProcessLost
 from slime.cluster.placement import RolePlacement
 from slime.config import SlimeConfig
+from slime.config.exits import GateStopped, GraceOver, SavedRunAgain
 from slime.observe.trace import Span
 from slime.sync.diff import Delta
 from slime.sync.records import ModelSpec
@@ -94,12 +95,7 @@ class TrainerGroup:
         timeout_s, what = self.cfg.cluster.step_timeout_s, f"the trainer to gather weights {version.label}"
         plan = deadline.get(self._ranks[0].plan_buckets.remote(bucket_bytes), timeout_s, what, STEP_KNOB)
         for names in plan:
-            bucket, *others = [rank.gather_bucket.remote(names) for rank in self._ranks]
-            self._together(others, what)
-            ready, _ = ray.wait([bucket], timeout=timeout_s, fetch_local=False)
-            if not ready:
-                raise TimeoutError(f"waiting for {what}: nothing after {timeout_s:g} s ({STEP_KNOB})")
-            yield bucket
+            yield self._together([rank.gather_bucket.remote(names) for rank in self._ranks], what)[0]
 
     def spec(self) -> ModelSpec:
         """The tensors that `delta` speaks of: equal for every layout."""
@@ -161,20 +157,39 @@ class TrainerGroup:
     ) -> list[Any]:
         """Results of a call on several ranks. After a failure, ranks that go on waiting for one another are ended; where they were
         stands in a file of the run's logs."""
+        beside: list[Exception] = []
+
+        def look() -> None:
+            try:
+                meanwhile()
+            except Exception as error:
+                beside.append(error)
+                raise
+
         try:
-            return deadline.get(refs, timeout_s or self.cfg.cluster.step_timeout_s, what, knob, meanwhile)
+            return deadline.get(refs, timeout_s or self.cfg.cluster.step_timeout_s, what, knob, look)
+        except (SavedRunAgain, GraceOver, ClusterLost):
+            raise  # of the run, which is about to end; the ranks do as they were asked
         except Exception as error:
-            seen = self._where(what) if isinstance(error, TimeoutError) else ""
-            waiting, dead = settle(refs)
-            if waiting or dead:
-                seen = seen or self._where(what)
-                log.error("%d of %d trainer ranks do not answer; ending them all. %s", len(waiting) + len(dead), len(refs), seen)
-                self.stop()
-            if dead and not isinstance(error.__cause__, ActorDiedError):
-                raise lost_rank(what, dead[0]) from error
-            if isinstance(error, TimeoutError):
-                raise TimeoutError(f"{error}: {seen}") from error
+            if error in beside:
+                raise
+            self._after(error, refs, what)
             raise
+
+    def _after(self, error: Exception, refs: "list[ray.ObjectRef]", what: str) -> None:
+        """A call has failed on a rank. Raises what says more than `error`."""
+        seen = self._where(what) if isinstance(error, TimeoutError) else ""
+        waiting, dead = settle(refs)
+        if waiting or dead:
+            seen = seen or self._where(what)
+            log.error("%d of %d trainer ranks do not answer; ending them all. %s", len(waiting) + len(dead), len(refs), seen)
+            self.stop()
+        if dead and not isinstance(error, ProcessLost):
+            raise lost_rank(what, dead[0]) from error
+        if waiting and isinstance(error, RuntimeError) and not isinstance(error, ProcessLost | GateStopped):  # a collective broke
+            raise ProcessLost(f"waiting for {what}: {error}; trainer rank {waiting[0]} does not answer. {seen}") from error
+        if isinstance(error, TimeoutError):
+            raise TimeoutError(f"{error}: {seen}") from error
 
     def _where(self, what: str) -> str:
         return where(self._ranks, what, Path(self.cfg.run.dir).resolve() / str(self.cfg.run.name) / "logs")

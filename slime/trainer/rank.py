@@ -19,7 +19,6 @@ from slime.observe.stacks import Stacks
 from slime.observe.trace import Span, Tracer
 from slime.sync.diff import Summary
 from slime.sync.manifest import PartRef
-from slime.sync.protocol import Bucket
 from slime.sync.records import ModelSpec
 from slime.types import Batch
 
@@ -114,12 +113,13 @@ class Rank:
         return export.plan_buckets(model.map, model.config.params_dtype.itemsize, bucket_bytes)
 
     @on_device
-    def gather_bucket(self, names: list[str]) -> Bucket:
-        """See `export.gather_bucket`."""
+    def gather_bucket(self, names: list[str]) -> "ray.ObjectRef | None":
+        """See `export.gather_bucket`; of the leader a reference to the Bucket, which lives as long as it, of the others None."""
         from slime.trainer import export
 
         with self.tracer.span("gather_weights"):
-            return export.gather_bucket(self.trainer.model, self.trainer.atlas, names)
+            bucket = export.gather_bucket(self.trainer.model, self.trainer.atlas, names)
+        return ray.put(bucket) if self.parallel.is_leader else None
 
     @on_device
     def weights_spec(self) -> ModelSpec:

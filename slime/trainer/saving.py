@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-from ray.exceptions import ActorDiedError, RayError
+from ray.exceptions import RayActorError, RayError
 
 from slime.cluster import deadline
 from slime.cluster.deadline import ProcessLost
@@ -46,7 +46,7 @@ def settle(refs: "list[ray.ObjectRef]") -> tuple[list[int], list[int]]:
     """After a call of all ranks failed on one: (ranks that go on waiting, ranks whose process ended)."""
     settled, _ = ray.wait(refs, num_returns=len(refs), timeout=SETTLE_S) if refs else ([], [])
     waiting = [rank for rank, ref in enumerate(refs) if ref not in settled]
-    return waiting, [rank for rank, ref in enumerate(refs) if ref in settled and isinstance(_failure(ref), ActorDiedError)]
+    return waiting, [rank for rank, ref in enumerate(refs) if ref in settled and isinstance(_failure(ref), RayActorError)]
 
 
 def lost_rank(what: str, rank: int) -> ProcessLost:
@@ -55,7 +55,7 @@ def lost_rank(what: str, rank: int) -> ProcessLost:
 
 
 def _failure(ref: "ray.ObjectRef") -> RayError | None:
-    """Why a settled call failed: ActorDiedError where its actor's process ended; None where it did not."""
+    """Why a settled call failed: RayActorError where its actor's process or host is gone; None where it did not."""
     try:
         ray.get(ref, timeout=0)
     except RayError as error:

@@ -228,16 +228,18 @@ def test_a_pointer_to_nothing_is_told_and_does_not_start_a_run_anew(tmp_path: Pa
     found = newest(tmp_path)
     assert found is not None and found.step == 5
     assert "iter_0000020" in str(found.refused[0]) and "not there" in str(found.refused[0])
+    assert (tmp_path / POINTER).read_text() == "5\n", "it names what the run goes on from"
     shutil.rmtree(tmp_path / "iter_0000005")
-    with pytest.raises(InvalidCheckpoint, match="iter_0000020"):
+    with pytest.raises(InvalidCheckpoint, match="iter_0000005"):
         newest(tmp_path)
 
 
 def test_a_late_pointer_does_not_hide_a_newer_iteration(tmp_path: Path) -> None:
     saved(tmp_path, 5, 10)
     (tmp_path / POINTER).write_text("5\n")
-    found = newest(tmp_path)
-    assert found is not None and found.step == 10
+    found = newest(tmp_path, mend=False)
+    assert found is not None and found.step == 10 and (tmp_path / POINTER).read_text() == "5\n"
+    assert newest(tmp_path) == found and (tmp_path / POINTER).read_text() == "10\n"
 
 
 def test_a_checkpoint_under_another_name_is_refused(tmp_path: Path) -> None:

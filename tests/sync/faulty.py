@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from slime.cluster.deadline import ProcessLost
 from slime.config import SlimeConfig
 from slime.engine.actions import Actions
 from slime.engine.control import Control
@@ -87,9 +88,9 @@ class Fleet:
         answers: list[Answer] = []
         for mine, future in asked:
             what = f"{', '.join(a.engine for a in mine)} to {mine[0].do} weights {label}"
+            if future is None:
+                raise ProcessLost(f"waiting for {what}: a process died or was lost")
             try:
-                if future is None:
-                    raise RuntimeError(f"waiting for {what}: a process died or was lost")
                 answers += future.result(max(0.1, until - time.monotonic()) + GRACE_S)
             except TimeoutError:
                 answers += [Answer(a, f"waiting for {what}: nothing after {timeout_s:g} s (sync.timeout_s)") for a in mine]

@@ -3,11 +3,13 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from slime.config import SyncConfig
+from slime.sync import transport
 from slime.sync.channel import Channel, EnginesLost, NotProven
 from slime.sync.diff import Delta, Summary
 from slime.sync.manifest import Manifest, PartRef, root_of, verify
@@ -29,6 +31,7 @@ class Log:
     calls: list[Any] = field(default_factory=list)
     manifests: list[Manifest] = field(default_factory=list)
     key: bytes = b""
+    parts: list[str] = field(default_factory=lambda: ["ref"])  # what a transport has for agents beside the manifest
     step: int = 0  # makes every version another one
 
     def _log(self, *call: Any) -> None:
@@ -70,7 +73,7 @@ class Log:
         return list(self.names)
 
     def offer(self, manifest: str, parts: Sequence[Any], timeout_s: float) -> None:
-        assert 0 < timeout_s <= 10 and parts == ["ref"]
+        assert 0 < timeout_s <= 10 and list(parts) == self.parts
         self.manifests.append(Manifest.from_json(manifest))
         self._log("offer", self.manifests[-1].label)
 
@@ -99,8 +102,8 @@ class Log:
         self._log("relabel", label)
 
 
-def channel(log: Log | None, receivers: Log | None, **knobs: Any) -> Channel:
-    return Channel(SyncConfig(bucket_mb=4, timeout_s=10, **knobs), log, receivers, VERSION)
+def channel(log: Log | None, receivers: Log | None, weights_dir: Path = Path("weights"), **knobs: Any) -> Channel:
+    return Channel(SyncConfig(bucket_mb=4, timeout_s=10, **knobs), log, receivers, VERSION, weights_dir)
 
 
 def opened(log: Log, **knobs: Any) -> Channel:
@@ -232,12 +235,20 @@ def test_an_engine_that_dies_is_left_out_and_the_others_get_the_version(when: st
     assert "perform resume e0" in " ".join(log.calls) and made.publish(5) == {}
 
 
+@pytest.mark.parametrize("by", ["ray", "host", "store"])
 @pytest.mark.parametrize("when", ["prepare", "commit", "resume"])
-def test_without_any_engine_the_version_can_be_published_again(when: str) -> None:
-    """Where it was committed before the last one died, they come back with it."""
-    log = Dying()
-    made = opened(log)
+def test_without_any_engine_the_version_can_be_published_again(
+    when: str, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where it was committed before the last one died, they come back with it. With files, what is there already is the version."""
+    payloads = {f"part r/2/{number}".encode() for number in (5, 6, 7)}
+    monkeypatch.setattr(transport.deadline, "get", lambda refs, *_: [p for p in payloads if p.endswith(str(sent[-1]).encode())])
+    monkeypatch.setattr(time, "time", lambda at=iter(range(1000, 9000)): float(next(at)))
+    sent = [5]
+    log = Dying(parts=["ref"] if by == "ray" else [])
+    made = opened(log, transport=by, keep=2, weights_dir=tmp_path)
     made.publish(5)
+    sent.append(6)
     log.when, log.dying = when, ("e0", "e1")
     log.calls.clear()
     with pytest.raises(EnginesLost, match=rf"weights r/2/6.* e0: it died: asked to {when}: signal 9; e1: it died"):
@@ -249,8 +260,15 @@ def test_without_any_engine_the_version_can_be_published_again(when: str) -> Non
         assert made.publish(6) == {}
     else:
         assert made.publish(6)["sync/version"] == 6 and log.manifests[-1].parent == (2, 5)
+        assert log.manifests[-1] == log.manifests[-2], "one version has one manifest"
+    sent.append(7)
     made.publish(7)
     assert log.manifests[-1].parent == (2, 6) and [change.number for change in made.changes()] == [6, 7]
+    if by != "ray":
+        known = made._transport._known
+        assert [manifest.number for manifest in known] == ([7] if by == "host" else [5, 6, 7])
+    made.close()
+    assert not caplog.records
 
 
 def test_without_any_engine_from_the_beginning() -> None:
