@@ -1,11 +1,11 @@
 """Killing runs of the real command, at moments that a seed fixes.
 
-    plan = plan_of(seed=7, count=5, saves=40, wall_s=60)
+    plan = plan_of(seed=7, count=5, calls=40, start_s=20, steps=12)
     finished = survive(inputs, "killed", plan, overrides)          # the same command again after every end of its driver
 
-A `Kill` names a victim and a moment: so many seconds after the last one, or the n-th request of the driver, in its saves, to make
-something durable, visible or gone. The latter is counted in the driver itself: `python -m tests.killing '{"call": n}' ARGUMENTS` is `slime`
-with that.
+A `Kill` names a victim and a moment: so many seconds after a line of metrics.jsonl, or after the start or the last kill; or the n-th
+request of the driver, in its saves, to make something durable, visible or gone. The latter is counted in the driver itself:
+`python -m tests.killing '{"call": n}' ARGUMENTS` is `slime` with that.
 """
 
 import json
@@ -41,25 +41,33 @@ GONE_S = 60.0  # for what a dead driver leaves to end
 
 @dataclass(frozen=True)
 class Kill:
-    """One SIGKILL. `call` counts the driver's requests in saves; `after_s` counts from the start or the last kill."""
+    """One SIGKILL. `call` counts the driver's requests in saves; `after_s` counts from when metrics.jsonl has `line`, or from the start or
+    the last kill."""
 
     victim: str
     after_s: float = 0.0
     call: int | None = None
+    line: int | None = None
 
 
-def plan_of(seed: int, count: int, calls: int, wall_s: float, victims: tuple[str, ...] = tuple(VICTIMS)) -> list[Kill]:
+def plan_of(seed: int, count: int, calls: int, start_s: float, steps: int) -> list[Kill]:
     """`count` kills, every victim in turn, of the driver every other time in the middle of a save: `calls` are the requests of all saves of
-    an undisturbed run, `wall_s` its duration."""
+    an undisturbed run of `steps` updates, which takes `start_s` to start. A quarter of the other kills come while it starts, the rest
+    beside its updates."""
     rng = random.Random(seed)
-    order = [victims[i % len(victims)] for i in range(count)]
-    rng.shuffle(order)
-    kills, drivers = [], 0
-    for victim in order:
-        drivers += victim == "driver"
-        in_save = victim == "driver" and drivers % 2 == 1
-        kills.append(Kill(victim, call=rng.randint(1, calls)) if in_save else Kill(victim, after_s=round(rng.uniform(1.0, wall_s), 1)))
-    return kills
+    victims, early = list(VICTIMS), 0.25
+    rng.shuffle(victims)
+    lines = sorted(rng.sample(range(1, steps + 1), count))
+    kills = []
+    for victim, line in zip((victims[i % len(victims)] for i in range(count)), lines, strict=True):
+        after_s = round(rng.uniform(0.0, 1.0), 2)
+        if victim == "driver" and seed % 2:
+            kills.append(Kill(victim, call=rng.randint(1, calls)))
+        elif rng.random() < early:
+            kills.append(Kill(victim, after_s=round(rng.uniform(1.0, start_s), 1)))
+        else:
+            kills.append(Kill(victim, after_s=after_s, line=line))
+    return sorted(kills, key=lambda kill: kill.call is None)  # who counts must know from the start
 
 
 def survive(inputs: Path, name: str, plan: list[Kill], *overrides: str, timeout_s: float = LAUNCH_S) -> tuple[Launched, list[Kill]]:
@@ -69,7 +77,7 @@ def survive(inputs: Path, name: str, plan: list[Kill], *overrides: str, timeout_
     process, offspring, log = _start(inputs, name, left[0] if left else None, overrides)
     while left:
         kill = left.pop(0)
-        struck = _strike(process, offspring, kill)
+        struck = _strike(process, offspring, kill, inputs / "runs" / name / "metrics.jsonl")
         done += [kill] if struck else []
         if process.poll() == 0:
             break  # the run was at its end before
@@ -110,10 +118,13 @@ def _start(inputs: Path, name: str, kill: Kill | None, overrides: tuple[str, ...
     return process, Offspring(process), log
 
 
-def _strike(process: subprocess.Popen, offspring: Offspring, kill: Kill) -> bool:
+def _strike(process: subprocess.Popen, offspring: Offspring, kill: Kill, metrics: Path) -> bool:
     """Wait for the moment and kill; False where the run ended before, or the victim was not there."""
-    until = time.monotonic() + (kill.after_s if kill.call is None else LAUNCH_S)
+    until = time.monotonic() + (kill.after_s if kill.call is None and kill.line is None else LAUNCH_S)
+    waits_for_line = kill.line is not None
     while time.monotonic() < until:
+        if waits_for_line and metrics.exists() and metrics.read_bytes().count(b"\n") > (kill.line or 0):
+            waits_for_line, until = False, time.monotonic() + kill.after_s
         if process.poll() is not None:
             return process.returncode == -signal.SIGKILL
         time.sleep(0.02)

@@ -84,6 +84,7 @@ class Snapshot:
             if not self.items:
                 return {}, [], ""
             scratch = io.BytesIO()  # grows to the largest tensor, once
+            torch.serialization.set_crc32_options(False)  # the manifest has a hash of every file
             with HashedFile(self.directory / name) as file:
                 for item, data in self.items:
                     at = file.size

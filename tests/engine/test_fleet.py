@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,19 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from slime.cluster.deadline import ProcessLost
 from slime.cluster.placement import RolePlacement
 from slime.config import SyncConfig
 from slime.config.exits import PreflightError
 from slime.engine.client import EngineClient, Generation
 from slime.engine.endpoint import Endpoint
-from slime.engine.errors import EngineError, StaleWeights
+from slime.engine.errors import EngineLost, StaleWeights
 from slime.engine.fleet import EngineFleet
 from slime.engine.health import State, Turn
 from slime.engine.server import Server
-from slime.sync.channel import Channel
+from slime.sync.channel import Channel, NotProven
+from slime.sync.protocol import Answer
+from slime.sync.publication import Action, Do
 from slime.sync.records import ModelSpec, TensorSpec
 from slime.types import WeightVersion
 from tests.engine import servers
@@ -172,9 +175,12 @@ def test_a_server_that_comes_late_is_caught_up_proven_and_then_used(
         channel.open()
         channel.publish(1)
         assert fleet.join() == [], "nobody is listed yet"
+        listed.write_text(f"{server.spec.endpoint.url}/\n")
+        it_joins_when_nobody_waits_any_more(fleet)
         listed.write_text(f"# of other people\nhttp://127.0.0.1:9\n{server.spec.endpoint.url}/\n")
         [late] = fleet.join()
-        assert late.name == "engine 1" and "http://127.0.0.1:9 does not join: engine 1 (rollout.join)" in caplog.text
+        assert late.name == "engine 1" and "http://127.0.0.1:9 does not join: engine 2 (rollout.join)" in caplog.text
+        assert [(turn.engine, turn.state) for turn in fleet.tend()] == [("engine 1", State.HEALTHY)]
         for label, path in (("run/0/1", models[1]), ("run/0/2", models[0])):
             if label == "run/0/2":
                 publisher.path = path
@@ -185,6 +191,43 @@ def test_a_server_that_comes_late_is_caught_up_proven_and_then_used(
     finally:
         fleet.stop()
     assert server.alive, "it is the user's"
+
+
+def it_joins_when_nobody_waits_any_more(fleet: EngineFleet) -> None:
+    """Its agent tells of an engine that the driver has not listed: who routes requests does not hear of it."""
+    timeout_s, fleet._cfg.sync.timeout_s = fleet._cfg.sync.timeout_s, 0.01  # the driver's alone
+    assert fleet.join() == []
+    fleet._cfg.sync.timeout_s = timeout_s
+    turns, until = [], time.monotonic() + 60
+    while "engine 1" not in fleet._last and time.monotonic() < until:
+        turns += fleet.tend()
+        time.sleep(0.1)
+    assert {turn.engine for turn in turns} == {"engine 0"} and len(fleet.endpoints()) == 1
+
+
+def test_an_agent_that_is_lost_amid_a_publication_is_lost_to_the_run(
+    placement: RolePlacement, models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error is ProcessLost, which a run survives, and this channel publishes nothing any more."""
+    fleet = EngineFleet.start(servers.recipe(models[0]), placement, tmp_path, "run")
+    perform = EngineFleet.perform
+
+    def struck(fleet: EngineFleet, actions: Sequence[Action], label: str, timeout_s: float) -> list[Answer]:
+        if actions[0].do is Do.COMMIT:
+            ray.kill(fleet._agents[0])
+        return perform(fleet, actions, label, timeout_s)
+
+    try:
+        channel = Channel(FULL, Weights(models[1]), fleet, WeightVersion(0, 0, "run"))
+        channel.open()
+        channel.publish(0)
+        monkeypatch.setattr(EngineFleet, "perform", struck)
+        with pytest.raises(ProcessLost, match="waiting for engine 0 to commit weights run/0/1: a process died or was lost"):
+            channel.publish(1)
+        with pytest.raises(NotProven, match="run/0/1 was interrupted; start the run again"):
+            channel.publish(1)
+    finally:
+        fleet.stop()
 
 
 @pytest.mark.parametrize(
@@ -207,12 +250,13 @@ def test_what_cannot_be_started(
 
 
 def test_a_server_that_ends_is_noticed_at_once_with_its_log(placement: RolePlacement, models: tuple[Path, Path], tmp_path: Path) -> None:
-    """A model that SGLang does not know."""
+    """A model that SGLang does not know. Where a run starts again, it is a loss like others."""
     (tmp_path / "config.json").write_text(
         '{"model_type": "unheard_of", "num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 8}'
     )
     with pytest.raises(
-        EngineError, match=r"engine 0 ended with exit code \d+ while it started; the end of .*engine_0.log(.|\n)*unheard_of"
-    ):
+        EngineLost, match=r"engine 0 ended with exit code \d+ while it started; the end of .*engine_0.log(.|\n)*unheard_of"
+    ) as ended:
         EngineFleet.start(servers.recipe(tmp_path), placement, tmp_path, "run")
+    assert str(ended.value).count("the end of") == 1
     assert not servers.processes_of(f"--model-path={tmp_path}\0")

@@ -17,7 +17,7 @@ import torch
 from slime.engine.client import EngineClient, Generation, Sampling
 from slime.engine.control import Control
 from slime.engine.endpoint import Endpoint
-from slime.engine.errors import EngineError, StaleWeights
+from slime.engine.errors import EngineError, NotStarted, StaleWeights
 from slime.engine.health import Kind
 from slime.engine.live import LiveEngine
 from slime.engine.routing import State
@@ -262,7 +262,7 @@ def test_an_occupied_port_is_its_own_error(models: tuple[Path, Path], tmp_path: 
         taken.bind((servers.HOST, 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(EngineError, match=f"engine 0: port {port} of 127.0.0.1 is taken by another process"):
+        with pytest.raises(NotStarted, match=f"engine 0: port {port} of 127.0.0.1 is taken by another process"):
             servers.start(servers.recipe(models[0]), tmp_path / "e.log", port=port)
 
 

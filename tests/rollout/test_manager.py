@@ -199,7 +199,7 @@ def test_a_request_that_an_engine_refuses_is_not_asked_again(cfg: SlimeConfig):
 def test_requests_wait_for_an_engine_only_so_long(cfg: SlimeConfig):
     cfg.rollout.start_timeout_s, cfg.sync.timeout_s = 0.3, 0.2
     with pytest.raises(
-        EngineError, match=r"no engine can answer after 0.5 s \(rollout.start_timeout_s \+ sync.timeout_s\): engine 0 is dead"
+        EngineLost, match=r"no engine can answer after 0.5 s \(rollout.start_timeout_s \+ sync.timeout_s\): engine 0 is dead"
     ):
         rollout(cfg, lambda body: "die" if prompt_of(body) == 3 else "yes")
 
