@@ -67,8 +67,13 @@ class Attempts:
     def __iter__(self) -> "Iterator[Attempt]":
         yield Attempt(self, self._cfg, first=True)
         while not self._over:
-            resume = self._begins_from or ("must" if self._cfg.run.resume == "must" else "auto")
-            yield Attempt(self, replace(self._cfg, run=replace(self._cfg.run, resume=resume)), first=False)
+            yield Attempt(self, replace(self._cfg, run=replace(self._cfg.run, resume=self._begins_from or self._resume())), first=False)
+
+    def _resume(self) -> str:
+        """run.resume of another attempt: there may be checkpoints of the run's own by then, newer than the one that it names."""
+        named = self._cfg.run.resume
+        own = self._directory in (Path(named).resolve(), Path(named).resolve().parent)
+        return "auto" if named == "never" or own else named
 
     def begins_from(self, path: Path | None) -> None:
         self._begins_from = None if path is None else str(path)

@@ -136,7 +136,10 @@ def test_another_attempt_begins_where_the_first_did(tmp_path: Path) -> None:
             if len(seen) < 3:
                 raise ProcessLost("a rank died")
     assert seen == ["runs/other", "/runs/other/iter_0000040", "/runs/other/iter_0000040"]
-    assert run_through(tmp_path, losing(1, ProcessLost("died")), resume=str(tmp_path / "r")) == [str(tmp_path / "r"), "auto"]
+    for own in (tmp_path / "r", tmp_path / "r" / "iter_0000004"):
+        assert run_through(tmp_path, losing(1, ProcessLost("died")), resume=str(own)) == [str(own), "auto"]
+    for began in (True, False):
+        assert run_through(tmp_path, losing(1, ProcessLost("died")), resume="runs/other", began=began) == ["runs/other"] * 2
 
 
 def test_a_stop_that_ends_the_ranks_first_is_a_stop(tmp_path: Path) -> None:
