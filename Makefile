@@ -29,7 +29,7 @@ test-kills: install  # 40 kills in each mode: about an hour. SLIME_TEST_KILLS=10
 	$(BIN)/python -m pytest tests/test_kills.py -m kills
 
 test-gpu:  # in an environment with a CUDA build of torch and with SGLang, on a machine with 4 Hopper GPUs
-	SLIME_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/trainer/test_layouts.py tests/engine/test_fp8.py
+	SLIME_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/trainer/test_layouts.py tests/trainer/test_shards.py tests/engine/test_fp8.py
 
 unit: install
 	$(BIN)/python -m pytest tests -m "not e2e"
