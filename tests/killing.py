@@ -123,7 +123,7 @@ def _strike(process: subprocess.Popen, offspring: Offspring, kill: Kill, metrics
     until = time.monotonic() + (kill.after_s if kill.call is None and kill.line is None else LAUNCH_S)
     waits_for_line = kill.line is not None
     while time.monotonic() < until:
-        if waits_for_line and metrics.exists() and metrics.read_bytes().count(b"\n") > (kill.line or 0):
+        if waits_for_line and _lines(metrics, offspring.begun_s) > (kill.line or 0):
             waits_for_line, until = False, time.monotonic() + kill.after_s
         if process.poll() is not None:
             return process.returncode == -signal.SIGKILL
@@ -138,6 +138,14 @@ def _strike(process: subprocess.Popen, offspring: Offspring, kill: Kill, metrics
     if kill.victim in ENDS_THE_DRIVER:
         process.wait()
     return bool(pids)
+
+
+def _lines(path: Path, since_s: float) -> int:
+    """Lines of a file that was written since then; an earlier process may have left more of them."""
+    try:
+        return path.read_bytes().count(b"\n") if path.stat().st_mtime > since_s else 0
+    except FileNotFoundError:
+        return 0
 
 
 # --- inside the driver ---------------------------------------------------------------------------------------------------------

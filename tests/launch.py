@@ -74,6 +74,7 @@ class Offspring:
 
     def __init__(self, command: subprocess.Popen) -> None:
         self._root = psutil.Process(command.pid)
+        self.begun_s = self._root.create_time()
         self._seen: set[psutil.Process] = set()
         threading.Thread(target=self._watch, daemon=True).start()
 

@@ -53,6 +53,7 @@ def cfg(root: Path, model: Path) -> SlimeConfig:
     }
     cfg.rollout.prompts_per_step, cfg.rollout.samples_per_prompt, cfg.rollout.max_response_tokens = 6, 4, 12
     cfg.rollout.dump = True
+    cfg.rollout.start_timeout_s = cfg.sync.timeout_s = 3.0  # how long a request waits for an engine
     cfg.reward.fn = f"{__name__}:is_even"
     cfg.cluster.object_store_mb = 100
     return cfg
@@ -145,7 +146,7 @@ def test_the_same_ordinals_give_the_same_bits(rollout: Rollout, batch: Batch):
 def test_evaluation_beside_a_rollout(rollout: Rollout):
     """In sync mode a rollout begins before the evaluation of the same weights."""
     pending = rollout.start(2, 12)
-    (greedy, sampled), spans = rollout.evaluate(0)
+    (greedy, sampled), spans = rollout.evaluate(0).result()
     assert {s.process for s in spans} == {"engine 0", "rollout"}
     assert greedy.name == "greedy" and 0 <= greedy.metrics["accuracy"] <= 1
     assert "pass_at_k" not in greedy.metrics

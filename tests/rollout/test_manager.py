@@ -29,7 +29,7 @@ def cfg(tmp_path: Path) -> SlimeConfig:
     rows = [{"prompt": f"{i}+{i}=" + "0" * 50 * (i == 5), "label": "yes"} for i in range(40)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     cfg = SlimeConfig()
-    cfg.model.path = str(tmp_path / "model")
+    cfg.run.dir, cfg.model.path = str(tmp_path), str(tmp_path / "model")
     cfg.data.train = [DataFile(str(tmp_path / "train.jsonl"))]
     cfg.data.shuffle, cfg.data.max_prompt_tokens = False, 20
     cfg.rollout.prompts_per_step, cfg.rollout.samples_per_prompt = 4, 2
@@ -109,6 +109,8 @@ def test_too_many_failed_rewards_stop_the_run(cfg: SlimeConfig):
         GateStopped, match=r"rewards failed .*above reward\.max_error_frac=0\.05; the first: the reward function raised KeyError"
     ):
         rollout(cfg, lambda body: "raise")
+    judged = [json.loads(line) for line in (Path(cfg.run.dir) / "stopped" / "step_0000000_rewards.jsonl").read_text().splitlines()]
+    assert judged and "KeyError" in judged[0]["reward_error"]
 
 
 def test_arrival_takes_the_first_finished_and_drops_the_rest_by_name(cfg: SlimeConfig):
