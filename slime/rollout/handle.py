@@ -123,6 +123,7 @@ class Working(Generic[T]):
 
     step: int
     _what: str
+    _kind: str  # rollout or evaluation
     _ref: "ray.ObjectRef"
     _made: Callable[[Any], T]  # of what the manager returns
     _manager: Any
@@ -151,7 +152,7 @@ class Working(Generic[T]):
 
     def progress(self) -> int:
         """As last heard: while a function of the user's holds up the manager, it answers late."""
-        self._asked = self._asked or self._manager.progress.remote()
+        self._asked = self._asked or self._manager.progress.remote(self._kind)
         if ray.wait([self._asked], timeout=PROGRESS_S)[0]:
             heard = deadline.get(self._asked, MANAGER_S, "the rollout's progress")
             self._heard, self._asked = (heard.done, heard.of), None
@@ -208,14 +209,14 @@ class Rollout:
             deadline.get(self._manager.tell.remote(list(turns)), MANAGER_S, "the rollout manager to hear of engines")
 
     def start(self, step: int, first_ordinal: int) -> Pending[RolloutResult]:
-        return self._working(step, f"rollout {step + 1}", self._manager.generate.remote(step, first_ordinal), _rollout_of)
+        return self._working(step, f"rollout {step + 1}", "rollout", self._manager.generate.remote(step, first_ordinal), _rollout_of)
 
     def evaluate(self, step: int) -> Pending[Evaluated]:
-        return self._working(step, f"evaluation at step {step}", self._manager.evaluate.remote(step), _evaluation_of)
+        return self._working(step, f"evaluation at step {step}", "evaluation", self._manager.evaluate.remote(step), _evaluation_of)
 
-    def _working(self, step: int, what: str, ref: "ray.ObjectRef", made: Callable[[Any], T]) -> Working[T]:
+    def _working(self, step: int, what: str, kind: str, ref: "ray.ObjectRef", made: Callable[[Any], T]) -> Working[T]:
         timeout_s = self._cfg.cluster.step_timeout_s
-        return Working(step, what, ref, made, self._manager, time.monotonic() + timeout_s, timeout_s)
+        return Working(step, what, kind, ref, made, self._manager, time.monotonic() + timeout_s, timeout_s)
 
     def stop(self) -> None:
         """End the manager and its reward workers."""

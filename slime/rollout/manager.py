@@ -52,7 +52,7 @@ class RolloutManager:
 
     def __init__(self, cfg: SlimeConfig, run_dir: str) -> None:
         self.cfg, self.run_dir = cfg, Path(run_dir)
-        self._progress = (0, 0)
+        self._progress = {"rollout": (0, 0), "evaluation": (0, 0)}  # prompts finished, and of how many
         self._step = 0  # of the rollout or evaluation under way
 
     async def open(self) -> None:
@@ -94,9 +94,9 @@ class RolloutManager:
         """What became of engines."""
         self.engines.engines(turns)
 
-    async def progress(self) -> Progress:
-        """How far the rollout or evaluation under way is, and what went wrong with engines since the last call."""
-        return Progress(*self._progress, self.engines.troubles())
+    async def progress(self, what: str) -> Progress:
+        """How far the `rollout` or the `evaluation` under way is, and what went wrong with engines since the last call."""
+        return Progress(*self._progress[what], self.engines.troubles())
 
     async def waits(self) -> str:
         """Who waits for what, for a rollout that does not end."""
@@ -108,7 +108,7 @@ class RolloutManager:
         Raises GateStopped above reward.max_error_frac and where nearly every prompt is dropped, ValueError for a row that cannot be read
         or an unfit answer of rollout.generate, EngineError and TimeoutError for a request that no engine answers.
         """
-        self._step, self._progress = step, (0, self.cfg.rollout.prompts_per_step)
+        self._step, self._progress["rollout"] = step, (0, self.cfg.rollout.prompts_per_step)
         begun, begun_cpu, cfg = time.time(), time.process_time(), self.cfg.rollout
         maker = self._maker(self._client(cfg.temperature, cfg.top_p, cfg.max_response_tokens, self.routing), self.judge)
         surplus = max(1, round(cfg.oversample * cfg.prompts_per_step)) if cfg.select == "arrival" else 0
@@ -132,7 +132,7 @@ class RolloutManager:
     async def evaluate(self, step: int) -> tuple[list[EvalResult], list[Span]]:
         """Evaluate every set with the weights that are expected. Raises what `generate` raises."""
         results, spans = [], []
-        self._step, self._progress = step, (0, sum(len(prompts) for _, prompts in self.eval_sets.values()))
+        self._step, self._progress["evaluation"] = step, (0, sum(len(prompts) for _, prompts in self.eval_sets.values()))
         for name, (eval_set, prompts) in self.eval_sets.items():
             longest = eval_set.max_response_tokens or self.cfg.rollout.max_response_tokens
             maker = self._maker(self._client(eval_set.temperature, eval_set.top_p, longest), self.eval_judges[name], name)
@@ -143,8 +143,8 @@ class RolloutManager:
 
     def _finished(self) -> None:
         """One more prompt."""
-        done, of = self._progress
-        self._progress = (done + 1, of)
+        done, of = self._progress["evaluation"]
+        self._progress["evaluation"] = (done + 1, of)
 
     def _client(self, temperature: float, top_p: float, max_new_tokens: int, routing: Routing | None = None) -> RolloutClient:
         sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, stop=tuple(self.cfg.rollout.stop))
@@ -170,7 +170,7 @@ class RolloutManager:
                     elif not draw.complete:
                         draw.keep(ordinal)
                         groups.append((outcome, Batch.from_groups([outcome])))
-                self._progress = (len(draw.kept), draw.wanted)
+                self._progress["rollout"] = (len(draw.kept), draw.wanted)
             draw.drop_surplus()
         finally:
             for task in tasks:

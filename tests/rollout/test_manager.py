@@ -160,7 +160,7 @@ async def tend(manager: RolloutManager, found: list[Trouble]) -> None:
     """A driver and a host agent that bring back whatever is reported."""
     lives = 0
     while True:
-        if troubles := (await manager.progress()).troubles:
+        if troubles := (await manager.progress("rollout")).troubles:
             found += troubles
             lives += 1
             await manager.tell([Turn(trouble.engine, health.State.HEALTHY, "it is back", lives) for trouble in troubles])
@@ -217,7 +217,7 @@ def test_requests_of_an_engine_that_fails_go_to_the_others(cfg: SlimeConfig):
             await manager.connect([one, other], 80)
             await manager.expect(LABEL)
             _, summary, _ = await asyncio.wait_for(manager.generate(0, 0), 60)
-            troubles = (await manager.progress()).troubles
+            troubles = (await manager.progress("rollout")).troubles
             await manager.engines.close()
             await manager.judge.close()
         return summary, troubles
