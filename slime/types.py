@@ -24,7 +24,7 @@ A worked example, two samples of one prompt "2+3=" with label "5":
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -202,9 +202,13 @@ class Batch:
 
     def save(self, path: Path) -> None:
         """Write every column to an .npz file, bit for bit."""
-        columns: dict[str, Any] = self.columns()
         with path.open("wb") as file:
-            np.savez(file, **columns)
+            self.write(file)
+
+    def write(self, file: BinaryIO) -> None:
+        """What `save` writes, into an open file."""
+        columns: dict[str, Any] = self.columns()
+        np.savez(file, **columns)
 
     @classmethod
     def load(cls, path: Path) -> "Batch":

@@ -3,9 +3,6 @@
 import io
 import zipfile
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from slime.checkpoint.manifest import InvalidCheckpoint
 from slime.observe.hashed import write_hashed
@@ -17,8 +14,7 @@ NAME = "batch.npz"
 def write_batch(directory: Path, batch: Batch) -> None:
     """Write the batch into the folder of an iteration. Raises OSError where the disk refuses or gives back other bytes."""
     content = io.BytesIO()
-    columns: dict[str, Any] = batch.columns()
-    np.savez(content, **columns)
+    batch.write(content)
     write_hashed(directory / NAME, content.getbuffer())
 
 

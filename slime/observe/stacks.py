@@ -40,11 +40,6 @@ class Stacks:
         return cls("\n".join(texts), " and ".join(places) or AT_REST)
 
 
-def stacks() -> str:
-    """Every other thread of this process with its innermost frames, for people."""
-    return Stacks.now().text
-
-
 def awaits() -> str:
     """The innermost frames of slime in which the tasks of this thread's event loop wait, by number."""
     tasks = asyncio.all_tasks() - {asyncio.current_task()}

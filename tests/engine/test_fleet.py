@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
 
 from slime.cluster.deadline import ProcessLost
 from slime.cluster.placement import RolePlacement
@@ -35,18 +34,6 @@ pytestmark = pytest.mark.e2e
 FULL = SyncConfig(mode="full")
 PROMPT = list(range(5, 25))
 SAMPLING = servers.Endless(max_new_tokens=10)
-
-
-@pytest.fixture(scope="module")
-def placement() -> Iterator[RolePlacement]:
-    """Two devices of the rollout role on a Ray of this test's own."""
-    options = {"include_dashboard": False, "log_to_driver": False, "object_store_memory": 100 << 20}
-    ray.init(address="local", num_cpus=2, **options)
-    group = placement_group([{"CPU": 1}] * 2)
-    ray.get(group.ready(), timeout=60)
-    yield RolePlacement("rollout", group, [0, 1], "cpu", 1.0)
-    remove_placement_group(group)
-    ray.shutdown()
 
 
 class Weights:

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
-from ray.util.placement_group import placement_group, remove_placement_group
 
 from slime.cluster.placement import RolePlacement
 from slime.config import SlimeConfig
@@ -35,17 +33,6 @@ pytestmark = pytest.mark.e2e
 BACK_S = 60.0  # within which tokens/s is what it was, from the engine's return on
 AT_ONCE = 8  # requests under way
 SEEDS = 24
-
-
-@pytest.fixture(scope="module")
-def placement() -> Iterator[RolePlacement]:
-    options = {"include_dashboard": False, "log_to_driver": False, "object_store_memory": 100 << 20}
-    ray.init(address="local", num_cpus=2, **options)
-    group = placement_group([{"CPU": 1}] * 2)
-    ray.get(group.ready(), timeout=60)
-    yield RolePlacement("rollout", group, [0, 1], "cpu", 1.0)
-    remove_placement_group(group)
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import asyncio
 import threading
 
 from slime.checkpoint.saver import Saver
-from slime.observe.stacks import AT_REST, Stacks, awaits, stacks
+from slime.observe.stacks import AT_REST, Stacks, awaits
 from slime.rollout.groups import together
 
 
@@ -17,7 +17,7 @@ def test_every_other_thread_is_shown_with_its_innermost_frames(tmp_path) -> None
     thread = threading.Thread(target=waits_in_a_test, args=(event,), name="waiter")
     thread.start()
     try:
-        text = stacks()
+        text = Stacks.now().text
     finally:
         event.set()
         thread.join()
