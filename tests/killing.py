@@ -83,7 +83,8 @@ def survive(inputs: Path, name: str, plan: list[Kill], *overrides: str, timeout_
             break  # the run was at its end before
         if process.poll() is not None:
             ended = log.read_text()[-3000:]
-            assert process.returncode == -signal.SIGKILL or "while it started" in ended, f"it did not start again by itself:\n{ended}"
+            may_end = process.returncode == -signal.SIGKILL or "while it started" in ended or _ended_by_ray(kill, inputs / "runs" / name)
+            assert may_end, f"it did not start again by itself ({process.returncode}):\n{ended}"
             assert offspring.left(GONE_S) == []
             process, offspring, log = _start(inputs, name, left[0] if left else None, overrides)
             struck = False
@@ -138,6 +139,12 @@ def _strike(process: subprocess.Popen, offspring: Offspring, kill: Kill, metrics
     if kill.victim in ENDS_THE_DRIVER:
         process.wait()
     return bool(pids)
+
+
+def _ended_by_ray(kill: Kill, run_dir: Path) -> bool:
+    """Whether Ray has ended the driver, which was using the object store of the raylet that was killed."""
+    logs = run_dir.glob("logs/ray/*/python-core-driver-*.log")
+    return kill.victim == "raylet" and any("Terminate the process" in log.read_text() for log in logs)
 
 
 def _lines(path: Path, since_s: float) -> int:

@@ -1,4 +1,8 @@
-"""Files that are hashed as they are written, out of memory: what a disk gives back later can be compared with what was meant."""
+"""Files that are hashed as they are written, out of memory: what a disk gives back later can be compared with what was meant.
+
+The hash is XXH3 of 128 bits. It is meant for disks that err, not for people who forge, and costs a twentieth of SHA-256 on processors
+without instructions for that.
+"""
 
 import hashlib
 import os
@@ -7,13 +11,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+import xxhash
+
 
 @dataclass(frozen=True, slots=True)
 class File:
     """What a file holds."""
 
     bytes: int
-    sha256: str
+    xxh3_128: str  # hexadecimal
 
 
 class HashedFile:
@@ -21,17 +27,17 @@ class HashedFile:
 
         with HashedFile(path) as file:
             file.write(b"...")
-        file.result     # File(bytes=3, sha256="...") of what was written, not of what the disk took
+        file.result     # File(bytes=3, xxh3_128="...") of what was written, not of what the disk took
 
     Raises OSError where the disk refuses.
     """
 
     def __init__(self, path: Path) -> None:
         self._file: BinaryIO = path.open("wb")
-        self._hash = hashlib.sha256()
+        self._hash = xxhash.xxh3_128()
         self.size = 0  # bytes so far
 
-    def write(self, data: bytes | memoryview) -> None:
+    def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append bytes."""
         view = memoryview(data)
         self._hash.update(view)
@@ -57,7 +63,13 @@ def write_hashed(path: Path, content: bytes | memoryview) -> File:
     """A whole new file, fsynced and read back. Raises OSError where the disk refuses or gives back other bytes."""
     with HashedFile(path) as file:
         file.write(content)
-    with path.open("rb") as written:
-        if hashlib.file_digest(written, "sha256").hexdigest() != file.result.sha256:
-            raise OSError(f"{path} is not what was written to it: do not trust this disk")
+    if read_hashed(path) != file.result:
+        raise OSError(f"{path} is not what was written to it: do not trust this disk")
     return file.result
+
+
+def read_hashed(path: Path) -> File:
+    """What a file holds, read once."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+        return File(file.tell(), digest)

@@ -70,6 +70,7 @@ class Rank:
         from slime.algorithms.registry import build_algorithm
         from slime.config.parallel import parallel_sizes
         from slime.trainer import device, distributed, export, step
+        from slime.trainer.host_buffers import HostBuffers
         from slime.trainer.model import build_model
 
         cfg = self.cfg
@@ -84,6 +85,7 @@ class Rank:
             model = build_model(cfg, self.parallel)
             atlas = export.make_atlas(model, self.parallel)
         self.trainer = step.Trainer(cfg, self.device, self.parallel, model, atlas, build_algorithm(cfg.algorithm), self.tracer)
+        self.buffers = HostBuffers(pinned=self.kind == "cuda")  # of what is held
 
     @on_device
     def train(self, batch: Batch) -> dict[str, float]:
@@ -171,8 +173,9 @@ class Rank:
         """See `shards.snapshot`; returns the bytes that it holds until `write` has returned. The one before must have been written."""
         from slime.trainer import shards
 
+        assert self.held is None, "its memory would be overwritten"
         with self.tracer.span("snapshot"):
-            self.held = shards.snapshot(self.trainer, Path(directory))
+            self.held = shards.snapshot(self.trainer, Path(directory), self.buffers)
             return self.held.host_bytes
 
     @ray.method(concurrency_group=SAVE)
@@ -180,9 +183,11 @@ class Rank:
         """See `Snapshot.write`; on a thread of its own, while other methods go on. It gives way to them where there are few cores."""
         assert self.held is not None, "`hold` comes first"
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SAVE_NICE)
-        held, self.held = self.held, None
-        with self.tracer.span("save"):
-            return held.write()
+        try:
+            with self.tracer.span("save"):
+                return self.held.write()
+        finally:
+            self.held = None
 
     @ray.method(concurrency_group=WATCH)
     def stacks(self) -> Stacks:

@@ -23,29 +23,27 @@ from torch.distributed.checkpoint.api import CheckpointException
 from slime.observe.hashed import File
 from slime.trainer.distributed import Parallel
 from slime.trainer.gather_state import gather_state
+from slime.trainer.host_buffers import HostBuffers
 from slime.trainer.snapshot import Snapshot, hold
 from slime.trainer.step import Trainer
 
 SHARDING = "fully_reshardable"  # megatron-core's name for an optimizer whose state does not depend on the layout
 
 
-def snapshot(trainer: Trainer, directory: Path) -> Snapshot:
-    """This rank's share, in host memory, to be written into `directory`, which all ranks see. All ranks call it together, between updates;
-    they may train on as soon as it returns.
+def snapshot(trainer: Trainer, directory: Path, buffers: HostBuffers) -> Snapshot:
+    """This rank's share, in the host memory of `buffers`, to be written into `directory`, which all ranks see. All ranks call it together,
+    between updates; they may train on as soon as it returns, and hold the next one in the same buffers once it is written.
 
     Host memory: the rank that is the first of those that hold the same shard takes its weights and three fp32 numbers a parameter (2 + 12
-    bytes with bf16 weights); the others nothing that stays. Beside it, until it returns, each of them holds the three numbers too, and with
-    data parallelism one more.
+    bytes with bf16 weights), the others nothing. With data parallelism each needs one more number a parameter on its device meanwhile.
     """
-    fresh: set[int] = set()
-    state = _state(trainer, loading=False, with_rng=True, fresh=fresh)
-    return hold(state, directory, trainer.parallel.saves, copy=True, fresh=fresh)
+    return hold(_state(trainer, buffers, with_rng=True), directory, trainer.parallel.saves, buffers)
 
 
 def save(trainer: Trainer, directory: Path) -> dict[str, File]:
     """Write this rank's share into `directory`, which all ranks see. All ranks call it together and return when the bytes of all are on
     disk. Returns the files of this rank. Raises OSError on every rank where the disk refuses on one."""
-    return snapshot(trainer, directory).write()
+    return snapshot(trainer, directory, HostBuffers(pinned=False)).write()
 
 
 def load(trainer: Trainer, directory: Path) -> None:
@@ -55,7 +53,7 @@ def load(trainer: Trainer, directory: Path) -> None:
         raise ValueError(f"{directory} holds no trainer checkpoint (no metadata.json of megatron-core): check run.resume")
     same = dist_checkpointing.load_common_state_dict(str(directory))["layout"] == _layout(trainer)
     with _failing_together(f"the trainer's shards could not be read from {directory}"):
-        state = dist_checkpointing.load(_state(trainer, loading=True, with_rng=same, fresh=set()), str(directory))
+        state = dist_checkpointing.load(_state(trainer, None, with_rng=same), str(directory))
     for number, stage in enumerate(trainer.model.stages):
         stage.module.load_state_dict(state[_key(trainer, number)])
     trainer.optimizer_steps, trainer.version = state["optimizer_steps"], state["version"]
@@ -67,7 +65,7 @@ def load(trainer: Trainer, directory: Path) -> None:
 def save_weights(gpt: GPTModel, parallel: Parallel, directory: Path) -> None:
     """Write a model without anything that training needs, as `save` does. All ranks call it together. Raises OSError like `save`."""
     state = {"model": gpt.sharded_state_dict(metadata=_metadata(parallel))}
-    hold(state, directory, parallel.saves, copy=False).write()
+    hold(state, directory, parallel.saves, None).write()
 
 
 def load_weights(gpt: GPTModel, parallel: Parallel, directory: Path) -> None:
@@ -108,8 +106,8 @@ def _metadata(parallel: Parallel) -> dict[str, Any]:
     }
 
 
-def _state(trainer: Trainer, loading: bool, with_rng: bool, fresh: set[int]) -> dict[str, Any]:
-    """The sharded state dict of this rank; `fresh` gets the addresses of storages that were made for it."""
+def _state(trainer: Trainer, kept: HostBuffers | None, with_rng: bool) -> dict[str, Any]:
+    """The sharded state dict of this rank, the optimizer's state in `kept`; without `kept` it is there to be loaded into."""
 
     def model() -> dict[str, Any]:
         stages, metadata = enumerate(trainer.model.stages), _metadata(trainer.parallel)
@@ -117,7 +115,7 @@ def _state(trainer: Trainer, loading: bool, with_rng: bool, fresh: set[int]) -> 
 
     state = {
         **model(),
-        "optimizer": _optimizer_state(trainer, model, loading, fresh),
+        "optimizer": _optimizer_state(trainer, model, kept),
         "optimizer_steps": trainer.optimizer_steps,
         "version": trainer.version,
         "layout": _layout(trainer),
@@ -128,13 +126,13 @@ def _state(trainer: Trainer, loading: bool, with_rng: bool, fresh: set[int]) -> 
     return state
 
 
-def _optimizer_state(trainer: Trainer, model: Callable[[], dict[str, Any]], loading: bool, fresh: set[int]) -> dict[str, Any]:
+def _optimizer_state(trainer: Trainer, model: Callable[[], dict[str, Any]], kept: HostBuffers | None) -> dict[str, Any]:
     """Main weights and moments, named as their parameters are. Groups of parameters are left out: which there are depends on the layout
     (experts have an optimizer of their own under expert parallelism), and their rates are the recipe's."""
     metadata = _metadata(trainer.parallel)
-    for part in _parts(trainer):
-        part.get_parameter_state_dp_zero = functools.partial(gather_state, part, fresh)
-    states = [part.sharded_state_dict(model(), is_loading=loading, metadata=metadata) for part in _parts(trainer)]
+    for number, part in enumerate(_parts(trainer)):
+        part.get_parameter_state_dp_zero = functools.partial(gather_state, part, number, kept)
+    states = [part.sharded_state_dict(model(), is_loading=kept is None, metadata=metadata) for part in _parts(trainer)]
     return {str(number): state["param_state"] for number, state in enumerate(states)}
 
 

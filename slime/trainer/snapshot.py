@@ -11,10 +11,11 @@ import dataclasses
 import io
 import json
 import pickle
-from collections.abc import Collection
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
@@ -33,8 +34,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from slime.observe.files import fsync_directory
 from slime.observe.hashed import File, HashedFile, write_hashed
+from slime.trainer.host_buffers import HostBuffers
 
 METADATA_FNAME = ".metadata"  # torch's index of what lies where
+COPIED = 64 << 10  # bytes: what is smaller is put together before it is written
 Held = list[tuple[WriteItem, torch.Tensor | io.BytesIO]]
 Written = tuple[dict[str, File], list[WriteResult], str]  # of a rank: its files, what lies where in them, why it failed or ""
 
@@ -56,7 +59,7 @@ class Snapshot:
 
     def write(self) -> dict[str, File]:
         """Write this rank's files and return them by name with the hashes of what was meant to be written. All ranks call it; it returns
-        when the files of all are on disk. One tensor at a time is serialised, in a buffer of at most twice its size.
+        when the files of all are on disk. Tensors are written out of the memory where they lie.
 
         Raises OSError on every rank where the disk refuses on one.
         """
@@ -83,13 +86,12 @@ class Snapshot:
             self.directory.mkdir(parents=True, exist_ok=True)
             if not self.items:
                 return {}, [], ""
-            scratch = io.BytesIO()  # grows to the largest tensor, once
             torch.serialization.set_crc32_options(False)  # the manifest has a hash of every file
             with HashedFile(self.directory / name) as file:
                 for item, data in self.items:
                     at = file.size
-                    with _serialised(data, scratch) as content:
-                        file.write(content)
+                    for piece in _serialised(data):
+                        file.write(piece)
                     place = _StorageInfo(name, at, file.size - at)
                     results.append(WriteResult(index=item.index, size_in_bytes=place.length, storage_data=place))
             fsync_directory(self.directory)
@@ -114,11 +116,11 @@ class Snapshot:
         return files
 
 
-def hold(state: dict[str, Any], directory: Path, group: dist.ProcessGroup, *, copy: bool, fresh: Collection[int] = ()) -> Snapshot:
+def hold(state: dict[str, Any], directory: Path, group: dist.ProcessGroup, buffers: HostBuffers | None) -> Snapshot:
     """Plan with the other ranks who writes what, and take hold of this rank's share of a sharded state dict.
 
-    With `copy`, every tensor is copied to host memory but those whose storages (by address) are `fresh`: made for this snapshot and nobody
-    else's. Without, the snapshot is the state's own memory, which must not change until it is written.
+    Tensors that are not in `buffers` are copied there. Without buffers, the snapshot is the state's own memory, which must not change until
+    it is written.
     """
     sharded, common = save_preprocess(state)
     sharded, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
@@ -126,14 +128,16 @@ def hold(state: dict[str, Any], directory: Path, group: dist.ProcessGroup, *, co
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     (_, metadata, _), *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(sharded, False), holder, planner=planner)
 
-    def kept(data: Any) -> Any:
-        if not isinstance(data, torch.Tensor) or not copy:
+    def kept(item: WriteItem, data: Any) -> Any:
+        if not isinstance(data, torch.Tensor) or buffers is None or buffers.holds(data):
             return data
-        if data.is_cpu and data.untyped_storage().data_ptr() in fresh:
-            return data
-        return data.to("cpu", copy=True)  # on a CPU megatron-core's own staging would alias the model
+        assert not data.is_meta, f"{item.index} is to be written by a rank that does not have it"
+        return buffers.copy(item.index, data)  # on a CPU megatron-core's own staging would alias the model
 
-    return Snapshot(directory, group, [(item, kept(data)) for item, data in holder.items], common, metadata)
+    items = [(item, kept(item, data)) for item, data in holder.items]
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return Snapshot(directory, group, items, common, metadata)
 
 
 class _Holder:
@@ -160,13 +164,36 @@ class _Holder:
         self.items = [(item, planner.resolve_data(item)) for item in plan.items]
 
 
-def _serialised(data: torch.Tensor | io.BytesIO, scratch: io.BytesIO) -> memoryview:
-    """As torch's reader wants it. In memory first: a stream that fails in the middle of torch.save would end in C++."""
+def _serialised(data: torch.Tensor | io.BytesIO) -> Iterator[bytearray | memoryview]:
+    """As torch's reader wants it. The numbers of a large tensor are a view of its memory."""
     if isinstance(data, io.BytesIO):
-        return data.getbuffer()
-    scratch.seek(0)
-    torch.save(_alone(data.cpu()), scratch)
-    return scratch.getbuffer()[: scratch.tell()]
+        yield data.getbuffer()
+        return
+    pieces = _Pieces(_alone(data.cpu()))
+    torch.save(pieces.tensor, cast(IO[bytes], pieces))
+    yield from pieces.found
+
+
+class _Pieces:
+    """A file to torch.save, which hands over the tensor's own memory. Nothing is written before that has returned: a disk that refuses in
+    between would end in C++."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.found: list[bytearray | memoryview] = []
+
+    def write(self, piece: memoryview) -> int:
+        view = np.frombuffer(piece, np.uint8)
+        if view.nbytes == self.tensor.nbytes >= COPIED and view.ctypes.data == self.tensor.data_ptr():
+            self.found.append(view.data)
+        elif self.found and isinstance(self.found[-1], bytearray):
+            self.found[-1] += piece
+        else:
+            self.found.append(bytearray(piece))
+        return view.nbytes
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
 
 
 def _alone(data: torch.Tensor) -> torch.Tensor:

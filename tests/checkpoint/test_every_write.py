@@ -44,12 +44,13 @@ class Saved:
 
     def __init__(self, place, cfg, folder: Path) -> None:
         from slime.trainer import shards, step
+        from slime.trainer.host_buffers import HostBuffers
 
         trainer = place.trainer(cfg)
         self.template, self.run_dir, self.snapshots = folder / "template", folder / "run", {}
         for at in (5, 10, 15):
             step.train_batch(trainer, make_batch(vocab=77, seed=at))
-            self.snapshots[at] = shards.snapshot(trainer, folder)
+            self.snapshots[at] = shards.snapshot(trainer, folder, HostBuffers(pinned=False))
         self.expected = {}
         for at in (5, 10, 15):
             shutil.rmtree(self.template, ignore_errors=True)

@@ -179,12 +179,13 @@ def test_every_rank_hears_of_a_failed_write(ranks, models, tmp_path):
 def train_while_it_is_held(place, cfg, batches, directory):
     """(weights when the snapshot was taken, weights and addresses that a load of it gives), with updates between snapshot and write."""
     from slime.trainer import shards, step
+    from slime.trainer.host_buffers import HostBuffers
 
     trainer = place.trainer(cfg)
     step.train_batch(trainer, batches[0])
     held = weights(trainer)
     held = {name: tensor.clone() for name, tensor in held.items()}
-    snapshot = shards.snapshot(trainer, directory)
+    snapshot = shards.snapshot(trainer, directory, HostBuffers(pinned=trainer.device.torch.type == "cuda"))
     own = {t.untyped_storage().data_ptr() for stage in trainer.model.stages for t in (*stage.parameters(), *stage.module.buffers())}
     taken = {data.untyped_storage().data_ptr() for _, data in snapshot.items if isinstance(data, torch.Tensor)}
     assert not own & taken, "the snapshot is memory of the model"
@@ -198,7 +199,7 @@ def train_while_it_is_held(place, cfg, batches, directory):
 
 @pytest.mark.parametrize(("world", "tp"), [(2, 1), (1, 1)])
 def test_what_is_written_is_what_was_held_whatever_was_trained_since(ranks, models, tmp_path, world, tp):
-    import hashlib
+    from slime.observe.hashed import read_hashed
 
     cfg = make_cfg(models["qwen3"], "bf16", tensor_parallel=tp)
     answers = ranks.run(train_while_it_is_held, world, cfg, [make_batch(vocab=77, seed=seed) for seed in range(2)], tmp_path)
@@ -208,8 +209,7 @@ def test_what_is_written_is_what_was_held_whatever_was_trained_since(ranks, mode
     files = {name: file for _, _, _, found, _ in answers for name, file in found.items()}
     assert files.keys() == {path.name for path in tmp_path.iterdir()}
     for name, file in files.items():
-        content = (tmp_path / name).read_bytes()
-        assert (file.bytes, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+        assert file == read_hashed(tmp_path / name)
     elements = sum(tensor.numel() for tensor in held.values())
     assert answers[0][4] == pytest.approx(14 * elements, rel=0.05), "two bytes of weights and three fp32 numbers a parameter"
     assert sum(answer[4] for answer in answers[1:]) < elements, "the ranks that hold the same write nothing"
