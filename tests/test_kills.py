@@ -127,4 +127,5 @@ def test_a_run_killed_at_many_random_moments_gives_the_same_bits(quickstart: Pat
         run, struck = survive(inputs, f"many_{mode}_{number}", plan, *overrides)
         assert_the_same_run(run, reference)
         done, number = done + struck, number + 1
+        (inputs / f"many_{mode}.kills").write_text("".join(f"{kill}\n" for kill in done))
     assert {kill.victim for kill in done} == set(VICTIMS)
