@@ -83,10 +83,10 @@ def survive(inputs: Path, name: str, plan: list[Kill], *overrides: str, timeout_
         if process.poll() == 0:
             break  # the run was at its end before
         if process.poll() is not None:
+            assert offspring.left(GONE_S) == []
             ended = log.read_text()[-3000:]
             may_end = process.returncode == -signal.SIGKILL or "while it started" in ended or _ended_by_ray(kill, inputs / "runs" / name)
             assert may_end, f"it did not start again by itself ({process.returncode}):\n{ended}"
-            assert offspring.left(GONE_S) == []
             process, offspring, log = _start(inputs, name, left[0] if left else None, overrides)
             struck = False
     try:
