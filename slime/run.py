@@ -17,9 +17,10 @@ from typing import NoReturn
 from slime.checkpoint import batch as batch_file
 from slime.checkpoint import save
 from slime.checkpoint.origin import Origin
-from slime.checkpoint.saver import STEP_KNOB, Committed, Saver
+from slime.checkpoint.saver import Committed, Saver
 from slime.checkpoint.state import DriverState, write_state
 from slime.cluster import deadline
+from slime.cluster.deadline import STEP_KNOB
 from slime.cluster.signals import StopSignal
 from slime.config import SlimeConfig
 from slime.config.exits import GateStopped, NotFinite, SavedRunAgain

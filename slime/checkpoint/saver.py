@@ -22,12 +22,12 @@ from typing import Protocol
 from slime.checkpoint import batch, save
 from slime.checkpoint.retention import keep_newest
 from slime.checkpoint.state import read_state
+from slime.cluster.deadline import STEP_KNOB
 from slime.observe.hashed import File
 
 log = logging.getLogger(__name__)
 
 TRAINER = "trainer"  # the ranks' folder in an iteration
-STEP_KNOB = "cluster.step_timeout_s"
 POLL_S = 0.05  # between two looks at the ranks
 NICE = 19  # of the thread that hashes: where cores are few, training goes first
 CLOSE_S = 30.0  # how long a commit that has begun may take to end when a run fails

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
+STEP_KNOB = "cluster.step_timeout_s"  # the deadline of whatever a step waits for
 LOOK_S = 1.0  # between two looks at Ray's own processes
 
 

@@ -5,7 +5,6 @@ ones stand with the batch that passed them over. What was drawn and is not settl
 """
 
 import json
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -13,9 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from slime.observe.files import write_atomic
-
-log = logging.getLogger(__name__)
+from slime.observe.files import whole_lines, write_atomic
 
 NAME = "ledger.jsonl"
 _NAMED = 8  # ranges of ordinals that an error names at most
@@ -101,11 +98,8 @@ class AccountLog:
 
 def read(path: Path) -> list[Settled]:
     """All whole lines of a file, in order; entry k is update k + 1. Raises ValueError for a line that is damaged or out of place."""
-    whole, _, torn = path.read_bytes().rpartition(b"\n")
-    if torn:
-        log.warning("%s: the last line was cut off by a crash and is ignored", path)
     lines = []
-    for k, raw in enumerate(whole.split(b"\n") if whole else [], 1):
+    for k, raw in enumerate(whole_lines(path), 1):
         try:
             row = json.loads(raw)
             dropped = {ordinal: reason for reason, ranges in row["dropped"].items() for ordinal in expand(ranges)}

@@ -1,7 +1,10 @@
 """Writing a file so that a reader sees the whole old one or the whole new one, after a crash too."""
 
+import logging
 import os
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 def fsync_directory(path: Path) -> None:
@@ -25,3 +28,11 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     fsync_directory(path.parent)
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file that is appended to, without what a crash has cut off at its end, which is told."""
+    whole, _, torn = path.read_bytes().rpartition(b"\n")
+    if torn:
+        log.warning("%s: the last line was cut off by a crash and is ignored", path)
+    return whole.split(b"\n") if whole else []

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from slime.observe.files import write_atomic
+from slime.observe.files import whole_lines, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +72,8 @@ def _encode(line: Line) -> bytes:
 
 def read(path: Path) -> list[Line]:
     """All whole lines of a file, in order; entry k is step k. Raises ValueError for a line that is damaged or out of place."""
-    whole, _, torn = path.read_bytes().rpartition(b"\n")
-    if torn:
-        log.warning("%s: the last line was cut off by a crash and is ignored", path)
     lines: list[Line] = []
-    for k, raw in enumerate(whole.split(b"\n") if whole else []):
+    for k, raw in enumerate(whole_lines(path)):
         try:
             line = json.loads(raw)
         except ValueError as error:

@@ -21,6 +21,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from slime.cluster import deadline
+from slime.cluster.deadline import STEP_KNOB
 from slime.config import SlimeConfig
 from slime.engine.endpoint import Endpoint
 from slime.engine.health import Trouble, Turn
@@ -32,7 +33,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
-STEP_KNOB = "cluster.step_timeout_s"
 PROGRESS_S = 0.1
 ANSWER_S = 5.0
 MANAGER_S = 60.0  # for small questions; the manager answers between two pieces of work, the longest of which is packing a batch

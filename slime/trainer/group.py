@@ -9,7 +9,7 @@ import numpy as np
 import ray
 
 from slime.cluster import deadline
-from slime.cluster.deadline import ClusterLost, ProcessLost
+from slime.cluster.deadline import STEP_KNOB, ClusterLost, ProcessLost
 from slime.cluster.placement import RolePlacement
 from slime.config import SlimeConfig
 from slime.config.exits import GateStopped, GraceOver, SavedRunAgain
@@ -17,7 +17,7 @@ from slime.observe.trace import Span
 from slime.sync.diff import Delta
 from slime.sync.records import ModelSpec
 from slime.trainer.rank import THREADS, Rank
-from slime.trainer.saving import STEP_KNOB, Saving, lost_rank, settle
+from slime.trainer.saving import Saving, lost_rank, settle
 from slime.trainer.where import where
 from slime.types import Batch, WeightVersion
 

@@ -7,11 +7,10 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from slime.cluster import deadline
-from slime.cluster.deadline import ProcessLost
+from slime.cluster.deadline import STEP_KNOB, ProcessLost
 from slime.observe.hashed import File
 
 SETTLE_S = 10.0  # after a failure: how long the other ranks may take to fail too
-STEP_KNOB = "cluster.step_timeout_s"
 
 
 @dataclass(frozen=True)
