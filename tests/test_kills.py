@@ -129,3 +129,16 @@ def test_a_run_killed_at_many_random_moments_gives_the_same_bits(quickstart: Pat
         done, number = done + struck, number + 1
         (inputs / f"many_{mode}.kills").write_text("".join(f"{kill}\n" for kill in done))
     assert {kill.victim for kill in done} == set(VICTIMS)
+
+
+@pytest.mark.kills
+@pytest.mark.slow
+def test_a_run_killed_in_every_phase_of_a_save_gives_the_same_bits(inputs: Path) -> None:
+    """The driver, at each request of one save to make something durable, visible or gone; the first save succeeds."""
+    overrides = [*recipe(inputs, STEPS, "sync"), "run.keep_last=1"]
+    reference, calls, _ = undisturbed(inputs, "phases", overrides)
+    of_a_save = -(-calls // (STEPS // 2))
+    plan = [Kill("driver", call=at) for at in (of_a_save + 1, *range(1, of_a_save + 1))]
+    run, done = survive(inputs, "phases_killed", plan, *overrides)
+    assert done == plan
+    assert_the_same_run(run, reference)
