@@ -20,7 +20,7 @@ quickstart-bf16: install
 	$(BIN)/python -m examples.quickstart --recipe quickstart_bf16
 
 test: install
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m pytest tests -m "not slow" --durations=15
 
 test-slow: install
 	$(BIN)/python -m pytest tests -m "slow and not kills"

@@ -58,6 +58,7 @@ def test_a_failure_has_its_code_its_text_and_no_survivors(inputs: Path, override
     assert run.offspring.left() == []
 
 
+@pytest.mark.slow
 def test_a_killed_engine_is_told_with_the_end_of_its_log_and_the_run_goes_on(inputs: Path):
     process, offspring = start(inputs, "engine_killed", "run.steps=30")
     wait_for_line(inputs / "runs" / "engine_killed" / "metrics.jsonl", 2)

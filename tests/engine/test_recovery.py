@@ -277,6 +277,7 @@ def test_a_killed_engine_is_replaced_and_its_requests_are_asked_again(two: World
     assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.slow
 def test_an_engine_whose_scheduler_hangs_is_replaced(two: World) -> None:
     """Its HTTP server answers as ever."""
     [scheduler] = [p for p in two.main(1).children(recursive=True) if "scheduler" in p.name() + " ".join(p.cmdline())]
