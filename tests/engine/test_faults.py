@@ -249,9 +249,8 @@ def killed_and_back(when: str, cfg: SlimeConfig, server: Server, world: World, f
             server.stop()
 
     world.host.before = ends
-    with pytest.raises(
-        NotProven, match=r"engine 0: resume failed" if when == "committed" else r"engine 0: commit failed: .* was lost during"
-    ):
+    asked = "resume" if when == "committed" else "commit"
+    with pytest.raises(NotProven, match=rf"engine 0: it died: asked to {asked}: .* was lost during"):
         world.step(2)
     if when == "committed":
         held = world.trainer.copied()  # proven, and so acknowledged
