@@ -10,6 +10,7 @@ EXTRA_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
 INSTALLED := $(VENV)/.installed
+UNIT := $(BIN)/python -m pytest tests -m "not e2e and not slow" --numprocesses=auto
 
 .PHONY: quickstart quickstart-bf16 test test-slow test-kills test-gpu unit lint install clean
 
@@ -20,7 +21,8 @@ quickstart-bf16: install
 	$(BIN)/python -m examples.quickstart --recipe quickstart_bf16
 
 test: install
-	$(BIN)/python -m pytest tests -m "not slow" --durations=15
+	$(UNIT)
+	$(BIN)/python -m pytest tests -m "e2e and not slow" --durations=15
 
 test-slow: install
 	$(BIN)/python -m pytest tests -m "slow and not kills"
@@ -32,7 +34,7 @@ test-gpu:  # in an environment with a CUDA build of torch and with SGLang, on a 
 	SLIME_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/trainer/test_layouts.py tests/trainer/test_shards.py tests/engine/test_fp8.py
 
 unit: install
-	$(BIN)/python -m pytest tests -m "not e2e"
+	$(UNIT)
 
 lint: install
 	$(BIN)/ruff check slime tests examples benchmarks

@@ -20,8 +20,8 @@ def gather_state(part: DistributedOptimizer, name: Hashable, kept: HostBuffers |
     """In place of `DistributedOptimizer.get_parameter_state_dp_zero`: {buffer: {dtype: {key: fp32 [buffer's elements], on the host}}}.
 
     All ranks of the part's data-parallel group call it together. The tensors of the group's first rank, which is the one that writes them,
-    lie in `kept` under names that begin with `name`, and are complete once the device is synchronised; those of the others are shapes
-    alone. Without `kept` they are new zeros on every rank, to be loaded into.
+    lie in `kept` under names that begin with `name`, and are there after `kept.complete()`; those of the others are shapes alone. Without
+    `kept` they are new zeros on every rank, to be loaded into.
     """
     state: dict[Any, Any] = {"buckets_coalesced": True}
     for number, (buffer, ranges) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):

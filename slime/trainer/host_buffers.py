@@ -1,9 +1,10 @@
 """Host memory that checkpoints are copied into: made by the first save and kept for the next ones; page-locked where a GPU copies into it.
 
     buffers = HostBuffers(pinned=True)
-    held = buffers.copy("embedding", weight)            # on the way; there after torch.cuda.synchronize()
+    held = buffers.copy("embedding", weight)            # on the way
     sums = buffers.take("exp_avg", (1 << 20,), torch.float32)
     buffers.holds(sums[3:5])                            # True
+    buffers.complete()                                  # what was on the way is there
 
 New memory for every save would cost as much time as the copy: the kernel clears each page first.
 """
@@ -33,8 +34,13 @@ class HostBuffers:
         return taken
 
     def copy(self, name: Hashable, tensor: torch.Tensor) -> torch.Tensor:
-        """A contiguous copy in the memory of `name`, complete once the device is synchronised."""
-        return self.take(name, tuple(tensor.shape), tensor.dtype).copy_(tensor, non_blocking=True)
+        """A contiguous copy in the memory of `name`; page-locked memory has it after `complete`."""
+        return self.take(name, tuple(tensor.shape), tensor.dtype).copy_(tensor, non_blocking=self._pinned)
+
+    def complete(self) -> None:
+        """Wait until all that was copied is there."""
+        if self._pinned:
+            torch.cuda.synchronize()
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is a part of this memory."""

@@ -43,7 +43,7 @@ def snapshot(trainer: Trainer, directory: Path, buffers: HostBuffers) -> Snapsho
 def save(trainer: Trainer, directory: Path) -> dict[str, File]:
     """Write this rank's share into `directory`, which all ranks see. All ranks call it together and return when the bytes of all are on
     disk. Returns the files of this rank. Raises OSError on every rank where the disk refuses on one."""
-    return snapshot(trainer, directory, HostBuffers(pinned=False)).write()
+    return snapshot(trainer, directory, HostBuffers(pinned=trainer.device.torch.type == "cuda")).write()
 
 
 def load(trainer: Trainer, directory: Path) -> None:

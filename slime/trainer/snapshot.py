@@ -135,8 +135,8 @@ def hold(state: dict[str, Any], directory: Path, group: dist.ProcessGroup, buffe
         return buffers.copy(item.index, data)  # on a CPU megatron-core's own staging would alias the model
 
     items = [(item, kept(item, data)) for item, data in holder.items]
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if buffers is not None:
+        buffers.complete()
     return Snapshot(directory, group, items, common, metadata)
 
 

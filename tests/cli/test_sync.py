@@ -141,7 +141,7 @@ def test_what_there_is(place: Place, slime: Slime) -> None:
         ["0/4", "delta", "0/3"],
     ]
     assert all(row[3] == str(len(MODEL.parts(PART_BYTES))) for row in shown)
-    assert "run ab12, 1.6k weights in 4 tensors, 3.3kB whole; 6 of 6 manifests signed" in text
+    assert "run ab12, 1.6k weights in 4 tensors, 3.3kB whole; 6 of 6 manifests signed" in " ".join(text.split())  # wrapped after the path
     assert "ab12/0/4: delta from 0/3; most changed tensors" in text and "model.layers.1 " in text and "model.embed_tokens" in text
     manifest = place.made[4].manifest
     line = next(line for line in text.splitlines() if line.strip().startswith("model.layers.0.mlp.up_proj.weight"))
