@@ -1,12 +1,47 @@
-"""What an algorithm is: a pair of pure functions and what they need."""
+"""What an algorithm is: a pair of pure functions, and what they ask the trainer to compute for them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
 from slime.types import Batch
+
+
+class Sequences(Protocol):
+    """Which of the local packed tokens [t] belong to one sequence, and the way to its other tokens, which may lie on other ranks. Results
+    are the same on every token of a sequence; gradients flow through them to all of its tokens, wherever they lie."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """[t], the sum of x over the trainable tokens of each token's sequence."""
+        ...
+
+    def mean(self, x: Tensor) -> Tensor:
+        """[t], their mean."""
+        ...
+
+
+@dataclass(slots=True)
+class Step:
+    """A step's whole batch before its first optimizer step, as every rank has it. float32 [T], 0 outside batch.loss_mask; None where the
+    algorithm has not asked for it."""
+
+    batch: Batch
+    old_logprobs: np.ndarray | None = None  # of the policy, by the trainer
+    ref_logprobs: np.ndarray | None = None  # of the reference policy
+    teacher_logprobs: np.ndarray | None = None  # of the teacher that the sample's source names
+    values: np.ndarray | None = None  # of the critic: what is to come when the token is about to be drawn
+
+
+@dataclass(slots=True)
+class Targets:
+    """What the losses aim at; float64 [T], 0 outside loss_mask."""
+
+    advantages: np.ndarray
+    returns: np.ndarray | None = None  # what a critic learns; None without one
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -17,9 +52,11 @@ class LossInputs:
     #                   carries the gradient
     old_logprobs: Tensor  # the same before the batch's first optimizer step, see `Algorithm.uses_old_logprobs`; no gradient
     entropy: Tensor  # nats, of the distribution that the token was drawn from; carries the gradient
-    advantages: Tensor  # the sample's advantage, repeated on its tokens; no gradient
+    advantages: Tensor  # no gradient
     rollout_logprobs: Tensor  # as the engine reported them when it drew the token; no gradient
-    sample: Tensor  # int64 [t], which local sequence a token belongs to
+    sequences: Sequences
+    ref_logprobs: Tensor | None = None  # of the reference policy; no gradient; asked for by `uses_reference`
+    distillation: Tensor | None = None  # divergence from the teacher at the token's position; carries the gradient; see `Algorithm.teacher`
 
 
 @dataclass(slots=True)
@@ -34,12 +71,15 @@ class LossOutputs:
 class Algorithm:
     """A way to learn from a batch.
 
-    `advantages` sees a step's whole batch before it is sharded: rewards -> float64 [N]. `loss` sees packed local tokens and
-    reduces nothing, so that no result depends on micro-batches, packing order or layout.
+    `targets` sees a step's whole batch before it is sharded. `loss` sees packed local tokens and reduces nothing but by `Sequences`, so
+    that no result depends on micro-batches, packing order or layout.
     """
 
-    advantages: Callable[[Batch], np.ndarray]
+    targets: Callable[[Step], Targets]
     loss: Callable[[LossInputs], LossOutputs]
     needs_rollouts: bool = True  # False: learns from demonstrations, no engine is started
     uses_old_logprobs: bool = True  # the loss reads old_logprobs. With several optimizer steps a batch they take a forward pass over it
     #                                 of their own. With one step, or if False, they are the current ones, detached
+    needs_old_logprobs: bool = False  # `targets` reads them: a forward pass of their own even with one optimizer step a batch
+    uses_reference: bool = False
+    uses_critic: bool = False

@@ -1,4 +1,6 @@
-"""The clipped surrogate that policy-gradient losses share."""
+"""Losses of a token that policy-gradient algorithms share. All tensors fp32 [t]; advantages carry no gradient."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,24 +10,44 @@ from torch import Tensor
 MAX_LOG_RATIO = 20.0
 
 
-def clipped_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
-) -> tuple[Tensor, Tensor]:
-    """PPO's loss a token, max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A) with r = exp(logprobs - old_logprobs).
+@dataclass(frozen=True)
+class Clip:
+    """How far a ratio counts: [1 - low, 1 + high], and with `dual` at most `dual` where the advantage is negative."""
 
-    All fp32 [t]. Returns (loss [t], clipped [t]); `clipped` is 1 where the clipped branch is the larger one and so stops the
-    gradient, else 0, without gradient. The log-ratio is held within +-20. Sources: arXiv 1707.06347; separate bounds arXiv 2503.14476.
+    low: float
+    high: float
+    dual: float | None = None  # above 1
+
+
+def ratio_of(log_ratio: Tensor) -> Tensor:
+    """exp(log_ratio), the log-ratio held within +-20."""
+    return torch.exp(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+
+def clipped(ratio: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
+    """PPO's loss, max(-r A, -clip(r, 1 - low, 1 + high) A) (arXiv 1707.06347; separate bounds arXiv 2503.14476); with dual clip
+    min(that, -dual A) where A < 0 (arXiv 1912.09729).
+
+    Returns (loss, held); `held` is 1 where a bound stops the gradient, else 0, without gradient.
     """
-    ratio = torch.exp((logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
     plain = -ratio * advantages
-    clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    return torch.maximum(plain, clipped), (clipped > plain).to(plain.dtype)
+    bounded = -ratio.clamp(1 - clip.low, 1 + clip.high) * advantages
+    loss, held = torch.maximum(plain, bounded), bounded > plain
+    if clip.dual is not None:
+        ceiling = -clip.dual * advantages
+        over = (advantages < 0) & (loss > ceiling)
+        loss, held = torch.where(over, ceiling, loss), held | over
+    return loss, held.to(plain.dtype)
 
 
-def k3(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(old || current) a token, fp32 [t], >= 0, for tokens drawn from old.
+def cispo(logprobs: Tensor, ratio: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
+    """-sg(clip(r, 1 - low, 1 + high)) A log p (CISPO, arXiv 2506.13585): a ratio that is held still passes a gradient. Returns (loss, held)
+    as `clipped` does."""
+    ratio = ratio.detach()
+    bounded = ratio.clamp(1 - clip.low, 1 + clip.high)
+    return -bounded * advantages * logprobs, (bounded != ratio).to(ratio.dtype)
 
-    exp(d) - 1 - d with d = logprobs - old_logprobs held within +-20. Source: joschu.net/blog/kl-approx.html.
-    """
-    d = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return torch.expm1(d) - d
+
+def policy_gradient(logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """-A log p (REINFORCE, Williams 1992)."""
+    return -advantages * logprobs
