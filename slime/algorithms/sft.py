@@ -2,18 +2,17 @@
 
 import numpy as np
 
-from slime.algorithms.base import Algorithm, LossInputs, LossOutputs
+from slime.algorithms.base import Algorithm, LossInputs, LossOutputs, Step, Targets
 from slime.config.algorithm import AlgorithmConfig
-from slime.types import Batch
 
 
 def build(cfg: AlgorithmConfig) -> Algorithm:
-    return Algorithm(advantages=advantages, loss=loss, needs_rollouts=False, uses_old_logprobs=False)
+    return Algorithm(targets=targets, loss=loss, needs_rollouts=False, uses_old_logprobs=False)
 
 
-def advantages(batch: Batch) -> np.ndarray:
-    """Zeros, float64 [N]: a demonstration is not compared with anything."""
-    return np.zeros(len(batch))
+def targets(step: Step) -> Targets:
+    """Advantages of 0: a demonstration is not compared with anything."""
+    return Targets(np.zeros(len(step.batch.tokens)))
 
 
 def loss(inputs: LossInputs) -> LossOutputs:

@@ -1,4 +1,7 @@
-"""algorithm: the tensor math of the loss."""
+"""algorithm: the tensor math of the loss.
+
+Which of these knobs an algorithm reads is in `slime.config.algorithms`; the others are refused with it.
+"""
 
 from dataclasses import dataclass
 
@@ -8,14 +11,55 @@ from slime.config.fields import choice, number
 @dataclass
 class AlgorithmConfig:
     name: str = "grpo"
-    """grpo, sft, or pkg.mod:fn that builds a slime.algorithms.Algorithm of your own."""
-    normalize_std: bool = True
-    """grpo: divide group-centred rewards by the group's standard deviation (Dr.GRPO: false)."""
-    clip_low: float = number(0.2, low=0, high=1)
-    """grpo: lower clip of the ratio at 1 - clip_low."""
-    clip_high: float | None = None
-    """grpo: upper clip of the ratio at 1 + clip_high (DAPO's clip-higher); by default clip_low."""
+    """grpo, rloo, reinforce_pp, reinforce_pp_baseline, ppo, gspo, cispo, opd, sft, or pkg.mod:fn that builds a slime.algorithms.Algorithm."""
     aggregation: str = choice("token", "sequence", "constant")
     """Mean over tokens, mean of sequence means, or sum over a constant length (Dr.GRPO); always over the whole update."""
+    # Advantages
+    normalize_std: bool = True
+    """Divide group-centred rewards by the group's standard deviation (Dr.GRPO: false)."""
+    gamma: float = number(1.0, low=0, high=1)
+    """What a reward one token later counts."""
+    lam: float = number(1.0, low=0, high=1)
+    """ppo: GAE's lambda: 1 trusts returns, 0 the critic."""
+    whiten: bool = True
+    """Bring advantages to mean 0 and standard deviation 1 over the batch's tokens."""
+    # Policy loss
+    clip_low: float | None = None
+    """The ratio counts from 1 - clip_low on. By default 0.2; gspo 0.0003; cispo 1."""
+    clip_high: float | None = None
+    """The ratio counts up to 1 + clip_high. By default clip_low (DAPO: 0.28); gspo 0.0004; cispo 4."""
+    clip_dual: float | None = None
+    """The ratio counts up to this where the advantage is negative; above 1, usually 3."""
     entropy_coef: float = number(0.0, low=0)
-    """grpo: weight of the entropy bonus."""
+    """Weight of the entropy bonus."""
+    # KL to a reference
+    kl_loss_coef: float = number(0.0, low=0)
+    """Weight of the KL to the reference policy in the loss."""
+    kl_reward_coef: float = number(0.0, low=0)
+    """Weight of the KL to the reference policy in every token's reward."""
+    kl_estimator: str = choice("k2", "k1", "k3")
+    """How the KL is estimated from the tokens drawn. As a loss k2 has the gradient of the reverse KL, k3 that of the forward one, and k1
+    none in expectation: it is refused there without kl_unbiased."""
+    kl_unbiased: bool = False
+    """In the loss, weigh the KL by the ratio and differentiate that too (DeepSeek-V3.2): exact for tokens of older weights."""
+    # Tokens that another policy drew
+    importance: str = choice("none", "token", "sequence", "geometric")
+    """Weigh tokens by the trainer's over the engine's probability: of the token, of its sequence, or its sequence's geometric mean."""
+    importance_bound: str = choice("truncate", "mask")
+    """Weights outside the bounds are held at them (TIS), or 0 (IcePop)."""
+    importance_low: float = number(0.0, low=0)
+    """Lower bound of the weights."""
+    importance_high: float = number(2.0, above=0)
+    """Upper bound of the weights."""
+    # Distillation from the teachers of `teachers`
+    distill: str = choice("none", "sampled", "topk", "full")
+    """What is learned from teachers beside the rewards: the reverse KL at the drawn tokens, as an advantage; or as a loss the divergence over
+    their top tokens and a tail, or over the whole vocabulary."""
+    distill_coef: float = number(1.0, above=0)
+    """Its weight."""
+    distill_divergence: str = choice("reverse", "forward", "jsd")
+    """topk and full: KL(student || teacher), KL(teacher || student), or the Jensen-Shannon divergence between."""
+    distill_beta: float = number(0.5, above=0, below=1)
+    """jsd: weight of the teacher in the mixture."""
+    distill_top_k: int = number(16, low=1)
+    """topk: tokens of the teacher's distribution; all others together are one more."""
