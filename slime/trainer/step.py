@@ -16,7 +16,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from slime.algorithms.aggregation import token_weights
-from slime.algorithms.base import Algorithm, LossInputs
+from slime.algorithms.base import Algorithm, LossInputs, Step
 from slime.config import SlimeConfig
 from slime.config.exits import NotFinite
 from slime.observe.trace import Tracer
@@ -28,6 +28,7 @@ from slime.trainer.forward import run_micro_batches
 from slime.trainer.model import Model
 from slime.trainer.packing import MicroBatch, pack, padded_lengths, partition, split_groups
 from slime.trainer.schedule import learning_rate
+from slime.trainer.sequences import SequencesOfRanks
 from slime.types import NOT_RECORDED, Batch
 
 
@@ -81,6 +82,15 @@ class Trainer:
             )
 
 
+@dataclass(frozen=True)
+class Columns:
+    """What is known of an update's tokens before it. [T] each."""
+
+    advantages: np.ndarray  # float64
+    old_logprobs: np.ndarray | None = None  # float32; None: the current ones, detached
+    ref_logprobs: np.ndarray | None = None  # float32; None where the algorithm reads none
+
+
 def log_probs(trainer: Trainer, batch: Batch) -> np.ndarray:
     """Log-probs of the trained tokens under the current weights, at `trainer.temperature`: float32 [T], 0 outside loss_mask.
 
@@ -111,15 +121,17 @@ def train_batch(trainer: Trainer, batch: Batch) -> dict[str, float]:
     batch = batch if trainer.cfg.rollout.replay_experts else replace(batch, experts=None)
     without_replay = _without_replay(trainer, batch)
     several = trainer.steps_per_batch > 1
-    advantages = algorithm.advantages(batch)
-    old = log_probs(trainer, batch) if several and algorithm.uses_old_logprobs else None
+    known = _known(trainer, batch)
+    targets = algorithm.targets(known)
+    old = known.old_logprobs
     before = None if old is None else (old, batch)
     updates: list[dict[str, float]] = []
     for _ in range(cfg.epochs_per_batch):
         for samples in split_groups(batch.group, cfg.updates_per_batch):
             part = batch.select(samples) if several else batch
-            old_part = old[_tokens_of(batch, samples)] if old is not None else None
-            report, logprobs = _update(trainer, part, advantages[samples], old_part, taken=len(updates))
+            at = _tokens_of(batch, samples)
+            columns = Columns(targets.advantages[at], *(None if x is None else x[at] for x in (old, known.ref_logprobs)))
+            report, logprobs = _update(trainer, part, columns, taken=len(updates))
             updates.append(report)
             before = before or (logprobs, part)
     assert before is not None
@@ -131,7 +143,8 @@ def train_batch(trainer: Trainer, batch: Batch) -> dict[str, float]:
         **without_replay,
         **_changed_experts(trainer, batch),
         **metrics.staleness(batch, version),
-        **metrics.advantage_stats(advantages),
+        **metrics.advantage_stats(targets.advantages[batch.loss_mask]),
+        **targets.metrics,
         **_speed(trainer, batch, train_s),
         "time/train_s": train_s,
     }
@@ -175,13 +188,18 @@ def _speed(trainer: Trainer, batch: Batch, train_s: float) -> dict[str, float]:
     return speed | performance.of_gpus(name, gpus, tokens, flops, train_s, float(peak))
 
 
-def _update(
-    trainer: Trainer, part: Batch, advantages: np.ndarray, old: np.ndarray | None, taken: int
-) -> tuple[dict[str, float], np.ndarray]:
+def _known(trainer: Trainer, batch: Batch) -> Step:
+    """What the algorithm has asked for, of the whole batch, before its first optimizer step."""
+    algorithm = trainer.algorithm
+    needs_old = algorithm.needs_old_logprobs or (trainer.steps_per_batch > 1 and algorithm.uses_old_logprobs)
+    return Step(batch, old_logprobs=log_probs(trainer, batch) if needs_old else None)
+
+
+def _update(trainer: Trainer, part: Batch, columns: Columns, taken: int) -> tuple[dict[str, float], np.ndarray]:
     """One optimizer step, after `taken` others on the same batch; returns its metrics and the log-probs (float32 [T]) before it."""
     micro_batches = trainer.micro_batches(part)
     with trainer.tracer.span("forward_backward", tokens=len(part.tokens), micro_batches=len(micro_batches)):
-        sums, logprobs = accumulate_gradients(trainer, part, micro_batches, advantages, old)
+        sums, logprobs = accumulate_gradients(trainer, part, micro_batches, columns)
     with trainer.tracer.span("optimizer"):
         lr = learning_rate(trainer.cfg.trainer, trainer.optimizer_steps, trainer.cfg.run.steps * trainer.steps_per_batch)
         grad_norm = _apply(trainer, lr, sums["loss"], taken)
@@ -195,16 +213,15 @@ def _update(
 
 
 def accumulate_gradients(
-    trainer: Trainer, part: Batch, micro_batches: list[MicroBatch], advantages: np.ndarray, old: np.ndarray | None
+    trainer: Trainer, part: Batch, micro_batches: list[MicroBatch], columns: Columns
 ) -> tuple[dict[str, float], np.ndarray]:
     """Forward and backward over this rank's micro-batches of an update; gradients of the whole update's loss are left reduced.
 
-    advantages float64 [N]; old float32 [T], or None: the current log-probs, detached. Returns the sums over the whole update of w_t x_t
-    for the loss, each metric of the algorithm and 1 ("weight"), and the log-probs of the forward pass (float32 [T]).
+    Returns the sums over the whole update of w_t x_t for the loss, each metric of the algorithm and 1 ("weight"), and the log-probs of the
+    forward pass (float32 [T]).
     """
     cfg, device = trainer.cfg, trainer.device.torch
     weights = token_weights(part, cfg.algorithm.aggregation, cfg.rollout.max_response_tokens)
-    advantage_T = advantages[part.sample_of_token]
 
     def on_device(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values.astype(np.float32)).to(device)
@@ -214,11 +231,12 @@ def accumulate_gradients(
         outputs = trainer.algorithm.loss(
             LossInputs(
                 logprobs=logprobs,
-                old_logprobs=logprobs.detach() if old is None else on_device(old[at]),
+                old_logprobs=logprobs.detach() if columns.old_logprobs is None else on_device(columns.old_logprobs[at]),
                 entropy=entropy,
-                advantages=on_device(advantage_T[at]),
+                advantages=on_device(columns.advantages[at]),
                 rollout_logprobs=on_device(part.rollout_logprobs[at]),
-                sample=torch.from_numpy(micro_batch.sample).to(device),
+                sequences=SequencesOfRanks(torch.from_numpy(micro_batch.sample).to(device), len(micro_batch.lengths), trainer.parallel.cp),
+                ref_logprobs=None if columns.ref_logprobs is None else on_device(columns.ref_logprobs[at]),
             )
         )
         w = on_device(weights[at])

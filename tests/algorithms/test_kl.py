@@ -36,9 +36,7 @@ def test_every_estimator_follows_its_formula(rows):
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_gradients_agree_with_finite_differences(name):
     assert torch.autograd.gradcheck(lambda x: ESTIMATORS[name](x, LOG_Q), LOG_P.clone().requires_grad_())
-    assert torch.autograd.gradcheck(
-        lambda x: unbiased(ESTIMATORS[name](x, LOG_Q), x, LOG_MU), LOG_P.clone().requires_grad_()
-    )
+    assert torch.autograd.gradcheck(lambda x: unbiased(ESTIMATORS[name](x, LOG_Q), x, LOG_MU), LOG_P.clone().requires_grad_())
 
 
 @pytest.mark.parametrize("estimator", [k1, k3])
@@ -52,7 +50,7 @@ def test_k2_is_biased_and_less_so_the_nearer_the_policies():
         q = softmax([a + step * (b - a) for a, b in zip(POLICY.tolist(), REFERENCE.tolist(), strict=True)])
         log_q = torch.tensor([math.log(x) for x in q], dtype=torch.float64)
         errors.append(abs(expectation(P, k2(LOG_P, log_q)) / kl(P, q) - 1))
-    assert errors[0] > 0.05 > errors[1] > errors[2] and errors[2] < 0.005
+    assert errors[0] > 0.1 and errors[0] > errors[1] > 5 * errors[2]
 
 
 def test_k1_as_a_loss_teaches_nothing():
@@ -117,7 +115,10 @@ def test_equal_policies_are_at_distance_zero(name):
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_an_absurd_difference_is_held_at_20_and_passes_no_gradient(name, gap):
     logprobs = torch.tensor([gap], requires_grad=True)
-    for value in (ESTIMATORS[name](logprobs, torch.zeros(1)), unbiased(ESTIMATORS[name](logprobs, torch.zeros(1)), logprobs, torch.zeros(1))):
+    for value in (
+        ESTIMATORS[name](logprobs, torch.zeros(1)),
+        unbiased(ESTIMATORS[name](logprobs, torch.zeros(1)), logprobs, torch.zeros(1)),
+    ):
         (gradient,) = torch.autograd.grad(value.sum(), logprobs)
         assert torch.isfinite(value).all() and gradient.item() == 0
     np.testing.assert_allclose(ESTIMATORS[name](logprobs, torch.zeros(1)).item(), FORMULAS[name](math.copysign(20, gap)), rtol=1e-5)
