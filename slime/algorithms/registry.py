@@ -2,12 +2,22 @@
 
 import difflib
 
-from slime.algorithms import grpo, sft
+from slime.algorithms import cispo, grpo, gspo, opd, ppo, reinforce_pp, rloo, sft
 from slime.algorithms.base import Algorithm
 from slime.config.algorithm import AlgorithmConfig
 from slime.config.imports import load_function
 
-BUILDERS = {"grpo": grpo.build, "sft": sft.build}
+BUILDERS = {
+    "grpo": grpo.build,
+    "rloo": rloo.build,
+    "reinforce_pp": reinforce_pp.build,
+    "reinforce_pp_baseline": reinforce_pp.build_with_baseline,
+    "ppo": ppo.build,
+    "gspo": gspo.build,
+    "cispo": cispo.build,
+    "opd": opd.build,
+    "sft": sft.build,
+}
 
 
 def build_algorithm(cfg: AlgorithmConfig) -> Algorithm:

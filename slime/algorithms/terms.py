@@ -45,6 +45,7 @@ def from_teacher(step: Step, cfg: AlgorithmConfig) -> np.ndarray:
 def with_common_terms(inputs: LossInputs, cfg: AlgorithmConfig, outputs: LossOutputs) -> LossOutputs:
     """The policy loss of an algorithm, weighed by the importance of its tokens, with entropy, KL and distillation as the recipe says."""
     loss, metrics = outputs.loss, {"pg_loss": outputs.loss.detach(), "entropy": inputs.entropy.detach(), **outputs.metrics}
+    metrics["kl"] = kl.k3(inputs.old_logprobs, inputs.logprobs.detach())  # of the policy before the batch to the current one
     if cfg.importance != "none":
         weights, bounded = importance_weights(
             inputs.old_logprobs,

@@ -55,7 +55,9 @@ def check_algorithm(cfg: AlgorithmConfig) -> None:
         for field in fields(cfg):
             if changed(cfg, field.name) and field.name not in traits.reads:
                 readers = ", ".join(name for name, other in ALGORITHMS.items() if field.name in other.reads)
-                _refuse(cfg, field.name, f"has no effect with algorithm.name={cfg.name}: remove it, or choose one that reads it ({readers})")
+                _refuse(
+                    cfg, field.name, f"has no effect with algorithm.name={cfg.name}: remove it, or choose one that reads it ({readers})"
+                )
     for knob, (switch, off) in SWITCHES.items():
         if changed(cfg, knob) and getattr(cfg, switch) == off:
             _refuse(cfg, knob, f"has no effect with algorithm.{switch}={off}: remove it, or set algorithm.{switch}")

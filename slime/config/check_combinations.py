@@ -4,6 +4,7 @@ import os
 import re
 
 from slime.config import EvalSet, SlimeConfig
+from slime.config.algorithms import ALGORITHMS, check_algorithm
 from slime.config.check_inert import changed, check_inert
 from slime.config.check_sync import check_sync
 from slime.config.exits import ConfigError
@@ -97,17 +98,13 @@ def _deterministic(cfg: SlimeConfig) -> None:
 
 
 def _algorithm(cfg: SlimeConfig) -> None:
-    algorithm, rollout = cfg.algorithm, cfg.rollout
-    if algorithm.clip_high is not None and algorithm.clip_high < 0:
-        raise ConfigError(f"algorithm.clip_high={algorithm.clip_high:g}: must be at least 0")
-    if algorithm.name == "grpo" and rollout.samples_per_prompt < 2 and cfg.run.only != "rollout":
+    check_algorithm(cfg.algorithm)
+    traits = ALGORITHMS.get(cfg.algorithm.name)
+    if traits and traits.compares and cfg.rollout.samples_per_prompt < 2 and cfg.run.only != "rollout":
         raise ConfigError(
-            f"rollout.samples_per_prompt={rollout.samples_per_prompt} with algorithm.name=grpo: a group of one has no advantage; "
-            "set at least 2"
+            f"rollout.samples_per_prompt={cfg.rollout.samples_per_prompt} with algorithm.name={cfg.algorithm.name}: a group of one has no "
+            "advantage; set at least 2"
         )
-    for knob in ("normalize_std", "clip_low", "clip_high", "entropy_coef"):
-        if algorithm.name == "sft" and changed(algorithm, knob):
-            raise _inert(f"algorithm.{knob}={getattr(algorithm, knob)}", "algorithm.name=sft", f"remove algorithm.{knob}")
 
 
 def _rollout(cfg: SlimeConfig) -> None:

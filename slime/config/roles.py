@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 from slime.config import AlgorithmConfig, SlimeConfig
+from slime.config.algorithms import ALGORITHMS
 from slime.config.exits import ConfigError
 from slime.config.imports import load_function
 from slime.config.tree import nearest
-
-ALGORITHMS = {"grpo": True, "sft": False}  # built-in name -> whether it needs rollouts, as slime.algorithms says of each
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ def needs_rollouts(algorithm: AlgorithmConfig) -> bool:
     """
     name = algorithm.name
     if name in ALGORITHMS:
-        return ALGORITHMS[name]
+        return ALGORITHMS[name].needs_rollouts
     if ":" not in name:
         raise ConfigError(
             f"algorithm.name={name}: takes {', '.join(ALGORITHMS)} or an import path pkg.mod:fn{nearest(name, list(ALGORITHMS))}"

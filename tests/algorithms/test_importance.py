@@ -116,6 +116,11 @@ def test_an_absurd_difference_gives_a_finite_weight_that_the_bounds_see(gap, lev
         assert weights_of([gap, gap], [0, 0], level, bound, 0.5, 2.0)[1].tolist() == [1, 1]
 
 
+def test_an_absurd_token_is_held_before_its_sequence_is_summed():
+    weights, _ = weights_of([300.0, -20.0, -1.0, -1.0], [0, 0, 0, 0], "sequence", *UNBOUNDED)
+    np.testing.assert_allclose(weights.tolist(), math.exp(-2), rtol=1e-12)
+
+
 def test_weight_times_clipped_loss_is_decoupled_ppo():
     """Tokens of the engine, ratios to the trainer's old weights: on average the gradient of PPO on tokens of those (arXiv 2110.00641)."""
     policy, old, engine = make_logits(3, 6, seed=2)

@@ -1,5 +1,7 @@
 """Returns and advantages of tokens, against sums written out over the trainable tokens of each sequence."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,7 +24,7 @@ def noise(n: int, seed: int) -> np.ndarray:
 def steps_of(mask: np.ndarray, cu_seqlens: np.ndarray) -> list[list[int]]:
     """Positions of the trainable tokens, a list for every sequence."""
     bounds = cu_seqlens.tolist()
-    return [[t for t in range(a, b) if mask[t]] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [[t for t in range(a, b) if mask[t]] for a, b in pairwise(bounds)]
 
 
 def reference_discounted(rewards, mask, cu_seqlens, gamma) -> list[float]:
@@ -38,7 +40,7 @@ def reference_gae(rewards, values, mask, cu_seqlens, gamma, lam) -> tuple[list[f
     """Equations 11 and 16 of arXiv 1506.02438: A_t = sum_l (gamma lam)^l (r_{t+l} + gamma V_{t+l+1} - V_{t+l})."""
     advantages, returns = [0.0] * len(rewards), [0.0] * len(rewards)
     for steps in steps_of(mask, cu_seqlens):
-        following = {t: values[u] for t, u in zip(steps[:-1], steps[1:], strict=True)}
+        following = {t: values[u] for t, u in pairwise(steps)}
         for i, t in enumerate(steps):
             errors = [rewards[u] + gamma * following.get(u, 0.0) - values[u] for u in steps[i:]]
             advantages[t] = sum((gamma * lam) ** k * error for k, error in enumerate(errors))
