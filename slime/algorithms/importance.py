@@ -23,6 +23,7 @@ def importance_weights(
     old_logprobs: Tensor, rollout_logprobs: Tensor, sequences: Sequences, level: str, bound: str, low: float, high: float
 ) -> tuple[Tensor, Tensor]:
     """(weights, bounded), fp32 [t] each, without gradient; `bounded` is 1 where w lay outside [low, high]."""
+    assert level in LEVELS and bound in BOUNDS, (level, bound)
     with torch.no_grad():
         d = (old_logprobs - rollout_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         if level == "sequence":

@@ -28,7 +28,7 @@ def clipped(ratio: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Tens
     """PPO's loss, max(-r A, -clip(r, 1 - low, 1 + high) A) (arXiv 1707.06347; separate bounds arXiv 2503.14476); with dual clip
     min(that, -dual A) where A < 0 (arXiv 1912.09729).
 
-    Returns (loss, held); `held` is 1 where a bound stops the gradient, else 0, without gradient.
+    Returns (loss, held); `held` is 1 where one of these bounds stops the gradient, else 0, without gradient.
     """
     plain = -ratio * advantages
     bounded = -ratio.clamp(1 - clip.low, 1 + clip.high) * advantages

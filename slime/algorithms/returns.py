@@ -9,6 +9,7 @@ import numpy as np
 
 def terminal(rewards: np.ndarray, mask: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:
     """A sequence's reward (float64 [N]) on its last trainable token, 0 elsewhere; a sequence without one keeps nothing of it."""
+    assert len(rewards) == len(cu_seqlens) - 1, "one reward a sequence"
     steps = _Steps(mask, cu_seqlens)
     rewards_NR = np.zeros(steps.shape)
     rewards_NR[np.arange(len(rewards)), steps.count - 1] = rewards
@@ -26,7 +27,7 @@ def gae(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(advantages, returns): d_t = r_t + gamma V_{t+1} - V_t, A_t = d_t + gamma lam A_{t+1}, R_t = A_t + V_t (arXiv 1506.02438).
 
-    values_T is the critic's estimate of what is to come when token t is about to be drawn; behind a sequence's last trainable token it is 0.
+    values_T is the critic's estimate of what is to come when token t is about to be drawn, and 0 behind a sequence's last trainable one.
     """
     steps = _Steps(mask, cu_seqlens)
     values_NR = steps.gather(values_T)

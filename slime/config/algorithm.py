@@ -11,7 +11,7 @@ from slime.config.fields import choice, number
 @dataclass
 class AlgorithmConfig:
     name: str = "grpo"
-    """grpo, rloo, reinforce_pp, reinforce_pp_baseline, ppo, gspo, cispo, opd, sft, or pkg.mod:fn that builds a slime.algorithms.Algorithm."""
+    """grpo, rloo, reinforce_pp, reinforce_pp_baseline, ppo, gspo, cispo, opd, sft, or pkg.mod:fn that builds an Algorithm of your own."""
     aggregation: str = choice("token", "sequence", "constant")
     """Mean over tokens, mean of sequence means, or sum over a constant length (Dr.GRPO); always over the whole update."""
     # Advantages
@@ -53,8 +53,8 @@ class AlgorithmConfig:
     """Upper bound of the weights."""
     # Distillation from the teachers of `teachers`
     distill: str = choice("none", "sampled", "topk", "full")
-    """What is learned from teachers beside the rewards: the reverse KL at the drawn tokens, as an advantage; or as a loss the divergence over
-    their top tokens and a tail, or over the whole vocabulary."""
+    """What is learned from teachers beside the rewards: the reverse KL at the drawn tokens, as an advantage; or the divergence over their
+    top tokens and a tail, or over the whole vocabulary, as a loss."""
     distill_coef: float = number(1.0, above=0)
     """Its weight."""
     distill_divergence: str = choice("reverse", "forward", "jsd")

@@ -1,10 +1,6 @@
 """What the built-in algorithms read and need: facts for checks that must not import torch. `slime.algorithms.registry` builds them."""
 
-from dataclasses import dataclass, fields
-
-from slime.config.algorithm import AlgorithmConfig
-from slime.config.check_inert import changed
-from slime.config.exits import ConfigError
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -40,58 +36,3 @@ ALGORITHMS = {
     "opd": Traits(_reads(ALWAYS, TERMS, LOSS)),
     "sft": Traits(_reads(ALWAYS), needs_rollouts=False),
 }
-# Knobs that another one switches on: knob -> (the other, what it must not be)
-SWITCHES = {
-    **dict.fromkeys(("importance_bound", "importance_low", "importance_high"), ("importance", "none")),
-    **dict.fromkeys(("distill_coef", "distill_divergence", "distill_beta", "distill_top_k"), ("distill", "none")),
-    "kl_unbiased": ("kl_loss_coef", 0.0),
-}
-
-
-def check_algorithm(cfg: AlgorithmConfig) -> None:
-    """Raises ConfigError for knobs that the algorithm does not read, that another knob leaves without effect, and for values that make no
-    sense together. Algorithms of users read what they read."""
-    if traits := ALGORITHMS.get(cfg.name):
-        for field in fields(cfg):
-            if changed(cfg, field.name) and field.name not in traits.reads:
-                readers = ", ".join(name for name, other in ALGORITHMS.items() if field.name in other.reads)
-                _refuse(
-                    cfg, field.name, f"has no effect with algorithm.name={cfg.name}: remove it, or choose one that reads it ({readers})"
-                )
-    for knob, (switch, off) in SWITCHES.items():
-        if changed(cfg, knob) and getattr(cfg, switch) == off:
-            _refuse(cfg, knob, f"has no effect with algorithm.{switch}={off}: remove it, or set algorithm.{switch}")
-    _check_kl(cfg)
-    _check_distill(cfg)
-    if cfg.importance_low > cfg.importance_high:
-        _refuse(cfg, "importance_low", f"is above algorithm.importance_high={cfg.importance_high:g}")
-    if cfg.clip_dual is not None and cfg.clip_dual <= 1:
-        _refuse(cfg, "clip_dual", "must be above 1: it bounds ratios that have grown, usually 3")
-    for knob in ("clip_low", "clip_high"):
-        if (value := getattr(cfg, knob)) is not None and value < 0:
-            _refuse(cfg, knob, "must be at least 0")
-
-
-def _check_kl(cfg: AlgorithmConfig) -> None:
-    if changed(cfg, "kl_estimator") and not (cfg.kl_loss_coef or cfg.kl_reward_coef):
-        _refuse(cfg, "kl_estimator", "has no effect without algorithm.kl_loss_coef or algorithm.kl_reward_coef")
-    if cfg.kl_loss_coef and cfg.kl_reward_coef:
-        _refuse(cfg, "kl_loss_coef", f"counts the KL twice beside algorithm.kl_reward_coef={cfg.kl_reward_coef:g}: set one of them to 0")
-    if cfg.kl_loss_coef and cfg.kl_estimator == "k1" and not cfg.kl_unbiased:
-        _refuse(cfg, "kl_estimator", "as a loss has a gradient of expectation 0: choose k2 or k3, or set algorithm.kl_unbiased=true")
-
-
-def _check_distill(cfg: AlgorithmConfig) -> None:
-    if cfg.name == "opd" and cfg.distill == "none":
-        _refuse(cfg, "distill", "leaves algorithm.name=opd nothing to learn: choose sampled, topk or full")
-    if cfg.distill == "sampled" and changed(cfg, "distill_divergence"):
-        _refuse(cfg, "distill_divergence", "has no effect with algorithm.distill=sampled, which is the reverse KL")
-    if changed(cfg, "distill_beta") and cfg.distill_divergence != "jsd":
-        _refuse(cfg, "distill_beta", "has no effect without algorithm.distill_divergence=jsd")
-    if changed(cfg, "distill_top_k") and cfg.distill != "topk":
-        _refuse(cfg, "distill_top_k", "has no effect without algorithm.distill=topk")
-
-
-def _refuse(cfg: AlgorithmConfig, knob: str, why: str) -> None:
-    value = getattr(cfg, knob)
-    raise ConfigError(f"algorithm.{knob}={f'{value:g}' if isinstance(value, float) else str(value).lower()} {why}")

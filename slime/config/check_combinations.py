@@ -4,7 +4,8 @@ import os
 import re
 
 from slime.config import EvalSet, SlimeConfig
-from slime.config.algorithms import ALGORITHMS, check_algorithm
+from slime.config.algorithms import ALGORITHMS
+from slime.config.check_algorithm import check_algorithm
 from slime.config.check_inert import changed, check_inert
 from slime.config.check_sync import check_sync
 from slime.config.exits import ConfigError
