@@ -36,8 +36,8 @@ def divergence(student: Tensor, teacher: Tensor, kind: str, beta: float = 0.5) -
 
 
 def with_tail(logprobs_tk: Tensor) -> Tensor:
-    """[t, k + 1]: the log-probabilities of k distinct tokens and of all others together, as far as fp32 knows them. For a teacher of whom no
-    more is known; a student's tail comes from its logits, or its gradient would be lost where it is small."""
+    """[t, k + 1]: the log-probabilities of k distinct tokens and of all others together, as far as fp32 knows them. For a teacher of whom
+    no more is known; a student's tail comes from its logits, or its gradient would be lost where it is small."""
     inside = torch.logsumexp(logprobs_tk, -1, keepdim=True)
     tail = -torch.expm1(inside.clamp(max=0.0))
     return torch.cat([logprobs_tk, tail.clamp(min=LEAST_TAIL).log()], -1)

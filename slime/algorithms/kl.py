@@ -35,8 +35,8 @@ ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2,
 
 
 def unbiased(kl: Tensor, logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """ratio * kl with ratio = policy / the policy that drew the token, both with their gradients: of k1 or k3 the estimate for the policy of
-    now without bias, and the gradient of its reverse KL (DeepSeek-V3.2, arXiv 2512.02556); of k2 neither."""
+    """ratio * kl with ratio = policy / the policy that drew the token, both with their gradients: of k1 or k3 the estimate for the policy
+    of now without bias, and the gradient of its reverse KL (DeepSeek-V3.2, arXiv 2512.02556); of k2 neither."""
     return torch.exp(_d(logprobs, old_logprobs)) * kl
 
 

@@ -180,7 +180,6 @@ def test_the_sampled_kl_as_a_loss_teaches_nothing():
 
 
 @pytest.mark.parametrize("kind", ["reverse", "jsd"])
-@pytest.mark.xfail(strict=True, reason="the gradient of 0 * (-inf - q) is NaN, and where() does not keep it out")
 def test_a_token_that_the_student_cannot_draw_leaves_the_gradient_finite(kind):
     student = torch.tensor([[0.0, 0.0, -math.inf]], dtype=torch.float64, requires_grad=True)
     out = divergence(student.log_softmax(-1), log([0.5, 0.3, 0.2]), kind)
@@ -189,12 +188,12 @@ def test_a_token_that_the_student_cannot_draw_leaves_the_gradient_finite(kind):
 
 
 @pytest.mark.parametrize("gap", [14.0, 16.0, 20.0])
-@pytest.mark.xfail(strict=True, reason="1 - (a sum near 1) has no digits in fp32, and below LEAST_TAIL it passes no gradient")
 def test_the_forward_kl_pulls_a_sure_student_towards_a_tail_that_the_teacher_uses(gap):
     student = torch.tensor([[gap + 1, gap, gap - 1, 0, 0, 0, 0, 0]], requires_grad=True)
     teacher = log([0.3, 0.2, 0.1, 0.08, 0.08, 0.08, 0.08, 0.08]).float()
-    known = slice(None), slice(0, 3)
-    out = divergence(with_tail(student.log_softmax(-1)[known]), with_tail(teacher[known]), "forward")
+    logprobs = student.log_softmax(-1)
+    known = torch.cat([logprobs[:, :3], logprobs[:, 3:].logsumexp(-1, keepdim=True)], -1)
+    out = divergence(known, with_tail(teacher[:, :3]), "forward")
     (got,) = torch.autograd.grad(out.sum(), student)
     p = softmax(student[0].tolist())
     tail, teacher_tail = math.fsum(p[3:]), 0.4
