@@ -37,8 +37,8 @@ class _TokenLogprobs(torch.autograd.Function):
         offset = group.rank() * width
         real = max(0, min(width, vocab_size - offset))  # local ids that are not padding
         logprobs, entropy, log_z = (torch.empty(len(rows), dtype=torch.float32, device=logits.device) for _ in range(3))
-        for part in _chunks(len(rows), width):
-            x, y = _scaled(logits, rows[part], real, temperature), labels[part] - offset
+        for part in chunks(len(rows), width):
+            x, y = scaled(logits, rows[part], real, temperature), labels[part] - offset
             logprobs[part], entropy[part], log_z[part] = _reduce(x, y, group)
         ctx.save_for_backward(logits, rows, labels, entropy, log_z)
         ctx.temperature, ctx.offset, ctx.real = temperature, offset, real
@@ -49,8 +49,8 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, rows, labels, entropy, log_z = ctx.saved_tensors
         d_logits = torch.zeros_like(logits)
-        for part in _chunks(len(rows), logits.shape[1]):
-            x, y = _scaled(logits, rows[part], ctx.real, ctx.temperature), labels[part] - ctx.offset
+        for part in chunks(len(rows), logits.shape[1]):
+            x, y = scaled(logits, rows[part], ctx.real, ctx.temperature), labels[part] - ctx.offset
             logp = x.sub_(log_z[part, None])
             p = logp.exp()
             d_x = torch.zeros_like(p)
@@ -64,12 +64,12 @@ class _TokenLogprobs(torch.autograd.Function):
         return d_logits, None, None, None, None, None
 
 
-def _chunks(count: int, width: int) -> list[slice]:
+def chunks(count: int, width: int) -> list[slice]:
     size = max(1, CHUNK_ELEMENTS // width)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _scaled(logits: Tensor, rows: Tensor, real: int, temperature: float) -> Tensor:
+def scaled(logits: Tensor, rows: Tensor, real: int, temperature: float) -> Tensor:
     """fp32 [c, real], a new tensor."""
     return logits[rows, :real].to(torch.float32).div_(temperature)
 

@@ -1,0 +1,76 @@
+"""A student's log-probabilities of the tokens that a teacher names, and of all others together, from logits whose vocabulary is split over
+tensor-parallel ranks. As in `logprobs`, fp32 logits of a chunk of rows are all that ever lives."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slime.trainer.logprobs import chunks, scaled
+
+
+def known_logprobs(logits: Tensor, rows: Tensor, ids: Tensor, temperature: float, vocab_size: int, group: dist.ProcessGroup) -> Tensor:
+    """fp32 [t, k + 1]: log p of each of `ids`, then log of 1 - their sum, of softmax(logits / temperature) over the first `vocab_size` ids.
+
+    logits   [L, V / tp], this rank's share of the (padded) vocabulary, rank 0's ids first; any float dtype
+    rows     int64 [t], distinct rows of logits          ids   int64 [t, k], distinct in a row, global, below vocab_size; k < vocab_size
+    group    the tensor-parallel ranks; all of them call this together and get the same result
+
+    The last column is summed over the other ids: a difference from 1 would have no digits left where it is small. With p = softmax(x), S
+    the ids and r the sum of the others:  d log p_i / dx_j = [i = j] - p_j,   d log r / dx_j = [j not in S] p_j / r - p_j.
+    """
+    return _KnownLogprobs.apply(logits, rows, ids, temperature, vocab_size, group)
+
+
+class _KnownLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, rows: Tensor, ids: Tensor, temperature: float, vocab_size: int, group: dist.ProcessGroup
+    ) -> Tensor:
+        width = logits.shape[1]
+        offset = group.rank() * width
+        real = max(0, min(width, vocab_size - offset))  # local ids that are not padding
+        known = torch.empty(len(rows), ids.shape[1] + 1, dtype=torch.float32, device=logits.device)
+        log_z = torch.empty(len(rows), dtype=torch.float32, device=logits.device)
+        for part in chunks(len(rows), width):
+            known[part], log_z[part] = _reduce(scaled(logits, rows[part], real, temperature), ids[part] - offset, group)
+        ctx.save_for_backward(logits, rows, ids, known, log_z)
+        ctx.temperature, ctx.offset, ctx.real = temperature, offset, real
+        return known
+
+    @staticmethod
+    def backward(ctx: Any, d_known: Tensor) -> tuple[Tensor | None, ...]:
+        logits, rows, ids, known, log_z = ctx.saved_tensors
+        d_logits = torch.zeros_like(logits)
+        for part in chunks(len(rows), logits.shape[1]):
+            logp = scaled(logits, rows[part], ctx.real, ctx.temperature).sub_(log_z[part, None])
+            d_tail = d_known[part, -1:]
+            d_x = (logp - known[part, -1:]).clamp_(max=0.0).exp_().mul_(d_tail)  # as if no id were known
+            row, column, at = _held(ids[part] - ctx.offset, ctx.real)
+            d_x[row, column] = d_known[part][row, at]
+            d_x.addcmul_(logp.exp_(), d_known[part].sum(1, keepdim=True), value=-1)
+            d_logits[rows[part], : ctx.real] = (d_x / ctx.temperature).to(logits.dtype)
+        return d_logits, None, None, None, None, None
+
+
+def _held(ids: Tensor, real: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, local id, which of the row's k) of the ids that this rank holds."""
+    row, at = ((ids >= 0) & (ids < real)).nonzero(as_tuple=True)
+    return row, ids[row, at], at
+
+
+def _reduce(x: Tensor, ids: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """([c, k + 1] as above, log Z [c]), from local scaled logits x [c, v] and local ids [c, k], which may lie on other ranks."""
+    row, column, at = _held(ids, x.shape[1])
+    of_ids = x.new_zeros(ids.shape)
+    of_ids[row, at] = x[row, column]
+    dist.all_reduce(of_ids, group=group)
+    x[row, column] = -torch.inf
+    top = x.amax(1) if x.shape[1] else x.new_full((len(x),), -torch.inf)
+    dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+    others = (x - top[:, None]).exp().sum(1)
+    dist.all_reduce(others, group=group)
+    log_others = others.log() + top
+    log_z = torch.logsumexp(torch.cat([of_ids, log_others[:, None]], 1), 1)
+    return torch.cat([of_ids, log_others[:, None]], 1) - log_z[:, None], log_z
