@@ -8,26 +8,25 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from slime.trainer.attention import PackedSequences
-from slime.trainer.logprobs import token_logprobs
+from slime.trainer.frozen import Frozen
 from slime.trainer.model import Model
 from slime.trainer.packing import MicroBatch
 
-# (micro-batch, log-probs fp32 [t], entropy fp32 [t]) -> (loss, a scalar; anything to collect)
-OnLogprobs = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, Any]]
+# (micro-batch, logits [L, this rank's share of the vocabulary]) -> (loss, a scalar; anything to collect)
+OnLogits = Callable[[MicroBatch, Tensor], tuple[Tensor, Any]]
 
 
 def run_micro_batches(
-    model: Model,
+    model: Model | Frozen,
     micro_batches: list[MicroBatch],
-    on_logprobs: OnLogprobs,
+    on_logits: OnLogits,
     *,
     device: torch.device,
-    temperature: float,
     tp: torch.distributed.ProcessGroup,
     cp_size: int = 1,
     forward_only: bool = False,
 ) -> list[Any]:
-    """Run all micro-batches and return what `on_logprobs` collected, in order; on ranks of the last pipeline stage, nothing on others.
+    """Run all micro-batches and return what `on_logits` collected, in order; on ranks of the last pipeline stage, nothing on others.
 
     Unless `forward_only`, the sum of the losses is differentiated and gradients are reduced over ranks, ready for the optimizer.
     All ranks call this together with equally many micro-batches.
@@ -35,24 +34,12 @@ def run_micro_batches(
 
     def forward_step(rows: Iterator[MicroBatch], stage: Any) -> tuple[Tensor, Callable]:
         micro_batch = next(rows)
-        seen = _seen_by_routers(model, micro_batch, tp)
-        experts = None if micro_batch.experts is None else torch.from_numpy(micro_batch.experts[seen]).to(device).long().transpose(0, 1)
-        padding = torch.from_numpy(micro_batch.source[seen] < 0).to(device)
-        packing = PackedSequences.of(micro_batch.lengths, device, experts, padding)
-        logits = stage(
-            torch.from_numpy(micro_batch.tokens)[None].to(device),
-            torch.from_numpy(micro_batch.positions)[None].to(device),
-            None,
-            packed_seq_params=packing,
-        )
 
         def loss_of(logits: Tensor) -> tuple[Tensor, Tensor, Any]:
-            at, labels = (torch.from_numpy(x).to(device) for x in (micro_batch.rows, micro_batch.labels))
-            logprobs, entropy = token_logprobs(logits.squeeze(0), at, labels, temperature, model.map.vocab_size, tp)
-            loss, collected = on_logprobs(micro_batch, logprobs, entropy)
+            loss, collected = on_logits(micro_batch, logits.squeeze(0))
             return loss, torch.zeros((), dtype=torch.int, device=device), collected  # no token count: nothing is divided by it
 
-        return logits, loss_of
+        return output_of(model, stage, micro_batch, device, tp), loss_of
 
     several = len(model.stages) > 1
     with torch.set_grad_enabled(not forward_only):
@@ -67,7 +54,19 @@ def run_micro_batches(
         )
 
 
-def _seen_by_routers(model: Model, micro_batch: MicroBatch, tp: torch.distributed.ProcessGroup) -> slice:
+def output_of(
+    model: Model | Frozen, stage: Any, micro_batch: MicroBatch, device: torch.device, tp: torch.distributed.ProcessGroup
+) -> Tensor:
+    """What one of the model's stages makes of a micro-batch: of the last one logits [1, L, this rank's share of the vocabulary]."""
+    seen = _seen_by_routers(model, micro_batch, tp)
+    experts = None if micro_batch.experts is None else torch.from_numpy(micro_batch.experts[seen]).to(device).long().transpose(0, 1)
+    padding = torch.from_numpy(micro_batch.source[seen] < 0).to(device)
+    packing = PackedSequences.of(micro_batch.lengths, device, experts, padding)
+    tokens, positions = (torch.from_numpy(x)[None].to(device) for x in (micro_batch.tokens, micro_batch.positions))
+    return stage(tokens, positions, None, packed_seq_params=packing)
+
+
+def _seen_by_routers(model: Model | Frozen, micro_batch: MicroBatch, tp: torch.distributed.ProcessGroup) -> slice:
     """The tokens of a row that this rank's routers see: of tensor-parallel ranks, each sees a stretch."""
     if not model.config.sequence_parallel:
         return slice(None)

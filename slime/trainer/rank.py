@@ -70,6 +70,7 @@ class Rank:
         from slime.algorithms.registry import build_algorithm
         from slime.config.parallel import parallel_sizes
         from slime.trainer import device, distributed, export, step
+        from slime.trainer.frozen import build_frozen
         from slime.trainer.host_buffers import HostBuffers
         from slime.trainer.model import build_model
 
@@ -84,7 +85,9 @@ class Rank:
             )
             model = build_model(cfg, self.parallel)
             atlas = export.make_atlas(model, self.parallel)
-        self.trainer = step.Trainer(cfg, self.device, self.parallel, model, atlas, build_algorithm(cfg.algorithm), self.tracer)
+            algorithm = build_algorithm(cfg.algorithm)
+            reference = build_frozen(cfg.model.path, cfg.model.family, cfg, self.parallel) if algorithm.uses_reference else None
+        self.trainer = step.Trainer(cfg, self.device, self.parallel, model, atlas, algorithm, self.tracer, reference)
         self.buffers = HostBuffers(pinned=self.kind == "cuda")  # of what is held
 
     @on_device

@@ -24,7 +24,9 @@ from slime.trainer import metrics, performance, routing
 from slime.trainer.device import Device
 from slime.trainer.distributed import Parallel
 from slime.trainer.export import Atlas
-from slime.trainer.forward import run_micro_batches
+from slime.trainer.forward import OnLogits, run_micro_batches
+from slime.trainer.frozen import Frozen
+from slime.trainer.logprobs import token_logprobs
 from slime.trainer.model import Model
 from slime.trainer.packing import MicroBatch, pack, padded_lengths, partition, split_groups
 from slime.trainer.schedule import learning_rate
@@ -43,6 +45,7 @@ class Trainer:
     atlas: Atlas
     algorithm: Algorithm
     tracer: Tracer
+    reference: Frozen | None = None  # of the KL, where the algorithm has one
     optimizer_steps: int = 0  # completed
     version: int = 0  # of the weights: completed batches
 
@@ -91,21 +94,30 @@ class Columns:
     ref_logprobs: np.ndarray | None = None  # float32; None where the algorithm reads none
 
 
-def log_probs(trainer: Trainer, batch: Batch) -> np.ndarray:
-    """Log-probs of the trained tokens under the current weights, at `trainer.temperature`: float32 [T], 0 outside loss_mask.
+def log_probs(trainer: Trainer, batch: Batch, frozen: Frozen | None = None) -> np.ndarray:
+    """Log-probs of the trained tokens at `trainer.temperature`, under the current weights or those of a frozen model, which chooses its own
+    experts: float32 [T], 0 outside loss_mask.
 
     Every rank computes its share and gets all of it.
     """
 
-    def keep(micro_batch: MicroBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, tuple[np.ndarray, Tensor]]:
+    def keep(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, tuple[np.ndarray, Tensor]]:
+        logprobs, _ = _of_labels(trainer, micro_batch, logits)
         return logprobs.sum(), (micro_batch.trained, logprobs)
 
     trainer.model.train(False)
     with trainer.tracer.span("logprobs"):
-        kept = _run(trainer, trainer.micro_batches(batch), keep, forward_only=True)
+        micro_batches = trainer.micro_batches(batch if frozen is None else replace(batch, experts=None))
+        kept = _run(trainer, micro_batches, keep, forward_only=True, model=frozen)
         gathered = _gather(trainer, kept, len(batch.tokens))
     trainer.model.train(True)
     return gathered
+
+
+def _of_labels(trainer: Trainer, micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(log-probs, entropy) of the trained tokens, fp32 [t] each."""
+    rows, labels = (torch.from_numpy(x).to(logits.device) for x in (micro_batch.rows, micro_batch.labels))
+    return token_logprobs(logits, rows, labels, trainer.temperature, trainer.model.map.vocab_size, trainer.parallel.tp)
 
 
 def train_batch(trainer: Trainer, batch: Batch) -> dict[str, float]:
@@ -192,7 +204,11 @@ def _known(trainer: Trainer, batch: Batch) -> Step:
     """What the algorithm has asked for, of the whole batch, before its first optimizer step."""
     algorithm = trainer.algorithm
     needs_old = algorithm.needs_old_logprobs or (trainer.steps_per_batch > 1 and algorithm.uses_old_logprobs)
-    return Step(batch, old_logprobs=log_probs(trainer, batch) if needs_old else None)
+    return Step(
+        batch,
+        old_logprobs=log_probs(trainer, batch) if needs_old else None,
+        ref_logprobs=None if trainer.reference is None else log_probs(trainer, batch, trainer.reference),
+    )
 
 
 def _update(trainer: Trainer, part: Batch, columns: Columns, taken: int) -> tuple[dict[str, float], np.ndarray]:
@@ -226,7 +242,8 @@ def accumulate_gradients(
     def on_device(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values.astype(np.float32)).to(device)
 
-    def loss_of(micro_batch: MicroBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, tuple[dict[str, Tensor], tuple]]:
+    def loss_of(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, tuple[dict[str, Tensor], tuple]]:
+        logprobs, entropy = _of_labels(trainer, micro_batch, logits)
         at = micro_batch.trained
         outputs = trainer.algorithm.loss(
             LossInputs(
@@ -252,13 +269,14 @@ def accumulate_gradients(
     return _sum_over_ranks(trainer, [sums for sums, _ in collected]), logprobs
 
 
-def _run(trainer: Trainer, micro_batches: list[MicroBatch], on_logprobs, forward_only: bool = False) -> list:
+def _run(
+    trainer: Trainer, micro_batches: list[MicroBatch], on_logits: OnLogits, forward_only: bool = False, model: Frozen | None = None
+) -> list:
     return run_micro_batches(
-        trainer.model,
+        model or trainer.model,
         micro_batches,
-        on_logprobs,
+        on_logits,
         device=trainer.device.torch,
-        temperature=trainer.temperature,
         tp=trainer.parallel.tp,
         cp_size=trainer.parallel.cp.size(),
         forward_only=forward_only,
