@@ -33,10 +33,10 @@ scorer = Scorer()
 async def turns(sample, client, cfg): return sample
 def imitate(cfg):
     from slime.algorithms.base import Algorithm
-    return Algorithm(advantages=keep, loss=keep, needs_rollouts=False)
+    return Algorithm(targets=keep, loss=keep, needs_rollouts=False)
 def explore(cfg):
     from slime.algorithms.base import Algorithm
-    return Algorithm(advantages=keep, loss=keep)
+    return Algorithm(targets=keep, loss=keep)
 def broken(cfg): return cfg.no_such_knob
 """
 

@@ -16,6 +16,7 @@ from slime.config.load import compose
 from slime.config.overrides import RECIPES as SHIPPED
 
 GOOD = ["model.path=model", "data.train=[{path: p.jsonl}]"]
+ALGORITHMS = "grpo, rloo, reinforce_pp, reinforce_pp_baseline, ppo, gspo, cispo, opd, sft"
 RUN = " (run.steps x trainer.updates_per_batch x trainer.epochs_per_batch)"
 
 BAD_KEYS = {
@@ -74,11 +75,11 @@ BAD_VALUES = {
     "rollout.mode=async": "rollout.mode=async: takes sync, one_step_off",
     "rollout.mode=Sync": "rollout.mode=Sync: takes sync, one_step_off; did you mean sync?",
     "model.dtype=float16": "model.dtype=float16: takes bf16, fp32",
-    "algorithm.name=ppo": "algorithm.name=ppo: takes grpo, sft or an import path pkg.mod:fn",
-    "algorithm.name=GRPO": "algorithm.name=GRPO: takes grpo, sft or an import path pkg.mod:fn; did you mean grpo?",
+    "algorithm.name=zebra": f"algorithm.name=zebra: takes {ALGORITHMS} or an import path pkg.mod:fn",
+    "algorithm.name=GRPO": f"algorithm.name=GRPO: takes {ALGORITHMS} or an import path pkg.mod:fn; did you mean grpo?",
     "run.seed=4294967296": "run.seed=4294967296: must be at most 4294967295",
     "run.name=a/b": "run.name=a/b: names one directory below run.dir; use letters, digits and . _ - + = , @",
-    "algorithm.name=gpro": "algorithm.name=gpro: takes grpo, sft or an import path pkg.mod:fn; did you mean grpo?",
+    "algorithm.name=grop": f"algorithm.name=grop: takes {ALGORITHMS} or an import path pkg.mod:fn; did you mean grpo?",
     "algorithm.name=nowhere:f": "algorithm.name=nowhere:f: no module nowhere; is its folder in PYTHONPATH or the working directory?",
     "algorithm.name=functions:keep": "algorithm.name=functions:keep returned bool; it must return slime.algorithms.base.Algorithm",
     "algorithm.name=functions:broken": "algorithm.name=functions:broken: it failed with AttributeError: 'AlgorithmConfig' object has no "
@@ -195,7 +196,10 @@ BAD_COMBINATIONS = {
     "run.eval_every=5": "run.eval_every=5 has no effect with no data.eval: add a set (data.eval.<name>.path=...), or set run.eval_every=0",
     "data.eval.h.path=p.jsonl data.eval.h.samples=4": "data.eval.h.samples=4 has no effect with data.eval.h.temperature=0, "
     "where all answers are the same: set data.eval.h.temperature above 0",
-    "algorithm.name=sft algorithm.clip_high=0.3": "algorithm.clip_high=0.3 has no effect with algorithm.name=sft: remove algorithm.clip_high",
+    "algorithm.name=sft algorithm.clip_high=0.3": "algorithm.clip_high=0.3 has no effect with algorithm.name=sft: remove it, or choose one "
+    "that reads it (grpo, rloo, reinforce_pp, reinforce_pp_baseline, ppo, gspo, cispo, opd)",
+    "algorithm.distill_coef=0.5": "algorithm.distill_coef=0.5 has no effect with algorithm.distill=none: remove it, or set algorithm.distill",
+    "algorithm.name=opd": "algorithm.distill=none leaves algorithm.name=opd nothing to learn: choose sampled, topk or full",
     "algorithm.name=sft run.only=rollout": "run.only=rollout with algorithm.name=sft: it learns from demonstrations and generates nothing; "
     "choose another algorithm.name",
     "rollout.samples_per_prompt=1": "rollout.samples_per_prompt=1 with algorithm.name=grpo: a group of one has no advantage; set at least 2",

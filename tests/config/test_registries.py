@@ -18,8 +18,10 @@ from tests.config.conftest import MODEL
 
 def test_algorithms() -> None:
     assert ALGORITHMS.keys() == BUILDERS.keys()
-    for name, needs in ALGORITHMS.items():
-        assert build_algorithm(AlgorithmConfig(name)).needs_rollouts == needs == needs_rollouts(AlgorithmConfig(name))
+    for name, traits in ALGORITHMS.items():
+        built = build_algorithm(AlgorithmConfig(name))
+        assert built.needs_rollouts == traits.needs_rollouts == needs_rollouts(AlgorithmConfig(name))
+        assert built.uses_critic == traits.critic
 
 
 def test_rewards() -> None:

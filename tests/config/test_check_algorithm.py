@@ -1,0 +1,178 @@
+"""Knobs of the algorithm that do not go together: each refusal names the knob, its value and the mend."""
+
+import re
+
+import pytest
+
+from slime.config import AlgorithmConfig
+from slime.config.algorithms import ALGORITHMS
+from slime.config.check_algorithm import SWITCHES, check_algorithm
+from slime.config.exits import ConfigError
+
+NO_MEND = pytest.mark.xfail(strict=True, reason="the text does not say what to change")
+MEND = r"remove it|: set |: choose |: lower |: raise |must be (above|at least)|without algorithm\."
+
+UNREAD = [
+    (
+        {"name": "grpo", "lam": 0.5},
+        "algorithm.lam=0.5 has no effect with algorithm.name=grpo: remove it, or choose one that reads it (ppo)",
+    ),
+    (
+        {"name": "ppo", "normalize_std": False},
+        "algorithm.normalize_std=false has no effect with algorithm.name=ppo: remove it, or choose one that reads it (grpo, gspo, cispo)",
+    ),
+    (
+        {"name": "reinforce_pp_baseline", "gamma": 0.9},
+        "algorithm.gamma=0.9 has no effect with algorithm.name=reinforce_pp_baseline: "
+        "remove it, or choose one that reads it (reinforce_pp, ppo)",
+    ),
+    (
+        {"name": "rloo", "whiten": False},
+        "algorithm.whiten=false has no effect with algorithm.name=rloo: "
+        "remove it, or choose one that reads it (reinforce_pp, reinforce_pp_baseline, ppo)",
+    ),
+    (
+        {"name": "gspo", "kl_reward_coef": 0.1},
+        "algorithm.kl_reward_coef=0.1 has no effect with algorithm.name=gspo: "
+        "remove it, or choose one that reads it (reinforce_pp, reinforce_pp_baseline, ppo)",
+    ),
+    (
+        {"name": "cispo", "clip_dual": 3.0},
+        "algorithm.clip_dual=3 has no effect with algorithm.name=cispo: "
+        "remove it, or choose one that reads it (grpo, rloo, reinforce_pp, reinforce_pp_baseline, ppo, gspo, opd)",
+    ),
+    (
+        {"name": "sft", "importance": "token"},
+        "algorithm.importance=token has no effect with algorithm.name=sft: "
+        "remove it, or choose one that reads it (grpo, rloo, reinforce_pp, reinforce_pp_baseline, ppo, gspo, cispo, opd)",
+    ),
+    (
+        {"name": "sft", "entropy_coef": 0.01},
+        "algorithm.entropy_coef=0.01 has no effect with algorithm.name=sft: "
+        "remove it, or choose one that reads it (grpo, rloo, reinforce_pp, reinforce_pp_baseline, ppo, gspo, cispo, opd)",
+    ),
+]
+SWITCHED_OFF = [
+    (
+        {"name": "grpo", "importance_bound": "mask"},
+        "algorithm.importance_bound=mask has no effect with algorithm.importance=none: remove it, or set algorithm.importance",
+    ),
+    (
+        {"name": "grpo", "importance_low": 0.5},
+        "algorithm.importance_low=0.5 has no effect with algorithm.importance=none: remove it, or set algorithm.importance",
+    ),
+    (
+        {"name": "grpo", "importance_high": 5.0},
+        "algorithm.importance_high=5 has no effect with algorithm.importance=none: remove it, or set algorithm.importance",
+    ),
+    (
+        {"name": "grpo", "distill_coef": 0.5},
+        "algorithm.distill_coef=0.5 has no effect with algorithm.distill=none: remove it, or set algorithm.distill",
+    ),
+    (
+        {"name": "grpo", "distill_divergence": "jsd"},
+        "algorithm.distill_divergence=jsd has no effect with algorithm.distill=none: remove it, or set algorithm.distill",
+    ),
+    (
+        {"name": "grpo", "distill_beta": 0.1},
+        "algorithm.distill_beta=0.1 has no effect with algorithm.distill=none: remove it, or set algorithm.distill",
+    ),
+    (
+        {"name": "grpo", "distill_top_k": 4},
+        "algorithm.distill_top_k=4 has no effect with algorithm.distill=none: remove it, or set algorithm.distill",
+    ),
+    (
+        {"name": "ppo", "kl_unbiased": True, "kl_estimator": "k3", "kl_reward_coef": 0.1},
+        "algorithm.kl_unbiased=true has no effect with algorithm.kl_loss_coef=0.0: remove it, or set algorithm.kl_loss_coef",
+    ),
+]
+CONTRADICTORY = [
+    (
+        {"name": "grpo", "kl_estimator": "k3"},
+        "algorithm.kl_estimator=k3 has no effect without algorithm.kl_loss_coef or algorithm.kl_reward_coef",
+    ),
+    (
+        {"name": "ppo", "kl_loss_coef": 0.1, "kl_reward_coef": 0.2},
+        "algorithm.kl_loss_coef=0.1 counts the KL twice beside algorithm.kl_reward_coef=0.2: set one of them to 0",
+    ),
+    (
+        {"name": "grpo", "kl_loss_coef": 0.1, "kl_estimator": "k1"},
+        "algorithm.kl_estimator=k1 as a loss has a gradient of expectation 0: choose k2 or k3, or set algorithm.kl_unbiased=true",
+    ),
+    (
+        {"name": "grpo", "kl_loss_coef": 0.1, "kl_unbiased": True},
+        "algorithm.kl_unbiased=true gives k2 neither the value nor the gradient of the KL: choose algorithm.kl_estimator=k1 or k3",
+    ),
+    ({"name": "opd"}, "algorithm.distill=none leaves algorithm.name=opd nothing to learn: choose sampled, topk or full"),
+    (
+        {"name": "grpo", "distill": "sampled", "distill_divergence": "forward"},
+        "algorithm.distill_divergence=forward has no effect with algorithm.distill=sampled, which is the reverse KL",
+    ),
+    (
+        {"name": "grpo", "distill": "full", "distill_beta": 0.1},
+        "algorithm.distill_beta=0.1 has no effect without algorithm.distill_divergence=jsd",
+    ),
+    ({"name": "grpo", "distill": "full", "distill_top_k": 4}, "algorithm.distill_top_k=4 has no effect without algorithm.distill=topk"),
+    ({"name": "grpo", "importance": "token", "importance_low": 3.0}, "algorithm.importance_low=3 is above algorithm.importance_high=2"),
+    ({"name": "grpo", "clip_dual": 1.0}, "algorithm.clip_dual=1 must be above 1: it bounds ratios that have grown, usually 3"),
+    ({"name": "grpo", "clip_low": -0.1}, "algorithm.clip_low=-0.1 must be at least 0"),
+    ({"name": "cispo", "clip_high": -0.5}, "algorithm.clip_high=-0.5 must be at least 0"),
+]
+WITHOUT_MEND = [
+    {"name": "grpo", "distill": "sampled", "distill_divergence": "forward"},
+    {"name": "grpo", "importance": "token", "importance_low": 3.0},
+]
+REFUSALS = UNREAD + SWITCHED_OFF + CONTRADICTORY
+
+
+def refusal(knobs: dict) -> str:
+    with pytest.raises(ConfigError) as raised:
+        check_algorithm(AlgorithmConfig(**knobs))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(("knobs", "text"), REFUSALS, ids=str)
+def test_a_refusal_names_knob_and_value(knobs, text):
+    assert refusal(knobs) == text
+
+
+@pytest.mark.parametrize("knobs", [pytest.param(k, marks=NO_MEND) if k in WITHOUT_MEND else k for k, _ in REFUSALS], ids=str)
+def test_a_refusal_names_the_mend(knobs):
+    assert re.search(MEND, refusal(knobs))
+
+
+def test_every_knob_with_a_switch_is_refused_without_it():
+    assert {next(knob for knob in SWITCHES if knob in knobs) for knobs, _ in SWITCHED_OFF} == SWITCHES.keys()
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        *({"name": name} for name in ALGORITHMS if name != "opd"),
+        *({"name": "opd", "distill": distill} for distill in ("sampled", "topk", "full")),
+        {"clip_low": 0.2, "clip_high": 0.28, "aggregation": "token"},  # DAPO
+        {"normalize_std": False, "aggregation": "constant"},  # Dr.GRPO
+        {"clip_dual": 3.0, "entropy_coef": 0.01},
+        {"clip_low": 0.0, "clip_high": 0.0},
+        {"importance": "token", "importance_high": 5.0},  # TIS
+        {"importance": "token", "importance_bound": "mask", "importance_low": 0.5, "importance_high": 5.0},  # IcePop
+        {"importance": "geometric", "importance_low": 2.0, "importance_high": 2.0},
+        {"kl_loss_coef": 0.1},
+        {"kl_loss_coef": 0.1, "kl_estimator": "k3"},
+        {"kl_loss_coef": 0.1, "kl_estimator": "k1", "kl_unbiased": True},
+        {"kl_loss_coef": 0.1, "kl_estimator": "k3", "kl_unbiased": True},
+        {"name": "ppo", "kl_reward_coef": 0.1, "kl_estimator": "k1", "gamma": 0.99, "lam": 0.95},
+        {"distill": "sampled", "distill_coef": 0.5},
+        {"distill": "topk", "distill_top_k": 4, "distill_divergence": "jsd", "distill_beta": 0.1},
+        {"distill": "full", "distill_divergence": "forward"},
+        {"name": "somewhere.mine:build", "lam": 0.5, "gamma": 0.9, "normalize_std": False, "kl_reward_coef": 0.1, "clip_dual": 2.0},
+    ],
+    ids=str,
+)
+def test_what_goes_together_passes(knobs):
+    assert check_algorithm(AlgorithmConfig(**knobs)) is None
+
+
+def test_a_knob_at_its_default_is_never_refused():
+    defaults = {name: getattr(AlgorithmConfig(), name) for name in AlgorithmConfig.__dataclass_fields__ if name != "name"}
+    assert check_algorithm(AlgorithmConfig("sft", **defaults)) is None
