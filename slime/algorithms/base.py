@@ -56,7 +56,9 @@ class LossInputs:
     rollout_logprobs: Tensor  # as the engine reported them when it drew the token; no gradient
     sequences: Sequences
     ref_logprobs: Tensor | None = None  # of the reference policy; no gradient; asked for by `uses_reference`
-    distillation: Tensor | None = None  # divergence from the teacher at the token's position; carries the gradient; see `Algorithm.teacher`
+    distillation: Tensor | None = (
+        None  # divergence from the teacher at the token's position; carries the gradient; where the recipe's `distill` is topk or full
+    )
 
 
 @dataclass(slots=True)

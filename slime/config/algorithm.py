@@ -24,11 +24,11 @@ class AlgorithmConfig:
     whiten: bool = True
     """Bring advantages to mean 0 and standard deviation 1 over the batch's tokens."""
     # Policy loss
-    clip_low: float | None = None
+    clip_low: float | None = number(None, low=0, high=1)
     """The ratio counts from 1 - clip_low on. By default 0.2; gspo 0.0003; cispo 1."""
-    clip_high: float | None = None
-    """The ratio counts up to 1 + clip_high. By default clip_low (DAPO: 0.28); gspo 0.0004; cispo 4."""
-    clip_dual: float | None = None
+    clip_high: float | None = number(None, low=0)
+    """The ratio counts up to 1 + clip_high. By default clip_low (DAPO: 0.28); where that is unset, gspo 0.0004, cispo 4."""
+    clip_dual: float | None = number(None, above=1)
     """The ratio counts up to this where the advantage is negative; above 1, usually 3."""
     entropy_coef: float = number(0.0, low=0)
     """Weight of the entropy bonus."""
@@ -38,8 +38,7 @@ class AlgorithmConfig:
     kl_reward_coef: float = number(0.0, low=0)
     """Weight of the KL to the reference policy in every token's reward."""
     kl_estimator: str = choice("k2", "k1", "k3")
-    """How the KL is estimated from the tokens drawn. As a loss k2 has the gradient of the reverse KL, k3 that of the forward one, and k1
-    none in expectation: it is refused there without kl_unbiased."""
+    """Estimate of the KL from the tokens drawn. As a loss k2 has the reverse KL's gradient, k3 the forward one's, k1 none."""
     kl_unbiased: bool = False
     """In the loss, weigh the KL by the ratio and differentiate that too (DeepSeek-V3.2): exact for tokens of older weights."""
     # Tokens that another policy drew

@@ -31,12 +31,7 @@ def check_algorithm(cfg: AlgorithmConfig) -> None:
     _check_kl(cfg)
     _check_distill(cfg)
     if cfg.importance_low > cfg.importance_high:
-        _refuse(cfg, "importance_low", f"is above algorithm.importance_high={cfg.importance_high:g}")
-    if cfg.clip_dual is not None and cfg.clip_dual <= 1:
-        _refuse(cfg, "clip_dual", "must be above 1: it bounds ratios that have grown, usually 3")
-    for knob in ("clip_low", "clip_high"):
-        if (value := getattr(cfg, knob)) is not None and value < 0:
-            _refuse(cfg, knob, "must be at least 0")
+        _refuse(cfg, "importance_low", f"is above algorithm.importance_high={cfg.importance_high:g}: lower it")
 
 
 def _check_kl(cfg: AlgorithmConfig) -> None:
@@ -51,10 +46,17 @@ def _check_kl(cfg: AlgorithmConfig) -> None:
 
 
 def _check_distill(cfg: AlgorithmConfig) -> None:
+    for knob in ("clip_low", "clip_high", "clip_dual", "importance"):
+        if cfg.name == "opd" and cfg.distill in ("topk", "full") and changed(cfg, knob):
+            _refuse(cfg, knob, f"has no effect with algorithm.distill={cfg.distill}, whose loss has no ratio: remove it")
     if cfg.name == "opd" and cfg.distill == "none":
         _refuse(cfg, "distill", "leaves algorithm.name=opd nothing to learn: choose sampled, topk or full")
     if cfg.distill == "sampled" and changed(cfg, "distill_divergence"):
-        _refuse(cfg, "distill_divergence", "has no effect with algorithm.distill=sampled, which is the reverse KL")
+        _refuse(
+            cfg,
+            "distill_divergence",
+            "has no effect with algorithm.distill=sampled, which is the reverse KL: remove it, or choose topk or full",
+        )
     if changed(cfg, "distill_beta") and cfg.distill_divergence != "jsd":
         _refuse(cfg, "distill_beta", "has no effect without algorithm.distill_divergence=jsd")
     if changed(cfg, "distill_top_k") and cfg.distill != "topk":
