@@ -22,12 +22,13 @@ from slime.cluster.signals import StopSignal
 from slime.config import SlimeConfig
 from slime.config.checks import check_device
 from slime.config.exits import GateStopped, SavedRunAgain
-from slime.config.roles import generates, needs_rollouts
+from slime.config.roles import generates, needed_roles, needs_rollouts
 from slime.data.ledger import Ledger
 from slime.data.source import PromptSource, eval_prompts
+from slime.data.teachers import check_vocabulary, teacher_of
 from slime.data.template import check_tokenizer
 from slime.engine.fleet import EngineFleet
-from slime.models.check_layout import check_model
+from slime.models.check_layout import check_model, check_teacher
 from slime.models.hub import local_directory
 from slime.models.registry import load_map
 from slime.observe import density
@@ -143,23 +144,39 @@ def on_disk(cfg: SlimeConfig) -> SlimeConfig:
     train = [replace(file, path=str(Path(file.path).resolve())) for file in cfg.data.train]
     sets = {name: replace(s, path=str(Path(s.path).resolve())) for name, s in cfg.data.eval.items()}
     model = replace(cfg.model, path=str(local_directory(cfg.model.path).resolve()))
+    teachers = {
+        name: replace(teacher, path=str(local_directory(teacher.path, f"algorithm.teachers.{name}.path").resolve()))
+        for name, teacher in cfg.algorithm.teachers.items()
+    }
+    algorithm = replace(cfg.algorithm, teachers=teachers)
     url = cfg.sync.url and (cfg.sync.url if "://" in cfg.sync.url else str(Path(cfg.sync.url).resolve()))
     sync, join = replace(cfg.sync, url=url), cfg.rollout.join and str(Path(cfg.rollout.join).resolve())
-    return replace(cfg, model=model, sync=sync, rollout=replace(cfg.rollout, join=join), data=replace(cfg.data, train=train, eval=sets))
+    data, rollout = replace(cfg.data, train=train, eval=sets), replace(cfg.rollout, join=join)
+    return replace(cfg, model=model, algorithm=algorithm, sync=sync, rollout=rollout, data=data)
 
 
 def check_inputs(cfg: SlimeConfig) -> None:
     """Open what the recipe names, so that a bad file is an error before anything starts. Raises ValueError naming the knob."""
     check_model(cfg)
     check_tokenizer(cfg.model)
+    check_teachers(cfg)
     judged = needs_rollouts(cfg.algorithm)
     for prompt in PromptSource(cfg.data, cfg.run.seed).first if cfg.run.only != "train" else []:
+        teacher_of(prompt.source, cfg.algorithm)
         if judged:
             check_label(cfg.reward, None, prompt)
     for name, eval_set in cfg.data.eval.items():
         prompts = eval_prompts(name, eval_set, cfg.data)
         if judged:
             check_label(cfg.reward, eval_set.reward, prompts[0], f"data.eval.{name}.reward")
+
+
+def check_teachers(cfg: SlimeConfig) -> None:
+    """Raises ValueError for a teacher that does not share the student's vocabulary, or that the actor's ranks cannot hold."""
+    for name, teacher in cfg.algorithm.teachers.items():
+        check_vocabulary(cfg.model, name, teacher.path)
+        if teacher.url is None and "actor" in needed_roles(cfg):
+            check_teacher(cfg, name)
 
 
 # --- the parts ----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ A worked example, two samples of one prompt "2+3=" with label "5":
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +32,7 @@ Messages = list[dict[str, Any]]
 LOGPROB_SLACK = 1e-3  # by which rounding may lift a log-prob above 0
 NO_VERSION = -1  # of a sample that no policy drew
 NOT_RECORDED = -1  # in the experts of a token for which no engine named any
+NO_TEACHER = -1  # of a sample that nobody teaches
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -79,6 +80,15 @@ class Prompt:
 
 
 @dataclass(slots=True)
+class TeacherSignal:
+    """What a served teacher thinks of a sample's response. R tokens; arbitrary where loss_mask is 0."""
+
+    logprobs: np.ndarray  # float32 [R], of the tokens that were drawn
+    top_ids: np.ndarray | None = None  # int32 [R, k], its k most likely tokens at each position
+    top_logprobs: np.ndarray | None = None  # float32 [R, k]
+
+
+@dataclass(slots=True)
 class Sample:
     """One answer to one prompt: token ids in, token ids out, never tokenised again."""
 
@@ -99,6 +109,8 @@ class Sample:
     weight_versions: list[VersionSpan] = field(default_factory=list)
     finish_reason: str = ""  # stop | length | abort
     seed: int | None = None  # sampling seed, set in deterministic mode
+    teacher: int = NO_TEACHER  # who teaches its source: a position in algorithm.teachers
+    signal: TeacherSignal | None = None  # of a served teacher
     # int16 [n, layers, k], of the first n tokens of prompt and response: the experts that each went to; of the last one no engine knows
     experts: np.ndarray | None = None
 
@@ -175,6 +187,10 @@ class Batch:
     group: np.ndarray  # int64 [N], ordinal of each sample's prompt
     version: np.ndarray  # int64 [N], number of the oldest weights that drew a token of it; -1 where no policy drew any
     experts: np.ndarray | None = None  # int16 [T, layers, k], where engines named any: what each token went to, or NOT_RECORDED
+    teacher: np.ndarray | None = None  # int64 [N], who teaches each sample: a position in algorithm.teachers, or NO_TEACHER
+    teacher_logprobs: np.ndarray | None = None  # float32 [T], of served teachers, 0 outside loss_mask and where there is none
+    teacher_ids: np.ndarray | None = None  # int32 [T, k], their most likely tokens; arbitrary outside loss_mask and where there is none
+    teacher_top: np.ndarray | None = None  # float32 [T, k], and the log-probs of those
 
     def __len__(self) -> int:
         return len(self.cu_seqlens) - 1
@@ -196,7 +212,7 @@ class Batch:
         return np.repeat(np.arange(len(self)), self.lengths)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """The arrays by name; without experts where there are none."""
+        """The arrays by name, those that there are."""
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: column for name, column in columns.items() if column is not None}
 
@@ -242,18 +258,23 @@ class Batch:
             rewards=np.array([r for g in groups for r in g.rewards], np.float64),
             group=np.array([s.group for s in samples], np.int64),
             version=np.array([s.oldest_version for s in samples], np.int64),
-            experts=_experts(samples, lengths),
+            experts=_joined([part for s, n in zip(samples, lengths, strict=True) for part in _known(s.experts, n)], NOT_RECORDED),
+            teacher=np.array([s.teacher for s in samples], np.int64) if any(s.teacher != NO_TEACHER for s in samples) else None,
+            teacher_logprobs=_masked(_of_signals(samples, "logprobs"), mask),
+            teacher_ids=_of_signals(samples, "top_ids"),
+            teacher_top=_of_signals(samples, "top_logprobs"),
         )
 
     @classmethod
     def concatenate(cls, parts: list["Batch"]) -> "Batch":
         """One batch of these, in the order given: what `from_groups` makes of all their groups together."""
-        others = [f.name for f in fields(cls) if f.name not in ("cu_seqlens", "experts")]
+        always = [f.name for f in fields(cls) if f.default is MISSING and f.name != "cu_seqlens"]
         lengths = np.concatenate([part.lengths for part in parts])
         return cls(
             cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            experts=_stack([(part.experts, len(part.tokens)) for part in parts]),
-            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in others},
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in always},
+            **{name: _joined([(getattr(p, name), len(p.tokens)) for p in parts], missing) for name, missing in SOMETIMES.items()},
+            teacher=_joined([(part.teacher, len(part)) for part in parts], NO_TEACHER),
         )
 
     def select(self, samples: np.ndarray) -> "Batch":
@@ -268,29 +289,43 @@ class Batch:
             rewards=self.rewards[samples],
             group=self.group[samples],
             version=self.version[samples],
-            experts=None if self.experts is None else self.experts[at],
+            teacher=None if self.teacher is None else self.teacher[samples],
+            **{name: None if (column := getattr(self, name)) is None else column[at] for name in SOMETIMES},
         )
 
 
-def _experts(samples: list[Sample], lengths: list[int]) -> np.ndarray | None:
-    """The column of a batch."""
+# Columns of tokens that not every batch has, and what stands for a token of which nothing is known.
+SOMETIMES = {"experts": NOT_RECORDED, "teacher_logprobs": 0, "teacher_ids": 0, "teacher_top": 0}
+
+
+def _known(values: np.ndarray | None, length: int) -> list[tuple[np.ndarray | None, int]]:
+    """Of a sample's first tokens, as parts for `_joined`."""
+    known = 0 if values is None else len(values)
+    return [(values, known), (None, length - known)]
+
+
+def _of_signals(samples: list[Sample], name: str) -> np.ndarray | None:
+    """What teachers said of the responses, as a column."""
     parts: list[tuple[np.ndarray | None, int]] = []
-    for sample, length in zip(samples, lengths, strict=True):
-        known = 0 if sample.experts is None else len(sample.experts)
-        parts += [(sample.experts, known), (None, length - known)]
-    return _stack(parts)
+    for s in samples:
+        parts += [(None, len(s.prompt_ids)), (None if s.signal is None else getattr(s.signal, name), len(s.response_ids))]
+    return _joined(parts, 0)
 
 
-def _stack(parts: list[tuple[np.ndarray | None, int]]) -> np.ndarray | None:
-    """(experts int16 [n, layers, k] or None, n) one after another, NOT_RECORDED for None; None where all are."""
-    shapes = {part.shape[1:] for part, _ in parts if part is not None}
-    if not shapes:
+def _masked(column: np.ndarray | None, mask: np.ndarray) -> np.ndarray | None:
+    return None if column is None else np.where(mask, column, 0).astype(column.dtype)
+
+
+def _joined(parts: list[tuple[np.ndarray | None, int]], missing: int) -> np.ndarray | None:
+    """(values [n, ...] or None, n) one after another, `missing` for None; None where all are."""
+    there = [part for part, _ in parts if part is not None]
+    if not there:
         return None
-    if len(shapes) > 1:
-        found = ", ".join(map(str, sorted(shapes)))
-        raise ValueError(f"samples name experts of {len(shapes)} shapes [layers, k]: {found}; keep the engine's")
-    (shape,) = shapes
-    return np.concatenate([np.full((n, *shape), NOT_RECORDED, np.int16) if part is None else part for part, n in parts])
+    if len({part.shape[1:] for part in there}) > 1:
+        found = ", ".join(map(str, sorted({part.shape[1:] for part in there})))
+        raise ValueError(f"samples name experts or teachers' tokens of several shapes {found} a token; keep what engines and teachers say")
+    shape, dtype = there[0].shape[1:], there[0].dtype
+    return np.concatenate([np.full((n, *shape), missing, dtype) if part is None else part for part, n in parts])
 
 
 @dataclass(slots=True)

@@ -3,9 +3,23 @@
 Which of these knobs an algorithm reads is in `slime.config.algorithms`; the others are refused with it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from slime.config.fields import choice, number
+
+
+@dataclass
+class TeacherConfig:
+    path: str = "???"
+    """Hugging Face directory, or a name on the hub. Held on the actor's ranks and in their layout, unless it is served."""
+    family: str = "auto"
+    """As model.family."""
+    url: str | None = None
+    """SGLang server that serves it, asked as soon as an answer is finished; at rollout.temperature=1 only."""
+    key_env: str | None = None
+    """Environment variable with the API key of the server."""
+    sources: list[str] = field(default_factory=list)
+    """Sources of data.train that it teaches; a teacher alone teaches all."""
 
 
 @dataclass
@@ -33,6 +47,8 @@ class AlgorithmConfig:
     entropy_coef: float = number(0.0, low=0)
     """Weight of the entropy bonus."""
     # KL to a reference
+    reference_every: int = number(0, low=0)
+    """Updates after which the reference becomes the current policy; 0: it stays the model that the run began from."""
     kl_loss_coef: float = number(0.0, low=0)
     """Weight of the KL to the reference policy in the loss."""
     kl_reward_coef: float = number(0.0, low=0)
@@ -50,7 +66,9 @@ class AlgorithmConfig:
     """Lower bound of the weights."""
     importance_high: float = number(2.0, above=0)
     """Upper bound of the weights."""
-    # Distillation from the teachers of `teachers`
+    # Distillation
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    """Teachers by name; each source of prompts has one."""
     distill: str = choice("none", "sampled", "topk", "full")
     """What is learned from teachers beside the rewards: the reverse KL at the drawn tokens, as an advantage; or the divergence over their
     top tokens and a tail, or over the whole vocabulary, as a loss."""

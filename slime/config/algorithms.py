@@ -20,8 +20,8 @@ def _reads(*parts: str) -> frozenset[str]:
 ALWAYS = "name aggregation"
 LOSS = "clip_low clip_high clip_dual"
 TERMS = (
-    "entropy_coef kl_loss_coef kl_estimator kl_unbiased importance importance_bound importance_low importance_high "
-    "distill distill_coef distill_divergence distill_beta distill_top_k"
+    "entropy_coef kl_loss_coef kl_estimator kl_unbiased reference_every importance importance_bound importance_low importance_high "
+    "teachers distill distill_coef distill_divergence distill_beta distill_top_k"
 )
 REWARDED = "kl_reward_coef whiten"
 

@@ -62,8 +62,8 @@ COURSE = {
     **_names(
         "algorithm",
         "name aggregation normalize_std gamma lam whiten clip_low clip_high clip_dual entropy_coef kl_loss_coef kl_reward_coef "
-        "kl_estimator kl_unbiased importance importance_bound importance_low importance_high distill distill_coef distill_divergence "
-        "distill_beta distill_top_k",
+        "kl_estimator kl_unbiased reference_every importance importance_bound importance_low importance_high teachers distill distill_coef "
+        "distill_divergence distill_beta distill_top_k",
     ),
 }
 # Options of other libraries that say how memory and work are laid out; * stands for the rest of a name.

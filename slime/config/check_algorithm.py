@@ -35,6 +35,8 @@ def check_algorithm(cfg: AlgorithmConfig) -> None:
 
 
 def _check_kl(cfg: AlgorithmConfig) -> None:
+    if changed(cfg, "reference_every") and not (cfg.kl_loss_coef or cfg.kl_reward_coef):
+        _refuse(cfg, "reference_every", "has no effect without algorithm.kl_loss_coef or algorithm.kl_reward_coef: there is no reference")
     if changed(cfg, "kl_estimator") and not (cfg.kl_loss_coef or cfg.kl_reward_coef):
         _refuse(cfg, "kl_estimator", "has no effect without algorithm.kl_loss_coef or algorithm.kl_reward_coef")
     if cfg.kl_loss_coef and cfg.kl_reward_coef:

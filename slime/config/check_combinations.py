@@ -8,6 +8,7 @@ from slime.config.algorithms import ALGORITHMS
 from slime.config.check_algorithm import check_algorithm
 from slime.config.check_inert import changed, check_inert
 from slime.config.check_sync import check_sync
+from slime.config.check_teachers import check_teachers
 from slime.config.exits import ConfigError
 from slime.config.roles import needed_roles, needs_rollouts
 from slime.config.trainer import decay_length
@@ -100,6 +101,7 @@ def _deterministic(cfg: SlimeConfig) -> None:
 
 def _algorithm(cfg: SlimeConfig) -> None:
     check_algorithm(cfg.algorithm)
+    check_teachers(cfg)
     traits = ALGORITHMS.get(cfg.algorithm.name)
     if traits and traits.compares and cfg.rollout.samples_per_prompt < 2 and cfg.run.only != "rollout":
         raise ConfigError(

@@ -29,6 +29,25 @@ def check_model(cfg: SlimeConfig, headers: bool = True) -> None:
         check_layout(model, parallel_sizes(cfg.trainer), cfg.trainer)
 
 
+def check_teacher(cfg: SlimeConfig, name: str) -> None:
+    """Read a teacher that the actor's ranks hold, and check that their layout divides it too. Raises ValueError naming it."""
+    teacher, trainer, at = cfg.algorithm.teachers[name], cfg.trainer, f"algorithm.teachers.{name}"
+    try:
+        model = load_map(teacher.path, teacher.family, trainer.tensor_parallel)
+        stage_layers(model.transformer["num_layers"], trainer)
+        if model.has_experts:
+            _experts(model, parallel_sizes(trainer), trainer)
+    except ValueError as error:
+        raise ValueError(f"{at}: {str(error).replace('model.path', f'{at}.path')}") from error
+    student = load_map(cfg.model.path, cfg.model.family, trainer.tensor_parallel)
+    if cfg.algorithm.distill == "full" and trainer.tensor_parallel > 1 and model.gpt["vocab_size"] != student.gpt["vocab_size"]:
+        raise ValueError(
+            f"{at}.path={teacher.path} has {model.gpt['vocab_size']} rows of vocabulary and the student {student.gpt['vocab_size']} (with "
+            f"padding), which trainer.tensor_parallel={trainer.tensor_parallel} divides differently: choose algorithm.distill=topk, or set "
+            "trainer.tensor_parallel=1"
+        )
+
+
 def check_layout(model: ModelMap, sizes: ParallelSizes, trainer: TrainerConfig) -> None:
     """Raises ValueError for sizes that do not divide the model's layers or experts, that its layers cannot be computed with, or that
     have nothing to divide. `load_map` checks what tensor parallelism divides."""

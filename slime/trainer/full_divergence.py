@@ -12,13 +12,22 @@ from slime.trainer.logprobs import chunks, scaled
 
 
 def full_divergence(
-    logits: Tensor, teacher: Tensor, rows: Tensor, temperature: float, vocab_size: int, group: dist.ProcessGroup, kind: str, beta: float
+    logits: Tensor,
+    teacher: Tensor,
+    rows: Tensor,
+    teacher_rows: Tensor,
+    temperature: float,
+    vocab_size: int,
+    group: dist.ProcessGroup,
+    kind: str,
+    beta: float,
 ) -> Tensor:
     """fp32 [t]: what `slime.algorithms.distillation.divergence` says of softmax(logits / temperature) and softmax(teacher / temperature).
 
-    logits, teacher   [L, V / tp] each, this rank's share of the (padded) vocabulary, rank 0's ids first; any float dtypes
-    rows              int64 [t], distinct rows of both
-    group             the tensor-parallel ranks; all of them call this together and get the same result
+    logits, teacher       [L, V / tp] and [M, V / tp], this rank's share of the (padded) vocabulary, rank 0's ids first; any float dtypes
+    rows, teacher_rows    int64 [t], distinct rows of each, of the same t tokens
+    vocab_size            ids that both know; both are softmaxes over these alone
+    group                 the tensor-parallel ranks; all of them call this together and get the same result
 
     The teacher gets no gradient. With s and q the probabilities of student and teacher, x = logits / temperature, D the result and
     m = beta q + (1 - beta) s:
@@ -27,7 +36,7 @@ def full_divergence(
         forward   dD / dx_j = s_j - q_j
         jsd       dD / dx_j = (1 - beta) s_j (log s_j - log m_j - KL(s || m))
     """
-    return _FullDivergence.apply(logits, teacher, rows, temperature, vocab_size, group, kind, beta)
+    return _FullDivergence.apply(logits, teacher, rows, teacher_rows, temperature, vocab_size, group, kind, beta)
 
 
 class _FullDivergence(torch.autograd.Function):
@@ -37,6 +46,7 @@ class _FullDivergence(torch.autograd.Function):
         logits: Tensor,
         teacher: Tensor,
         rows: Tensor,
+        teacher_rows: Tensor,
         temperature: float,
         vocab_size: int,
         group: dist.ProcessGroup,
@@ -47,26 +57,27 @@ class _FullDivergence(torch.autograd.Function):
         real = max(0, min(width, vocab_size - group.rank() * width))
         found, of_student, log_z, log_z_teacher = (torch.empty(len(rows), dtype=torch.float32, device=logits.device) for _ in range(4))
         for part in chunks(len(rows), 2 * width):
-            x, y = (scaled(of, rows[part], real, temperature) for of in (logits, teacher))
+            x, y = scaled(logits, rows[part], real, temperature), scaled(teacher, teacher_rows[part], real, temperature)
             log_z[part], log_z_teacher[part] = _log_z(x, group), _log_z(y, group)
             x.sub_(log_z[part, None])
             y.sub_(log_z_teacher[part, None])
             found[part], of_student[part] = _reduce(x, y, kind, beta, group)
-        ctx.save_for_backward(logits, teacher, rows, of_student, log_z, log_z_teacher)
+        ctx.save_for_backward(logits, teacher, rows, teacher_rows, of_student, log_z, log_z_teacher)
         ctx.temperature, ctx.real, ctx.kind, ctx.beta = temperature, real, kind, beta
         return found
 
     @staticmethod
     def backward(ctx: Any, d_found: Tensor) -> tuple[Tensor | None, ...]:
-        logits, teacher, rows, of_student, log_z, log_z_teacher = ctx.saved_tensors
+        logits, teacher, rows, teacher_rows, of_student, log_z, log_z_teacher = ctx.saved_tensors
         d_logits = torch.zeros_like(logits)
         for part in chunks(len(rows), 2 * logits.shape[1]):
-            x, y = (scaled(of, rows[part], ctx.real, ctx.temperature) for of in (logits, teacher))
+            x = scaled(logits, rows[part], ctx.real, ctx.temperature)
+            y = scaled(teacher, teacher_rows[part], ctx.real, ctx.temperature)
             x.sub_(log_z[part, None])
             y.sub_(log_z_teacher[part, None])
             d_x = _slope(x, y, of_student[part, None], ctx.kind, ctx.beta)
             d_logits[rows[part], : ctx.real] = (d_x * (d_found[part, None] / ctx.temperature)).to(logits.dtype)
-        return d_logits, None, None, None, None, None, None, None
+        return d_logits, None, None, None, None, None, None, None, None
 
 
 def _log_z(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from slime.trainer.logprobs import chunks, scaled
@@ -21,6 +22,27 @@ def known_logprobs(logits: Tensor, rows: Tensor, ids: Tensor, temperature: float
     the ids and r the sum of the others:  d log p_i / dx_j = [i = j] - p_j,   d log r / dx_j = [j not in S] p_j / r - p_j.
     """
     return _KnownLogprobs.apply(logits, rows, ids, temperature, vocab_size, group)
+
+
+@torch.no_grad()
+def top_ids(logits: Tensor, rows: Tensor, k: int, vocab_size: int, group: dist.ProcessGroup) -> Tensor:
+    """int64 [t, k], the k likeliest of the first `vocab_size` ids at each of `rows`; arguments as above."""
+    width, ranks = logits.shape[1], group.size()
+    offset = group.rank() * width
+    real = max(0, min(width, vocab_size - offset))
+    found = torch.empty(len(rows), k, dtype=torch.int64, device=logits.device)
+    for part in chunks(len(rows), width):
+        x = scaled(logits, rows[part], real, 1.0)
+        missing = max(0, k - real)
+        values, ids = x.topk(min(k, real), 1)
+        values = F.pad(values, (0, missing), value=-torch.inf).contiguous()
+        ids = F.pad(ids + offset, (0, missing)).contiguous()
+        every_value, every_id = values.new_empty(ranks, *values.shape), ids.new_empty(ranks, *ids.shape)
+        dist.all_gather_into_tensor(every_value.view(-1), values.view(-1), group=group)
+        dist.all_gather_into_tensor(every_id.view(-1), ids.view(-1), group=group)
+        best = every_value.transpose(0, 1).flatten(1).topk(k, 1).indices
+        found[part] = every_id.transpose(0, 1).flatten(1).gather(1, best)
+    return found
 
 
 class _KnownLogprobs(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from slime.algorithms.base import Step
 from slime.types import NO_VERSION, Batch
 
 
@@ -53,6 +54,19 @@ def _log_ratio(logprobs: np.ndarray, batch: Batch, chosen: np.ndarray) -> np.nda
 
 def _k3(d: np.ndarray) -> float:
     return float(np.mean(np.expm1(d) - d))
+
+
+def teachers(known: Step, names: list[str]) -> dict[str, float]:
+    """distill/reverse_kl, and of each teacher distill/<name>/reverse_kl: the mean of log student - log teacher over the trained tokens, an
+    estimate of KL(student || teacher). Absent where no teacher speaks of the tokens drawn."""
+    if known.teacher_logprobs is None or known.old_logprobs is None or known.batch.teacher is None:
+        return {}
+    mask, ahead = known.batch.loss_mask, known.old_logprobs.astype(np.float64) - known.teacher_logprobs
+    found = {"distill/reverse_kl": float(ahead[mask].mean())}
+    for number, name in enumerate(names if len(names) > 1 else []):
+        if (own := mask & (known.batch.teacher == number)[known.batch.sample_of_token]).any():
+            found[f"distill/{name}/reverse_kl"] = float(ahead[own].mean())
+    return found
 
 
 def advantage_stats(advantages: np.ndarray) -> dict[str, float]:

@@ -118,8 +118,8 @@ def _transformer_config(model_map: ModelMap, dtype: torch.dtype, parallel: Paral
         "pipeline_model_parallel_size": sizes.pipeline,
         "virtual_pipeline_model_parallel_size": sizes.virtual if sizes.virtual > 1 else None,
         "context_parallel_size": sizes.context,
-        "expert_model_parallel_size": sizes.expert,
-        "expert_tensor_parallel_size": sizes.expert_tensor,
+        "expert_model_parallel_size": sizes.expert if model_map.has_experts else 1,  # a teacher may be without
+        "expert_tensor_parallel_size": sizes.expert_tensor if model_map.has_experts else sizes.tensor,
         "variable_seq_lengths": sizes.virtual == 1,  # rows are packed; between interleaved stages their shapes could not be told apart
         "overlap_p2p_comm": sizes.virtual > 1,
         "batch_p2p_comm": sizes.virtual == 1,

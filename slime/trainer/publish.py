@@ -26,7 +26,7 @@ from slime.trainer.distributed import Parallel
 from slime.trainer.model import Model
 from slime.trainer.publish_exchange import gather_changes, gather_tensors
 from slime.trainer.publish_slices import PIECE, Piece, Stretches, model_spec, own_pieces
-from slime.trainer.step import Trainer
+from slime.trainer.state import Trainer
 
 KEPT = 16  # changes of a piece are kept from counting to sending where they are at most 1 in this many; else they are found again
 

@@ -67,12 +67,10 @@ class Rank:
     def build(self, address: str, port: int) -> None:
         """Meet the other ranks and build the model. Raises ValueError for a model or option that cannot be used, RuntimeError where there
         is no device."""
-        from slime.algorithms.registry import build_algorithm
         from slime.config.parallel import parallel_sizes
-        from slime.trainer import device, distributed, export, step
-        from slime.trainer.frozen import build_frozen
+        from slime.trainer import device, distributed
+        from slime.trainer.build import build_trainer
         from slime.trainer.host_buffers import HostBuffers
-        from slime.trainer.model import build_model
 
         cfg = self.cfg
         self.device = device.set_up(self.kind, self.threads)
@@ -83,11 +81,7 @@ class Rank:
             self.parallel = distributed.join_groups(
                 self.device, self.store, self.rank, self.world, parallel_sizes(cfg.trainer), cfg.run.seed, cfg.cluster.step_timeout_s
             )
-            model = build_model(cfg, self.parallel)
-            atlas = export.make_atlas(model, self.parallel)
-            algorithm = build_algorithm(cfg.algorithm)
-            reference = build_frozen(cfg.model.path, cfg.model.family, cfg, self.parallel) if algorithm.uses_reference else None
-        self.trainer = step.Trainer(cfg, self.device, self.parallel, model, atlas, algorithm, self.tracer, reference)
+            self.trainer = build_trainer(cfg, self.device, self.parallel, self.tracer)
         self.buffers = HostBuffers(pinned=self.kind == "cuda")  # of what is held
 
     @on_device
@@ -100,10 +94,10 @@ class Rank:
 
     @on_device
     def log_probs(self, batch: Batch) -> np.ndarray:
-        """See `step.log_probs`."""
-        from slime.trainer import step
+        """See `passes.log_probs`."""
+        from slime.trainer import passes
 
-        return step.log_probs(self.trainer, batch)
+        return passes.log_probs(self.trainer, batch)
 
     def spans(self) -> list[Span]:
         """What this rank did since the last call. Of one rank alone."""

@@ -1,4 +1,4 @@
-"""A checkpoint's shards: weights, optimizer and RNG of all ranks in megatron-core's distributed format.
+"""A checkpoint's shards: weights, optimizer and RNG of all ranks in megatron-core's distributed format, and a reference that has moved.
 
 The optimizer is saved fully reshardable, so that a checkpoint loads into another number of ranks; RNG states belong to one rank each and
 are loaded where the layout is the one that saved them.
@@ -25,8 +25,9 @@ from slime.trainer.distributed import Parallel
 from slime.trainer.gather_state import gather_state
 from slime.trainer.host_buffers import HostBuffers
 from slime.trainer.snapshot import Snapshot, hold
-from slime.trainer.step import Trainer
+from slime.trainer.state import Trainer
 
+REFERENCE = "reference."  # before the names of its tensors
 SHARDING = "fully_reshardable"  # megatron-core's name for an optimizer whose state does not depend on the layout
 
 
@@ -51,11 +52,16 @@ def load(trainer: Trainer, directory: Path) -> None:
     where one cannot read its share."""
     if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
         raise ValueError(f"{directory} holds no trainer checkpoint (no metadata.json of megatron-core): check run.resume")
-    same = dist_checkpointing.load_common_state_dict(str(directory))["layout"] == _layout(trainer)
+    common = dist_checkpointing.load_common_state_dict(str(directory))
+    same = common["layout"] == _layout(trainer)
+    trainer.reference_moved = common.get("reference_moved", False) and trainer.reference is not None
     with _failing_together(f"the trainer's shards could not be read from {directory}"):
         state = dist_checkpointing.load(_state(trainer, None, with_rng=same), str(directory))
     for number, stage in enumerate(trainer.model.stages):
         stage.module.load_state_dict(state[_key(trainer, number)])
+    if trainer.reference is not None and trainer.reference_moved:
+        for number, gpt in enumerate(trainer.reference.stages):
+            gpt.load_state_dict(state[f"reference_{number}"])
     trainer.optimizer_steps, trainer.version = state["optimizer_steps"], state["version"]
     _load_optimizer(trainer, state["optimizer"])
     if same:
@@ -119,11 +125,28 @@ def _state(trainer: Trainer, kept: HostBuffers | None, with_rng: bool) -> dict[s
         "optimizer_steps": trainer.optimizer_steps,
         "version": trainer.version,
         "layout": _layout(trainer),
+        "reference_moved": trainer.reference_moved,
+        **_reference(trainer),
     }
     if with_rng:
         shape = (trainer.parallel.world,)
         state["rng"] = ShardedObject("rng", _rng(), shape, (trainer.parallel.rank,), replica_id=0)
     return state
+
+
+def _reference(trainer: Trainer) -> dict[str, Any]:
+    """The reference's weights under names of their own, where they are not those of a directory."""
+    if trainer.reference is None or not trainer.reference_moved:
+        return {}
+    metadata = _metadata(trainer.parallel)
+    return {
+        f"reference_{number}": _unprefixed(gpt.sharded_state_dict(prefix=REFERENCE, metadata=metadata))
+        for number, gpt in enumerate(trainer.reference.stages)
+    }
+
+
+def _unprefixed(state: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(REFERENCE): value for name, value in state.items()}
 
 
 def _optimizer_state(trainer: Trainer, model: Callable[[], dict[str, Any]], kept: HostBuffers | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a batch does to the weights: log-probs, losses, gradients, optimizer steps.
+"""What a batch does to the weights: losses, gradients, optimizer steps.
 
 The loss of an update is sum_t w_t l_t over its trained tokens, with weights that depend on the whole update alone
 (`slime.algorithms.aggregation`). Micro-batches and ranks contribute sums and nothing is divided afterwards, so that a gradient does not
@@ -7,7 +7,7 @@ depend on how the update was cut and packed.
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,108 +16,35 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from slime.algorithms.aggregation import token_weights
-from slime.algorithms.base import Algorithm, LossInputs, Step
-from slime.config import SlimeConfig
+from slime.algorithms.base import LossInputs, Step, Targets
 from slime.config.exits import NotFinite
-from slime.observe.trace import Tracer
 from slime.trainer import metrics, performance, routing
-from slime.trainer.device import Device
-from slime.trainer.distributed import Parallel
-from slime.trainer.export import Atlas
-from slime.trainer.forward import OnLogits, run_micro_batches
-from slime.trainer.frozen import Frozen
-from slime.trainer.logprobs import token_logprobs
-from slime.trainer.model import Model
-from slime.trainer.packing import MicroBatch, pack, padded_lengths, partition, split_groups
+from slime.trainer.packing import MicroBatch, split_groups
+from slime.trainer.passes import gather, log_probs, of_labels, run, tokens_of
 from slime.trainer.schedule import learning_rate
 from slime.trainer.sequences import SequencesOfRanks
-from slime.types import NOT_RECORDED, Batch
-
-
-@dataclass
-class Trainer:
-    """One rank's share of the training state."""
-
-    cfg: SlimeConfig
-    device: Device
-    parallel: Parallel
-    model: Model
-    atlas: Atlas
-    algorithm: Algorithm
-    tracer: Tracer
-    reference: Frozen | None = None  # of the KL, where the algorithm has one
-    optimizer_steps: int = 0  # completed
-    version: int = 0  # of the weights: completed batches
-
-    @property
-    def steps_per_batch(self) -> int:
-        return self.cfg.trainer.updates_per_batch * self.cfg.trainer.epochs_per_batch
-
-    @property
-    def temperature(self) -> float:
-        """What logits are divided by: what the engines sample at; 1 where no engine samples."""
-        return self.cfg.rollout.temperature if self.algorithm.needs_rollouts else 1.0
-
-    def micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        """This rank's share of a batch, packed. Raises ValueError for recorded experts that are not the model's."""
-        self._check_experts(batch)
-        dp, cp, tp = self.parallel.dp, self.parallel.cp, self.parallel.tp
-        quadratic_at = 12 * self.model.config.hidden_size  # tokens at which attention costs a layer as much as its projections
-        budget = self.cfg.trainer.max_tokens_per_rank * cp.size()
-        interleaved = self.parallel.sizes.virtual > 1  # such stages take micro-batches in rounds, and rows of one length
-        multiple = self.parallel.pp.size() if interleaved else 1
-        plan = partition(padded_lengths(batch.lengths, cp.size()), dp.size(), budget, quadratic_at, multiple)[dp.rank()]
-        rows = [pack(batch, samples, tp.size(), cp.rank(), cp.size()) for samples in plan]
-        if not interleaved:
-            return rows
-        longest = max(len(row.tokens) for row in rows)
-        return [pack(batch, samples, tp.size(), cp.rank(), cp.size(), longest) for samples in plan]
-
-    def _check_experts(self, batch: Batch) -> None:
-        if batch.experts is None:
-            return
-        config = self.model.config
-        shape, most = (config.num_layers, config.moe_router_topk), config.num_moe_experts or 0
-        if batch.experts.shape[1:] != shape or not NOT_RECORDED <= batch.experts.min() <= batch.experts.max() < most:
-            raise ValueError(
-                f"the batch names experts up to {batch.experts.max()} of {batch.experts.shape[1:]} layers and choices, the model has "
-                f"{shape} of {most}: replay rollouts of the same model, or set rollout.replay_experts=false"
-            )
+from slime.trainer.state import Trainer
+from slime.trainer.teaching import Said, ask_teachers, divergence_from
+from slime.types import Batch
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What is known of an update's tokens before it. [T] each."""
+    """What is known of a batch's tokens before its first optimizer step. [T] each."""
 
     advantages: np.ndarray  # float64
     old_logprobs: np.ndarray | None = None  # float32; None: the current ones, detached
     ref_logprobs: np.ndarray | None = None  # float32; None where the algorithm reads none
+    said: Said = field(default_factory=Said)  # by teachers, for the loss
 
+    def at(self, tokens: np.ndarray) -> "Columns":
+        """Of these tokens (bool [T])."""
 
-def log_probs(trainer: Trainer, batch: Batch, frozen: Frozen | None = None) -> np.ndarray:
-    """Log-probs of the trained tokens at `trainer.temperature`, under the current weights or those of a frozen model, which chooses its own
-    experts: float32 [T], 0 outside loss_mask.
+        def chosen(column: np.ndarray | None) -> np.ndarray | None:
+            return None if column is None else column[tokens]
 
-    Every rank computes its share and gets all of it.
-    """
-
-    def keep(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, tuple[np.ndarray, Tensor]]:
-        logprobs, _ = _of_labels(trainer, micro_batch, logits)
-        return logprobs.sum(), (micro_batch.trained, logprobs)
-
-    trainer.model.train(False)
-    with trainer.tracer.span("logprobs"):
-        micro_batches = trainer.micro_batches(batch if frozen is None else replace(batch, experts=None))
-        kept = _run(trainer, micro_batches, keep, forward_only=True, model=frozen)
-        gathered = _gather(trainer, kept, len(batch.tokens))
-    trainer.model.train(True)
-    return gathered
-
-
-def _of_labels(trainer: Trainer, micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(log-probs, entropy) of the trained tokens, fp32 [t] each."""
-    rows, labels = (torch.from_numpy(x).to(logits.device) for x in (micro_batch.rows, micro_batch.labels))
-    return token_logprobs(logits, rows, labels, trainer.temperature, trainer.model.map.vocab_size, trainer.parallel.tp)
+        said = Said(ids=chosen(self.said.ids), known=chosen(self.said.known))
+        return Columns(self.advantages[tokens], chosen(self.old_logprobs), chosen(self.ref_logprobs), said)
 
 
 def train_batch(trainer: Trainer, batch: Batch) -> dict[str, float]:
@@ -133,21 +60,18 @@ def train_batch(trainer: Trainer, batch: Batch) -> dict[str, float]:
     batch = batch if trainer.cfg.rollout.replay_experts else replace(batch, experts=None)
     without_replay = _without_replay(trainer, batch)
     several = trainer.steps_per_batch > 1
-    known = _known(trainer, batch)
-    targets = algorithm.targets(known)
-    old = known.old_logprobs
-    before = None if old is None else (old, batch)
+    known, targets, columns = prepare(trainer, batch)
+    before = None if known.old_logprobs is None else (known.old_logprobs, batch)
     updates: list[dict[str, float]] = []
     for _ in range(cfg.epochs_per_batch):
         for samples in split_groups(batch.group, cfg.updates_per_batch):
             part = batch.select(samples) if several else batch
-            at = _tokens_of(batch, samples)
-            columns = Columns(targets.advantages[at], *(None if x is None else x[at] for x in (old, known.ref_logprobs)))
-            report, logprobs = _update(trainer, part, columns, taken=len(updates))
+            report, logprobs = _update(trainer, part, columns.at(tokens_of(batch, samples)), taken=len(updates))
             updates.append(report)
             before = before or (logprobs, part)
     assert before is not None
     trainer.version += 1
+    _move_reference(trainer)
     train_s = time.perf_counter() - begun
     return {
         **metrics.mean_of_updates(updates),
@@ -156,6 +80,7 @@ def train_batch(trainer: Trainer, batch: Batch) -> dict[str, float]:
         **_changed_experts(trainer, batch),
         **metrics.staleness(batch, version),
         **metrics.advantage_stats(targets.advantages[batch.loss_mask]),
+        **metrics.teachers(known, list(trainer.cfg.algorithm.teachers)),
         **targets.metrics,
         **_speed(trainer, batch, train_s),
         "time/train_s": train_s,
@@ -200,15 +125,27 @@ def _speed(trainer: Trainer, batch: Batch, train_s: float) -> dict[str, float]:
     return speed | performance.of_gpus(name, gpus, tokens, flops, train_s, float(peak))
 
 
-def _known(trainer: Trainer, batch: Batch) -> Step:
-    """What the algorithm has asked for, of the whole batch, before its first optimizer step."""
-    algorithm = trainer.algorithm
+def prepare(trainer: Trainer, batch: Batch) -> tuple[Step, Targets, Columns]:
+    """What the algorithm has asked for of the whole batch, what it makes of that, and what its loss reads; before the first optimizer
+    step. All ranks call it together."""
+    algorithm, said = trainer.algorithm, ask_teachers(trainer, batch)
     needs_old = algorithm.needs_old_logprobs or (trainer.steps_per_batch > 1 and algorithm.uses_old_logprobs)
-    return Step(
+    known = Step(
         batch,
         old_logprobs=log_probs(trainer, batch) if needs_old else None,
         ref_logprobs=None if trainer.reference is None else log_probs(trainer, batch, trainer.reference),
+        teacher_logprobs=said.logprobs,
     )
+    targets = algorithm.targets(known)
+    return known, targets, Columns(targets.advantages, known.old_logprobs, known.ref_logprobs, said)
+
+
+def _move_reference(trainer: Trainer) -> None:
+    """algorithm.reference_every updates after it last was, the reference is the current policy."""
+    every = trainer.cfg.algorithm.reference_every
+    if trainer.reference is not None and every and trainer.version % every == 0:
+        trainer.reference.become(trainer.model)
+        trainer.reference_moved = True
 
 
 def _update(trainer: Trainer, part: Batch, columns: Columns, taken: int) -> tuple[dict[str, float], np.ndarray]:
@@ -243,7 +180,7 @@ def accumulate_gradients(
         return torch.from_numpy(values.astype(np.float32)).to(device)
 
     def loss_of(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, tuple[dict[str, Tensor], tuple]]:
-        logprobs, entropy = _of_labels(trainer, micro_batch, logits)
+        logprobs, entropy = of_labels(trainer, micro_batch, logits, trainer.model.map)
         at = micro_batch.trained
         outputs = trainer.algorithm.loss(
             LossInputs(
@@ -254,6 +191,7 @@ def accumulate_gradients(
                 rollout_logprobs=on_device(part.rollout_logprobs[at]),
                 sequences=SequencesOfRanks(torch.from_numpy(micro_batch.sample).to(device), len(micro_batch.lengths), trainer.parallel.cp),
                 ref_logprobs=None if columns.ref_logprobs is None else on_device(columns.ref_logprobs[at]),
+                distillation=divergence_from(trainer, part, columns.said, micro_batch, logits),
             )
         )
         w = on_device(weights[at])
@@ -264,23 +202,9 @@ def accumulate_gradients(
     for stage in trainer.model.stages:
         stage.zero_grad_buffer()
     trainer.model.optimizer.zero_grad()
-    collected = _run(trainer, micro_batches, loss_of)
-    logprobs = _gather(trainer, [kept for _, kept in collected], len(part.tokens))
+    collected = run(trainer, micro_batches, loss_of)
+    logprobs = gather(trainer, [kept for _, kept in collected], len(part.tokens))
     return _sum_over_ranks(trainer, [sums for sums, _ in collected]), logprobs
-
-
-def _run(
-    trainer: Trainer, micro_batches: list[MicroBatch], on_logits: OnLogits, forward_only: bool = False, model: Frozen | None = None
-) -> list:
-    return run_micro_batches(
-        model or trainer.model,
-        micro_batches,
-        on_logits,
-        device=trainer.device.torch,
-        tp=trainer.parallel.tp,
-        cp_size=trainer.parallel.cp.size(),
-        forward_only=forward_only,
-    )
 
 
 def _apply(trainer: Trainer, lr: float, loss: float, taken: int) -> float:
@@ -310,21 +234,6 @@ def _not_finite(trainer: Trainer, loss: float, norm: float, taken: int) -> str:
         f"update {trainer.version + 1}{which}: the loss is {loss:g} and the gradient has norm {norm:g}; the step was not taken{before}. "
         f"Lower trainer.lr={cfg.lr:g}, {clip}, or look for log-probs or advantages that are not finite"
     )
-
-
-def _tokens_of(batch: Batch, samples: np.ndarray) -> np.ndarray:
-    """bool [T], the tokens of these samples (ascending)."""
-    return np.isin(batch.sample_of_token, samples)
-
-
-def _gather(trainer: Trainer, kept: list[tuple[np.ndarray, Tensor]], tokens: int) -> np.ndarray:
-    """Put every rank's (positions, values) into one float32 [tokens], on all ranks."""
-    whole = torch.zeros(tokens, dtype=torch.float32, device=trainer.device.torch)
-    for at, values in kept:
-        whole[torch.from_numpy(at).to(whole.device)] = values
-    dist.all_reduce(whole, group=trainer.parallel.dp_cp)
-    dist.all_reduce(whole, group=trainer.parallel.pp)  # only the last stage has any
-    return whole.cpu().numpy()
 
 
 def _sum_over_ranks(trainer: Trainer, sums: list[dict[str, Tensor]]) -> dict[str, float]:

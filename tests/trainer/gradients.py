@@ -1,5 +1,7 @@
 """One update's loss and gradient, in Hugging Face's names, whatever the layout."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -13,9 +15,9 @@ def grpo_cfg(path, aggregation="sequence", **trainer):
 
 
 def log_probs(place, cfg, batch):
-    from slime.trainer import step
+    from slime.trainer import passes
 
-    return step.log_probs(place.trainer(cfg), batch)
+    return passes.log_probs(place.trainer(cfg), batch)
 
 
 def gradient(place, cfg, batch, old, reorder=None):
@@ -28,7 +30,8 @@ def gradient(place, cfg, batch, old, reorder=None):
     if reorder is not None:
         parts = np.array_split(np.random.default_rng(reorder).permutation(len(batch)), 3)
         micro_batches = [pack(batch, part, trainer.parallel.tp.size()) for part in parts]
-    sums, _ = step.accumulate_gradients(trainer, batch, micro_batches, trainer.algorithm.advantages(batch), old)
+    _, _, columns = step.prepare(trainer, batch)
+    sums, _ = step.accumulate_gradients(trainer, batch, micro_batches, replace(columns, old_logprobs=old))
     trainer.model.optimizer.prepare_grads()
     norm = trainer.model.optimizer.get_grad_norm()
     return sums["loss"], gradients(trainer), norm

@@ -111,16 +111,11 @@ class Place:
 
     def trainer(self, cfg: SlimeConfig) -> Any:
         """A trainer built as a rank builds it."""
-        from slime.algorithms.registry import build_algorithm
         from slime.observe.trace import Tracer
-        from slime.trainer.export import make_atlas
-        from slime.trainer.model import build_model
-        from slime.trainer.step import Trainer
+        from slime.trainer.build import build_trainer
 
         parallel = self.join(parallel_sizes(cfg.trainer), cfg.run.seed)
-        model = build_model(cfg, parallel)
-        tracer = Tracer(f"rank {self.rank}")
-        return Trainer(cfg, self.device, parallel, model, make_atlas(model, parallel), build_algorithm(cfg.algorithm), tracer)
+        return build_trainer(cfg, self.device, parallel, Tracer(f"rank {self.rank}"))
 
 
 def make_cfg(path: Path, dtype: str = "fp32", **trainer: Any) -> SlimeConfig:

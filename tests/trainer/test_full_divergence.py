@@ -15,14 +15,16 @@ pytestmark = pytest.mark.e2e
 def inputs(same=False):
     g = torch.Generator().manual_seed(0)
     logits, teacher = ((torch.randn(ROWS, PADDED, generator=g, dtype=torch.float64) * 4).float() for _ in range(2))
-    rows = torch.randperm(ROWS, generator=g)[:17].sort().values
-    return logits, logits.clone() if same else teacher, rows, torch.randn(17, generator=g)
+    rows, other_rows = (torch.randperm(ROWS, generator=g)[:17] for _ in range(2))
+    if same:
+        teacher[other_rows] = logits[rows]
+    return logits, teacher, rows.sort().values, other_rows[rows.argsort()], torch.randn(17, generator=g)
 
 
 def reference(kind):
-    logits, teacher, rows, d_found = inputs()
+    logits, teacher, rows, other_rows, d_found = inputs()
     x = logits.double().requires_grad_()
-    student, other = ((of[rows, :VOCAB] / TEMPERATURE).log_softmax(-1) for of in (x, teacher.double()))
+    student, other = ((of[at, :VOCAB] / TEMPERATURE).log_softmax(-1) for of, at in ((x, rows), (teacher.double(), other_rows)))
     found = divergence(student, other, kind, BETA)
     (found * d_found).sum().backward()
     return found.detach(), x.grad
@@ -32,11 +34,11 @@ def ours(place, chunk_elements, kind, same=False):
     from slime.trainer.full_divergence import full_divergence
 
     tp = place.join(parallel_sizes(TrainerConfig(tensor_parallel=place.world))).tp
-    logits, teacher, rows, d_found = inputs(same)
+    logits, teacher, rows, other_rows, d_found = inputs(same)
     local, other = (of.chunk(place.world, 1)[place.rank].contiguous().requires_grad_() for of in (logits, teacher))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logprobs, "CHUNK_ELEMENTS", chunk_elements)
-        found = full_divergence(local, other, rows, TEMPERATURE, VOCAB, tp, kind, BETA)
+        found = full_divergence(local, other, rows, other_rows, TEMPERATURE, VOCAB, tp, kind, BETA)
         (found * d_found).sum().backward()
     assert other.grad is None, "a teacher is not trained"
     return found.detach(), local.grad

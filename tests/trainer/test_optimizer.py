@@ -17,7 +17,7 @@ def steps(place, cfg, batches):
     trainer = place.trainer(cfg)
     found = [(None, weights(trainer))]
     for batch in batches:
-        step.accumulate_gradients(trainer, batch, trainer.micro_batches(batch), trainer.algorithm.advantages(batch), None)
+        step.accumulate_gradients(trainer, batch, trainer.micro_batches(batch), step.prepare(trainer, batch)[2])
         grads = {name: grad.clone() for name, grad in gradients(trainer).items()}
         step.train_batch(trainer, batch)
         found.append((grads, weights(trainer)))

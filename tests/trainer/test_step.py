@@ -222,7 +222,7 @@ def refused(place, cfg, batch, spoil, after, says):
         return LossOutputs(spoil(x.logprobs) if bad else x.logprobs, {})
 
     held = {}
-    trainer.algorithm = Algorithm(algorithm.advantages, loss)
+    trainer.algorithm = Algorithm(algorithm.targets, loss)
     finished = trainer.model.optimizer.step_with_ready_grads
     trainer.model.optimizer.step_with_ready_grads = lambda: (finished(), held.update(weights(trainer)))
     held.update(weights(trainer))
