@@ -281,6 +281,7 @@ class Batch:
         """The batch of the samples at these positions (int64 [M]), in that order."""
         spans = [np.arange(self.cu_seqlens[i], self.cu_seqlens[i + 1]) for i in samples]
         at = np.concatenate(spans) if spans else np.zeros(0, np.int64)
+        known: dict[str, Any] = {name: None if (column := getattr(self, name)) is None else column[at] for name in SOMETIMES}
         return Batch(
             tokens=self.tokens[at],
             cu_seqlens=np.concatenate([[0], np.cumsum(self.lengths[samples])]).astype(np.int64),
@@ -290,7 +291,7 @@ class Batch:
             group=self.group[samples],
             version=self.version[samples],
             teacher=None if self.teacher is None else self.teacher[samples],
-            **{name: None if (column := getattr(self, name)) is None else column[at] for name in SOMETIMES},
+            **known,
         )
 
 

@@ -1,4 +1,4 @@
-"""Teachers: that there are some where something is learned from them, that each source of prompts has one, that they can say what is asked."""
+"""Teachers: there are some where something is learned from them, each source of prompts has one, and they can say what is asked."""
 
 import re
 from collections import Counter
@@ -17,7 +17,9 @@ def check_teachers(cfg: SlimeConfig) -> None:
     teachers = algorithm.teachers
     if algorithm.distill == "none":
         if teachers:
-            raise ConfigError(f"algorithm.teachers ({', '.join(teachers)}) has no effect with algorithm.distill=none: set algorithm.distill")
+            raise ConfigError(
+                f"algorithm.teachers ({', '.join(teachers)}) has no effect with algorithm.distill=none: set algorithm.distill"
+            )
         return
     if not teachers:
         raise ConfigError(f"algorithm.distill={algorithm.distill} without a teacher: set algorithm.teachers.<name>.path")

@@ -11,8 +11,8 @@ FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def local_directory(path: str, knob: str = "model.path", cache: Path | None = None) -> Path:
-    """The directory that a knob names: itself, or the snapshot of a hub id (`organisation/name`) in `cache` (by default the hub's own), which
-    every rank and engine host has to see. Raises ValueError where it is neither or the download fails."""
+    """The directory that a knob names: itself, or the snapshot of a hub id (`organisation/name`) in `cache` (by default the hub's own),
+    which every rank and engine host has to see. Raises ValueError where it is neither or the download fails."""
     if Path(path).is_dir():
         return Path(path)
     if not is_hub_id(path):

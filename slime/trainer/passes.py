@@ -62,7 +62,9 @@ def of_labels(trainer: Trainer, micro_batch: MicroBatch, logits: Tensor, model_m
     return token_logprobs(logits, rows, labels, trainer.temperature, model_map.vocab_size, trainer.parallel.tp)
 
 
-def gather(trainer: Trainer, kept: list[tuple[np.ndarray, Tensor]], tokens: int, like: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> np.ndarray:
+def gather(
+    trainer: Trainer, kept: list[tuple[np.ndarray, Tensor]], tokens: int, like: tuple[int, ...] = (), dtype: torch.dtype = torch.float32
+) -> np.ndarray:
     """Put every rank's (positions, values [t, *like]) into one [tokens, *like], on all ranks; 0 where there are none."""
     whole = torch.zeros(tokens, *like, dtype=dtype, device=trainer.device.torch)
     for at, values in kept:

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from slime.algorithms.base import Algorithm
 from slime.config import SlimeConfig
 from slime.observe.trace import Tracer

@@ -1,4 +1,4 @@
-"""What teachers say of a batch: of the tokens drawn and of their own likeliest ones before it is trained on, whole distributions while it is.
+"""What teachers say of a batch: of the tokens drawn and of their own likeliest ones before it is trained on, all of it while it is.
 
 A served teacher has said it when the batch comes: the columns teacher_*. The others are held by the actor's ranks, in the actor's layout;
 each sees its own samples alone.
@@ -55,12 +55,14 @@ def _check(trainer: Trainer, batch: Batch) -> None:
     cfg = trainer.cfg.algorithm
     served = {number: name for number, name in enumerate(cfg.teachers) if number not in trainer.teachers}
     if batch.teacher is None or (batch.teacher == NO_TEACHER).any() or batch.teacher.max() >= len(cfg.teachers):
-        raise ValueError(f"the batch does not say who of {', '.join(cfg.teachers)} teaches its samples: generate it with algorithm.teachers")
+        raise ValueError(
+            f"the batch does not say who of {', '.join(cfg.teachers)} teaches its samples: generate it with algorithm.teachers"
+        )
     needed = batch.teacher_logprobs if cfg.distill == "sampled" else batch.teacher_top
     if np.isin(batch.teacher, list(served)).any() and needed is None:
         raise ValueError(
-            f"the batch does not hold what algorithm.distill={cfg.distill} asks of {', '.join(served.values())}: generate it with this recipe, "
-            "or remove algorithm.teachers.<name>.url"
+            f"the batch does not hold what algorithm.distill={cfg.distill} asks of {', '.join(served.values())}: generate it with this "
+            "recipe, or remove algorithm.teachers.<name>.url"
         )
 
 
@@ -94,9 +96,7 @@ def _likeliest(trainer: Trainer, batch: Batch, teacher: Frozen) -> tuple[np.ndar
     return ids, gather(trainer, [(at, known) for at, _, known in kept], tokens, (k + 1,))
 
 
-def divergence_from(
-    trainer: Trainer, part: Batch, said: Said, micro_batch: MicroBatch, logits: Tensor
-) -> Tensor | None:
+def divergence_from(trainer: Trainer, part: Batch, said: Said, micro_batch: MicroBatch, logits: Tensor) -> Tensor | None:
     """fp32 [t], of the student's distributions at a micro-batch's trained tokens from their teachers', with its gradient; None where the
     recipe asks for none. logits [L, this rank's share of the vocabulary]; `part` and `said` are the update's."""
     cfg = trainer.cfg.algorithm
