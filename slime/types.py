@@ -270,7 +270,7 @@ class Batch:
         """One batch of these, in the order given: what `from_groups` makes of all their groups together."""
         always = [f.name for f in fields(cls) if f.default is MISSING and f.name != "cu_seqlens"]
         lengths = np.concatenate([part.lengths for part in parts])
-        known: dict[str, Any] = {name: _joined([(getattr(p, name), len(p.tokens)) for p in parts], none) for name, none in SOMETIMES.items()}
+        known: dict[str, Any] = {name: _joined([(getattr(p, name), len(p.tokens)) for p in parts], n) for name, n in SOMETIMES.items()}
         return cls(
             cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             **{name: np.concatenate([getattr(part, name) for part in parts]) for name in always},
