@@ -37,16 +37,16 @@ def gradient(place, cfg, batch, old, reorder=None):
     return sums["loss"], gradients(trainer), norm
 
 
-def assert_same(found, expected):
-    """Loss, every tensor's gradient and its norm within 1e-5, relative; returns the worst tensor's distance."""
-    assert found[0] == pytest.approx(expected[0], rel=1e-5, abs=1e-6)
+def assert_same(found, expected, tolerance=1e-5):
+    """Loss, every tensor's gradient and its norm within `tolerance`, relative; returns the worst tensor's distance."""
+    assert found[0] == pytest.approx(expected[0], rel=tolerance, abs=1e-6)
     assert found[1].keys() == expected[1].keys()
     worst = 0.0
     for name, want in expected[1].items():
         distance = float((found[1][name] - want).norm())
-        assert distance <= 1e-5 * float(want.norm()), name
+        assert distance <= tolerance * float(want.norm()), name
         worst = max(worst, distance / float(want.norm() or 1.0))
-    assert found[2] == pytest.approx(expected[2], rel=1e-5)
+    assert found[2] == pytest.approx(expected[2], rel=tolerance)
     return worst
 
 

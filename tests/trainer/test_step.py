@@ -8,6 +8,7 @@ import torch
 
 from slime.algorithms.base import Algorithm, LossOutputs
 from slime.types import NO_VERSION, Batch
+from tests.algorithms.local import LocalSequences
 from tests.tiny import load_hf_model
 from tests.trainer.gradients import assert_same, gradient, grpo_cfg, log_probs, noisy_old
 from tests.trainer.ranks import make_batch, make_cfg, weights
@@ -51,7 +52,7 @@ def test_bf16_log_probs_are_close(ranks, models):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_is_that_of_autograd(ranks, models, kind):
     from slime.algorithms.aggregation import token_weights
-    from slime.algorithms.base import LossInputs
+    from slime.algorithms.base import LossInputs, Step
     from slime.algorithms.registry import build_algorithm
 
     cfg, batch = grpo_cfg(models[kind]), make_batch(vocab=77)
@@ -59,10 +60,10 @@ def test_gradient_is_that_of_autograd(ranks, models, kind):
     logprobs, entropy = reference_logprobs(model, batch, 0.8)
     old = noisy_old(batch, logprobs.detach().numpy())
     algorithm = build_algorithm(cfg.algorithm)
-    of_T = torch.from_numpy(algorithm.advantages(batch)[batch.sample_of_token]).float()
+    advantages = torch.from_numpy(algorithm.targets(Step(batch)).advantages).float()
     rollout = torch.from_numpy(batch.rollout_logprobs)
-    sample = torch.from_numpy(batch.sample_of_token)
-    losses = algorithm.loss(LossInputs(logprobs, torch.from_numpy(old), entropy, of_T, rollout, sample)).loss
+    sequences = LocalSequences(torch.from_numpy(batch.sample_of_token))
+    losses = algorithm.loss(LossInputs(logprobs, torch.from_numpy(old), entropy, advantages, rollout, sequences)).loss
     loss = (torch.from_numpy(token_weights(batch, "sequence", 40)).float() * losses).sum()
     loss.backward()
     expected = {name: p.grad for name, p in model.named_parameters()}

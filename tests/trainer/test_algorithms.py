@@ -1,0 +1,101 @@
+"""Every algorithm: the gradient of an update does not depend on how it is cut into micro-batches, packed, ordered and laid out over ranks."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from slime.config.algorithm import TeacherConfig
+from slime.config.algorithms import ALGORITHMS
+from tests.trainer.gradients import assert_same, gradient, log_probs, noisy_old
+from tests.trainer.ranks import make_batch, make_cfg
+
+pytestmark = pytest.mark.e2e
+TAUGHT = {"name": "opd", "distill_coef": 0.5}
+# name -> knobs of `algorithm`: each algorithm with terms that look beyond a token
+CASES = {
+    "grpo": {"name": "grpo", "importance": "geometric", "kl_loss_coef": 0.1, "aggregation": "sequence", "entropy_coef": 0.1},
+    "rloo": {"name": "rloo", "importance": "sequence", "importance_high": 1e3, "kl_loss_coef": 0.1, "kl_estimator": "k3"},
+    "reinforce_pp": {"name": "reinforce_pp", "kl_reward_coef": 0.1, "gamma": 0.9},
+    "reinforce_pp_baseline": {"name": "reinforce_pp_baseline", "kl_reward_coef": 0.1, "aggregation": "constant"},
+    "gspo": {"name": "gspo", "clip_low": 0.05, "clip_high": 0.05},
+    "cispo": {"name": "cispo", "clip_high": 0.5},
+    "sft": {"name": "sft", "aggregation": "sequence"},
+    "opd": {**TAUGHT, "distill": "sampled"},
+    "opd_topk": {**TAUGHT, "distill": "topk", "distill_divergence": "jsd", "distill_top_k": 5},
+    "opd_full": {**TAUGHT, "distill": "full", "distill_divergence": "reverse"},
+    "grpo_full": {"name": "grpo", "distill": "full", "distill_divergence": "forward", "distill_coef": 0.3},
+}
+LAYOUTS = {
+    "DP2 x PP2": (4, {"pipeline_parallel": 2}),
+    "TP2 x CP2": (4, {"tensor_parallel": 2, "context_parallel": 2}),
+    "DP2": (2, {}),
+    "TP2": (2, {"tensor_parallel": 2}),
+    "PP2": (2, {"pipeline_parallel": 2}),
+    "CP2": (2, {"context_parallel": 2}),
+}
+FIRST = ("DP2 x PP2", "TP2 x CP2", "DP2")  # the others run with the slow tests
+
+
+def recipe(models, case: str, **trainer):
+    cfg = make_cfg(models["qwen3"], **trainer)
+    cfg.rollout.temperature = 0.8
+    for knob, value in CASES[case].items():
+        setattr(cfg.algorithm, knob, value)
+    if cfg.algorithm.distill != "none":
+        cfg.algorithm.teachers = {"a": TeacherConfig(str(models["qwen3_tied"])), "b": TeacherConfig(str(models["llama"]))}
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def batch(ranks, models):
+    found = make_batch(samples=12, vocab=77)
+    found = replace(found, teacher=np.arange(12) % 2)
+    drawn = ranks.run(log_probs, 1, recipe(models, "sft"), found)[0]  # engines drew it, nearly
+    noise = np.random.default_rng(3).normal(0, 0.2, len(drawn))
+    return replace(found, rollout_logprobs=((drawn + noise) * found.loss_mask).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def alone(ranks, models, batch):
+    """Old log-probs and the update of one process in one micro-batch, by case."""
+    found = {}
+
+    def of(case):
+        if case not in found:
+            old = noisy_old(batch, ranks.run(log_probs, 1, recipe(models, "sft"), batch)[0])
+            found[case] = (old, ranks.run(gradient, 1, recipe(models, case), batch, old)[0])
+        return found[case]
+
+    return of
+
+
+def test_every_algorithm_has_a_case() -> None:
+    assert {case["name"] for case in CASES.values()} == ALGORITHMS.keys() - {"ppo"}, "ppo is test_critic.py's"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_micro_batches_packing_and_order_do_not_matter(ranks, models, batch, alone, case) -> None:
+    old, expected = alone(case)
+    assert max(float(grad.abs().max()) for grad in expected[1].values()) > 1e-4, "there is a gradient"
+    assert_same(ranks.run(gradient, 1, recipe(models, case, max_tokens_per_rank=1), batch, old)[0], expected)
+    assert_same(ranks.run(gradient, 1, recipe(models, case), batch, old, 5)[0], expected)
+    order = np.random.default_rng(2).permutation(len(batch))  # which interleaves groups
+    spans = np.concatenate([np.arange(batch.cu_seqlens[i], batch.cu_seqlens[i + 1]) for i in order])
+    assert_same(ranks.run(gradient, 1, recipe(models, case), batch.select(order), old[spans])[0], expected)
+
+
+def layout_cases():
+    for case, knobs in CASES.items():
+        for layout in LAYOUTS:
+            if knobs.get("distill") == "full" and "PP" in layout:
+                continue  # refused: tests/config/test_check_teachers.py
+            yield pytest.param(case, layout, marks=() if layout in FIRST else pytest.mark.slow, id=f"{case}-{layout}")
+
+
+@pytest.mark.parametrize(("case", "layout"), layout_cases())
+def test_layouts_do_not_matter(ranks, models, batch, alone, case, layout, record_property) -> None:
+    old, expected = alone(case)
+    world, knobs = LAYOUTS[layout]
+    found = ranks.run(gradient, world, recipe(models, case, max_tokens_per_rank=60, **knobs), batch, old)
+    record_property("worst gradient", assert_same(found[0], expected))
