@@ -12,9 +12,9 @@ from slime.types import Batch
 
 
 def clip_of(cfg: AlgorithmConfig, low: float = 0.2, high: float | None = None) -> Clip:
-    """The recipe's bounds; `low` and `high` are the algorithm's defaults, `high` itself by default `low`."""
+    """The recipe's bounds; `low` and `high` are the algorithm's defaults; without one, `high` is what the lower bound is."""
     low = low if cfg.clip_low is None else cfg.clip_low
-    high = low if high is None or cfg.clip_low is not None else high
+    high = low if high is None else high
     return Clip(low, high if cfg.clip_high is None else cfg.clip_high, cfg.clip_dual)
 
 

@@ -41,7 +41,7 @@ class AlgorithmConfig:
     clip_low: float | None = number(None, low=0, high=1)
     """The ratio counts from 1 - clip_low on. By default 0.2; gspo 0.0003; cispo 1."""
     clip_high: float | None = number(None, low=0)
-    """The ratio counts up to 1 + clip_high. By default clip_low (DAPO: 0.28); where that is unset, gspo 0.0004, cispo 4."""
+    """The ratio counts up to 1 + clip_high. By default clip_low (DAPO: 0.28); gspo 0.0004; cispo 4."""
     clip_dual: float | None = number(None, above=1)
     """The ratio counts up to this where the advantage is negative; above 1, usually 3."""
     entropy_coef: float = number(0.0, low=0)
@@ -70,8 +70,7 @@ class AlgorithmConfig:
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     """Teachers by name; each source of prompts has one."""
     distill: str = choice("none", "sampled", "topk", "full")
-    """What is learned from teachers beside the rewards: the reverse KL at the drawn tokens, as an advantage; or the divergence over their
-    top tokens and a tail, or over the whole vocabulary, as a loss."""
+    """From teachers: the reverse KL at the tokens drawn, as an advantage; or, as a loss, a divergence over their top tokens or all."""
     distill_coef: float = number(1.0, above=0)
     """Its weight."""
     distill_divergence: str = choice("reverse", "forward", "jsd")

@@ -1,6 +1,7 @@
 """Knobs of the algorithm that would do nothing, or contradict each other."""
 
 from dataclasses import fields
+from typing import Any
 
 from slime.config.algorithm import AlgorithmConfig
 from slime.config.algorithms import ALGORITHMS
@@ -66,5 +67,10 @@ def _check_distill(cfg: AlgorithmConfig) -> None:
 
 
 def _refuse(cfg: AlgorithmConfig, knob: str, why: str) -> None:
-    value = getattr(cfg, knob)
-    raise ConfigError(f"algorithm.{knob}={f'{value:g}' if isinstance(value, float) else str(value).lower()} {why}")
+    raise ConfigError(f"algorithm.{knob}={_said(getattr(cfg, knob))} {why}")
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, dict):
+        return ",".join(value)
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()

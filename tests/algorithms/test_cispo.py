@@ -11,7 +11,7 @@ from tests.algorithms.test_terms import after_updates, make_step, ratios, slope
 
 CLIPS = [
     ({}, (1.0, 4.0)),
-    ({"clip_low": 0.2}, (0.2, 0.2)),
+    ({"clip_low": 0.2}, (0.2, 4.0)),
     ({"clip_high": 0.1}, (1.0, 0.1)),
     ({"clip_low": 0.1, "clip_high": 0.5}, (0.1, 0.5)),
 ]

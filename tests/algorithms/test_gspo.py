@@ -30,7 +30,7 @@ def test_targets_are_grpos():
     ("given", "bounds"),
     [
         ({}, (3e-4, 4e-4, None)),
-        ({"clip_low": 0.1}, (0.1, 0.1, None)),
+        ({"clip_low": 0.1}, (0.1, 4e-4, None)),
         ({"clip_low": 0.2, "clip_high": 0.3, "clip_dual": 1.05}, (0.2, 0.3, 1.05)),
     ],
     ids=str,

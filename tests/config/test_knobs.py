@@ -13,7 +13,7 @@ def test_few_knobs_each_with_one_line() -> None:
 
 
 def test_defaults_keep_their_own_bounds() -> None:
-    for knob in knobs():
+    for knob in (knob for knob in knobs() if knob.default is not None):
         low, high, above = (knob.metadata.get(bound) for bound in ("low", "high", "above"))
         assert low is None or knob.default >= low, knob.path
         assert high is None or knob.default <= high, knob.path
