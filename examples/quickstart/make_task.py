@@ -7,7 +7,9 @@ in five they drop a leading zero, "12457". A model that imitates them is right o
 of five; a program that checks answers can teach it the rest.
 
 OUT gets train.jsonl (prompts of the RL run), demos.jsonl (the warm start's demonstrations), heldout.jsonl (evaluation), no prompt
-in two of them, and model/: a Hugging Face directory with a Qwen3 of about a million random parameters and a tokenizer of
+in two of them, and careful.jsonl: the demonstrations without their mistakes, from which a teacher learns. For a student of two
+teachers there is a second task, to sort downwards, "turn 402715=" -> "754210", whose demonstrations drop the zero at the end: the files
+turn_*.jsonl. And model/: a Hugging Face directory with a Qwen3 of about a million random parameters and a tokenizer of
 characters. The same seed gives the same bytes.
 """
 
@@ -15,6 +17,8 @@ import argparse
 import json
 import random
 import string
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -34,23 +38,39 @@ VOCABULARY = [PAD, EOS, UNKNOWN, *string.ascii_lowercase, *string.digits, *" =+-
 def make_task(out: Path, seed: int) -> None:
     """Write everything; files of an earlier call are replaced."""
     out.mkdir(parents=True, exist_ok=True)
-    for name, rows in make_rows(random.Random(seed)).items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = make_rows(random.Random(seed), SORT), make_rows(random.Random(f"turn {seed}"), TURN)
+    for prefix, files in zip(("", "turn_"), tasks, strict=True):
+        for name, rows in files.items():
+            (out / f"{prefix}{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_model(out / "model", seed)
 
 
-def make_rows(rng: random.Random) -> dict[str, list[dict[str, str]]]:
-    """{"prompt", "label"} rows by file; no prompt occurs twice."""
+@dataclass(frozen=True)
+class Task:
+    """What a prompt asks for, the right answer to digits, and what people make of it."""
+
+    verb: str
+    answer: Callable[[str], str]
+    careless: Callable[[str], str]
+
+
+SORT = Task("sort", lambda digits: "".join(sorted(digits)), lambda right: right.removeprefix("0"))
+TURN = Task("turn", lambda digits: "".join(sorted(digits, reverse=True)), lambda right: right.removesuffix("0"))
+
+
+def make_rows(rng: random.Random, task: Task) -> dict[str, list[dict[str, str]]]:
+    """{"prompt", "label"} rows by file; no prompt occurs twice, but that the careful demonstrations are those of the careless ones."""
     numbers: dict[str, None] = {}
     while len(numbers) < sum(ROWS.values()):
         numbers["".join(rng.sample(string.digits, DIGITS))] = None
     drawn = iter(numbers)
     files = {}
     for name, count in ROWS.items():
-        files[name] = [{"prompt": f"sort {digits}=", "label": "".join(sorted(digits))} for digits in islice(drawn, count)]
+        files[name] = [{"prompt": f"{task.verb} {digits}=", "label": task.answer(digits)} for digits in islice(drawn, count)]
+    files["careful"] = [dict(row) for row in files["demos"]]
     for row in files["demos"]:
-        if row["label"].startswith("0") and rng.random() < CARELESS:
-            row["label"] = row["label"][1:]
+        if (careless := task.careless(row["label"])) != row["label"] and rng.random() < CARELESS:
+            row["label"] = careless
     return files
 
 

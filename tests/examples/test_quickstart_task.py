@@ -32,6 +32,15 @@ def test_labels_to_be_rewarded_are_right(task, name):
     assert all(row["label"] == "".join(sorted(digits_of(row))) for row in rows(task, name))
 
 
+@pytest.mark.parametrize("task_name", ["", "turn_"])
+def test_careful_demonstrations_are_the_others_without_mistakes(task, task_name):
+    careless, careful = rows(task, f"{task_name}demos"), rows(task, f"{task_name}careful")
+    assert [row["prompt"] for row in careless] == [row["prompt"] for row in careful]
+    assert all(sorted(row["label"], reverse=bool(task_name)) == list(row["label"]) and len(row["label"]) == 6 for row in careful)
+    differing = [(a["label"], b["label"]) for a, b in zip(careless, careful, strict=True) if a["label"] != b["label"]]
+    assert len(differing) > 1000 and all(b.replace("0", "") == a for a, b in differing)
+
+
 def test_demonstrations_drop_leading_zeros_and_make_no_other_mistake(task):
     demos = rows(task, "demos")
     assert all(row["label"] in ((right := "".join(sorted(digits_of(row)))), right.lstrip("0")) for row in demos)
@@ -47,7 +56,8 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(task, tmp_path)
     files = sorted(p.relative_to(task) for p in task.rglob("*") if p.is_file())
     assert all((task / f).read_bytes() == (tmp_path / "again" / f).read_bytes() for f in files)
     changed = {f.name for f in files if (task / f).read_bytes() != (tmp_path / "other" / f).read_bytes()}
-    assert changed == {"train.jsonl", "demos.jsonl", "heldout.jsonl", "model.safetensors"}
+    names = ("train", "demos", "heldout", "careful")
+    assert changed == {*(f"{task}{name}.jsonl" for task in ("", "turn_") for name in names), "model.safetensors"}
 
 
 def test_the_tokenizer_is_one_token_a_character(task):
