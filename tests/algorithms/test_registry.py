@@ -195,6 +195,15 @@ def test_every_name_builds_what_its_traits_say(name):
     assert (algorithm.needs_rollouts, algorithm.uses_critic) == (traits.needs_rollouts, traits.critic)
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_without_rewards_does_not_feel_them(name):
+    algorithm, cfg = build_algorithm(recipe(name)), recipe(name)
+    step = step_for(algorithm, cfg)
+    other = replace(step, batch=replace(step.batch, rewards=step.batch.rewards[::-1].copy()))
+    first, second = (algorithm.targets(known).advantages for known in (step, other))
+    assert ALGORITHMS[name].rewarded == (np.abs(first - second).max() > 1e-9)
+
+
 def test_traits_and_builders_have_the_same_names():
     assert ALGORITHMS.keys() == BUILDERS.keys()
 
