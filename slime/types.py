@@ -105,6 +105,7 @@ class Sample:
     rollout_logprobs: list[float] = field(default_factory=list)  # [R], as sampled, at the rollout temperature; 0 where masked
     reward: float | None = None
     reward_error: str | None = None  # why there is no reward; an error is not a zero
+    penalty: float | None = None  # added to the reward in training alone: what an overlong answer loses, at most 0
     metrics: dict[str, float] = field(default_factory=dict)  # a reward's extras
     weight_versions: list[VersionSpan] = field(default_factory=list)
     finish_reason: str = ""  # stop | length | abort
@@ -170,9 +171,14 @@ class Group:
 
     @property
     def rewards(self) -> list[float]:
-        """Rewards of the samples; asserts that every sample has one."""
+        """Rewards of the samples, as they were judged; asserts that every sample has one."""
         assert all(s.reward is not None for s in self.samples), f"group {self.ordinal} has samples without a reward"
         return [float(s.reward) for s in self.samples]  # type: ignore[arg-type]
+
+    @property
+    def trained_rewards(self) -> list[float]:
+        """What training sees: rewards with penalties."""
+        return [reward + (s.penalty or 0.0) for reward, s in zip(self.rewards, self.samples, strict=True)]
 
 
 @dataclass(slots=True)
@@ -183,7 +189,7 @@ class Batch:
     cu_seqlens: np.ndarray  # int64 [N + 1]
     loss_mask: np.ndarray  # bool [T], tokens drawn from the policy that are trained on; never the first of a sequence
     rollout_logprobs: np.ndarray  # float32 [T], 0 outside loss_mask
-    rewards: np.ndarray  # float64 [N]
+    rewards: np.ndarray  # float64 [N], with penalties
     group: np.ndarray  # int64 [N], ordinal of each sample's prompt
     version: np.ndarray  # int64 [N], number of the oldest weights that drew a token of it; -1 where no policy drew any
     experts: np.ndarray | None = None  # int16 [T, layers, k], where engines named any: what each token went to, or NOT_RECORDED
@@ -255,7 +261,7 @@ class Batch:
             cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             loss_mask=mask,
             rollout_logprobs=np.where(mask, per_token(0.0, "rollout_logprobs", np.float32), 0).astype(np.float32),
-            rewards=np.array([r for g in groups for r in g.rewards], np.float64),
+            rewards=np.array([r for g in groups for r in g.trained_rewards], np.float64),
             group=np.array([s.group for s in samples], np.int64),
             version=np.array([s.oldest_version for s in samples], np.int64),
             experts=_joined([part for s, n in zip(samples, lengths, strict=True) for part in _known(s.experts, n)], NOT_RECORDED),
@@ -338,7 +344,7 @@ class RolloutSummary:
     drawn: int  # ordinals [first, first + drawn) were taken from the source
     first_ordinal: int
     trained: list[int]  # ordinals in the batch, ascending
-    dropped: dict[int, str]  # ordinal -> reason: too_long | filter | reward_error | surplus
+    dropped: dict[int, str]  # ordinal -> reason: too_long | filter | truncated | reward_error | surplus
     metrics: dict[str, float]  # reward/*, response_len/*, group/*, engine/*, time/rollout_s
     examples: list[dict[str, Any]]  # a few samples for the report: prompt, response, reward, label
 

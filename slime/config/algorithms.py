@@ -11,6 +11,7 @@ class Traits:
     needs_rollouts: bool = True  # False: it learns from demonstrations
     compares: bool = False  # answers to one prompt with each other: a group needs two
     critic: bool = False
+    rewarded: bool = True  # False: rewards play no part in what it learns
 
 
 def _reads(*parts: str) -> frozenset[str]:
@@ -33,6 +34,6 @@ ALGORITHMS = {
     "ppo": Traits(_reads(ALWAYS, TERMS, LOSS, REWARDED, "gamma lam"), critic=True),
     "gspo": Traits(_reads(ALWAYS, TERMS, LOSS, "normalize_std"), compares=True),
     "cispo": Traits(_reads(ALWAYS, TERMS, "clip_low clip_high normalize_std"), compares=True),
-    "opd": Traits(_reads(ALWAYS, TERMS, LOSS)),
-    "sft": Traits(_reads(ALWAYS), needs_rollouts=False),
+    "opd": Traits(_reads(ALWAYS, TERMS, LOSS), rewarded=False),
+    "sft": Traits(_reads(ALWAYS), needs_rollouts=False, rewarded=False),
 }

@@ -52,9 +52,9 @@ COURSE = {
     **_names(
         "rollout",
         "mode prompts_per_step samples_per_prompt max_response_tokens temperature top_p stop generate filter select oversample "
-        "quantization replay_experts sglang",
+        "mask_truncated quantization replay_experts sglang",
     ),
-    **_names("reward", "fn signature pattern url"),
+    **_names("reward", "fn signature pattern url overlong_buffer overlong_penalty"),
     **_names(
         "trainer",
         "lr schedule warmup_steps decay_steps min_lr weight_decay beta1 beta2 eps clip_grad updates_per_batch epochs_per_batch megatron",

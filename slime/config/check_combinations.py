@@ -165,8 +165,23 @@ def _reward(cfg: SlimeConfig) -> None:
             re.compile(reward.pattern)
         except re.error as error:
             raise ConfigError(f"reward.pattern={reward.pattern}: not a regular expression: {error}") from error
+    _overlong(cfg)
     if changed(reward, "signature") and not any(":" in fn for fn in functions.values()):
         raise _inert(f"reward.signature={reward.signature}", f"{named}, which is built in", "remove reward.signature")
+
+
+def _overlong(cfg: SlimeConfig) -> None:
+    buffer, longest, traits = cfg.reward.overlong_buffer, cfg.rollout.max_response_tokens, ALGORITHMS.get(cfg.algorithm.name)
+    if changed(cfg.reward, "overlong_penalty") and not buffer:
+        raise _inert(
+            f"reward.overlong_penalty={cfg.reward.overlong_penalty:g}", "reward.overlong_buffer=0", "set it, or remove the penalty"
+        )
+    if buffer > longest:
+        raise ConfigError(
+            f"reward.overlong_buffer={buffer} is above rollout.max_response_tokens={longest}, whose last tokens it is: lower it"
+        )
+    if buffer and traits and not traits.rewarded:
+        raise _inert(f"reward.overlong_buffer={buffer}", f"algorithm.name={cfg.algorithm.name}, which learns from no reward", "remove it")
 
 
 def _schedule(cfg: SlimeConfig) -> None:

@@ -21,14 +21,15 @@ SERVING = tuple(
         *("external_urls", "external_key_env", "join"),
     )
 )
-GENERATING = tuple(f"rollout.{knob}" for knob in ("mode", "top_p", "stop", "generate", "filter", "select", "oversample", "dump"))
+GENERATING = tuple(f"rollout.{knob}" for knob in ("mode", "top_p", "stop", "generate", "filter", "select", "oversample"))
+OF_BATCHES = ("rollout.mask_truncated", "rollout.dump")
 EVALUATING = ("data.eval", "run.eval_every")
 MISMATCH = ("observe.mismatch_warn", "observe.mismatch_stop")  # compares a trainer with an engine
 
 INERT = {
     "demonstrations": (
         *("rollout.temperature", "rollout.samples_per_prompt"),
-        *(*GENERATING, *SERVING, *EVALUATING, *MISMATCH),
+        *(*GENERATING, *OF_BATCHES, *SERVING, *EVALUATING, *MISMATCH),
         *("reward", "sync"),
     ),
     "train": ("rollout.dump",),

@@ -20,7 +20,7 @@ A rank has at most max_tokens_per_rank tokens of a micro-batch, or its 1 / conte
 p - s micro-batches at once (one-forward-one-backward); v-fold interleaved, (2 (p - s - 1) + (v - 1) p + 1) / v (ibid., appendix C).
 
 Logits of one micro-batch and their gradient, on the last stage: 2 x tokens x vocabulary / t, in the model's dtype. Log-probs are
-computed from them in fp32, a chunk of at most 2^24 values at a time; the backward pass holds at most five such chunks.
+computed from them in fp32, a chunk of at most 2^24 values at a time; the backward pass holds at most three such chunks.
 
 An engine's device holds its share of the weights (with rollout.quantization=fp8 a byte for all but embedding and head) and, a token and
 layer, 2 x kv_heads x head_dim values of KV cache over its tensor-parallel ranks; with latent attention kv_lora_rank + qk_rope_head_dim
@@ -43,7 +43,7 @@ from slime.config.parallel import ParallelSizes, parallel_sizes, stage_layers
 BYTES = {"bf16": 2, "fp32": 4}
 ADAM_BYTES = {"bf16": 12, "fp32": 8}
 CHUNK_ELEMENTS = 1 << 24  # of slime.trainer.logprobs
-CHUNKS = 5  # fp32 arrays of a chunk alive at once in its backward pass: logits, probabilities, their gradient, two intermediate results
+CHUNKS = 3  # arrays of a chunk alive at once in its backward pass, as large as fp32: two for the arithmetic, one that is read or written
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -21,3 +21,7 @@ class RewardConfig:
     """Processes that run reward functions."""
     max_error_frac: float = number(0.05, low=0, high=1)
     """Share of a step's samples whose reward may fail before the run stops."""
+    overlong_buffer: int = number(0, low=0)
+    """Last tokens of rollout.max_response_tokens over which training lowers the reward, up to overlong_penalty (DAPO); 0 does not."""
+    overlong_penalty: float = number(1.0, above=0)
+    """What an answer of rollout.max_response_tokens loses."""

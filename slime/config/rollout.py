@@ -36,6 +36,8 @@ class RolloutConfig:
     """Which finished groups make the batch: the first drawn, or the first finished (biased to short answers)."""
     oversample: float = number(0.25, above=0)
     """With rollout.select=arrival: share of further prompts that are drawn, and dropped as surplus if they finish last."""
+    mask_truncated: bool = False
+    """Do not train on answers that were cut off, though their rewards count in their group (DAPO's overlong filtering)."""
     dump: bool = False
     """Write every batch and its samples to rollouts/ in the run's directory."""
     external_urls: list[str] = field(default_factory=list)

@@ -2,7 +2,7 @@
 
     drawn -> in flight -> pending (rewarded) -> trained
                  |
-                 +-----> dropped, with a reason: filter, too_long, reward_error, surplus
+                 +-----> dropped, with a reason: filter, too_long, truncated, reward_error, surplus
 
 Ordinals are drawn in order, so the account is one number (`next`), the set that is pending, and counts. One rollout is in flight at a time;
 how many prompts it draws shows when it ends, and until then they count as not drawn: a run that is stopped meanwhile draws them again. At

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from html import escape
 
-from slime.observe.charts import LARGE, Series, line_chart, number, percent, stacked_chart
-from slime.observe.console_table import seconds, short
+from slime.observe import curves
+from slime.observe.charts import LARGE, SMALL, Frame, Series, line_chart, number, percent, stacked_chart
+from slime.observe.console_table import seconds
+from slime.observe.curves import FROM_0, Curve
 from slime.observe.report_data import RunRecord
 
 MAX_LINES = 6  # colours of the page
@@ -17,86 +18,6 @@ EVALUATION = (  # metric of a set, title, note
     ("pass_at_k", "Evaluation pass@k", "one of k answers has a reward of 1"),
 )
 AXIS = '<div class="note" style="margin: 0; text-align: center">update</div>'
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """A line chart: (metric, label) pairs."""
-
-    title: str
-    metrics: tuple[tuple[str, str], ...]
-    log: bool = False
-    bounds: tuple[float | None, float | None] = (None, None)
-    write: Callable[[float], str] = number
-    limit: str = ""  # a knob of `observe` drawn as a dashed line
-    note: str = ""
-    if_any: bool = False  # left out where all values are 0
-    unless_as: str = ""  # left out where its values are those of this metric
-
-
-FROM_0 = (0.0, None)
-SYNC = (
-    Curve("Changed weights", (("sync/density", "of all elements"),), log=True, write=percent),
-    Curve("Bytes on the wire", (("sync/wire_bytes", "of a version"),), log=True, write=short),
-    Curve("Compression", (("sync/ratio", "weights / bytes sent"),), log=True),
-    Curve(
-        "Seconds of a sync",
-        tuple((f"sync/{name}_s", name) for name in ("diff", "encode", "stage", "pause", "commit", "verify")),
-        log=True,
-        note="engines stand still during pause",
-    ),
-)
-GROUPS: tuple[tuple[str, tuple[Curve, ...]], ...] = (
-    (
-        "Responses",
-        (
-            Curve("Response length", (("response_len/mean", "mean"), ("response_len/max", "longest")), note="tokens"),
-            Curve("Truncated responses", (("response_len/truncated_frac", "share"),), bounds=FROM_0, write=percent),
-            Curve("Groups of equal rewards", (("group/zero_std_frac", "share"),), bounds=FROM_0, write=percent),
-            Curve("Reward errors", (("reward/error_frac", "share"),), bounds=FROM_0, write=percent, if_any=True),
-        ),
-    ),
-    (
-        "Optimisation",
-        (
-            Curve("Entropy", (("train/entropy", "nats a token"),)),
-            Curve("Policy loss", (("train/pg_loss", "loss"),)),
-            Curve("Loss", (("train/loss", "loss"),), unless_as="train/pg_loss"),
-            Curve("Gradient norm", (("train/grad_norm", "before clipping"),), bounds=FROM_0),
-            Curve("Clipped tokens", (("train/clip_frac", "share"),), bounds=FROM_0, write=percent),
-            Curve("KL of the update", (("train/kl", "k3 estimate"),), if_any=True),
-            Curve("Learning rate", (("train/lr", "lr"),), bounds=FROM_0),
-        ),
-    ),
-    (
-        "Trainer and engine",
-        (
-            Curve(
-                "Log-prob difference",
-                (
-                    ("mismatch/logprob_abs_diff", "mean"),
-                    ("mismatch/logprob_abs_diff_max", "largest"),
-                    ("mismatch/logprob_abs_diff_without_replay", "mean without replay"),
-                ),
-                log=True,
-                limit="mismatch_warn",
-                note="same tokens, same weights",
-            ),
-            Curve("KL(engine, trainer)", (("mismatch/kl", "k3 estimate"),), log=True, note="same tokens, same weights"),
-            Curve(
-                "Experts that replay changed",
-                (("mismatch/experts_changed_frac", "of tokens x layers"),),
-                bounds=FROM_0,
-                write=percent,
-                if_any=True,
-            ),
-            Curve("Prefix cache hits", (("engine/cache_hit", "of prompt tokens"),), bounds=(0.0, 1.0), write=percent),
-            Curve("Staleness", (("staleness/mean", "mean"), ("staleness/max", "largest")), bounds=FROM_0, note="versions", if_any=True),
-            Curve("KL(rollout, trainer)", (("offpolicy/kl", "k3 estimate"),), log=True, note="whole batch, weights as they drew it"),
-            Curve("Effective sample size", (("offpolicy/ess", "of the batch's tokens"),), bounds=(0.0, 1.0), write=percent),
-        ),
-    ),
-)
 
 
 def learning(run: RunRecord) -> str:
@@ -122,20 +43,42 @@ def evaluations(run: RunRecord, metric: str, title: str, note: str) -> list[str]
 
 def mean_reward(run: RunRecord) -> str:
     """The mean reward of a batch, and of each source where there are several."""
-    names = run.names("reward/", "/mean")
-    sources = {f"reward/{n}/mean": n for n in names[: MAX_LINES - 1]}
-    means = {"reward/mean": "all" if sources else "mean", **sources}
-    rewards = [s for metric, name in means.items() if (s := run.series(metric, name))]
-    note = f"{len(sources)} of {len(names)} sources, the others are in metrics.jsonl" if len(names) > len(sources) else ""
-    return card("Mean reward", rewards, line_chart(rewards, LARGE), number, note) if rewards else ""
+    return with_parts(run, "Mean reward", ("reward/mean", "mean"), "reward/", "/mean", "sources", LARGE)
+
+
+def from_teachers(run: RunRecord) -> str:
+    """How far the student is from what it learns from, and from each teacher where there are several."""
+    return with_parts(run, "KL(student, teacher)", ("distill/reverse_kl", "mean"), "distill/", "/reverse_kl", "teachers", SMALL)
+
+
+def with_parts(run: RunRecord, title: str, whole: tuple[str, str], prefix: str, suffix: str, parts: str, frame: Frame) -> str:
+    """One card of a (metric, label), and of the metrics of its `parts`, which stand between prefix and suffix; "" where there is none."""
+    names = run.names(prefix, suffix)
+    shown = {f"{prefix}{n}{suffix}": n for n in names[: MAX_LINES - 1]}
+    metric, label = whole
+    series = [s for m, name in {metric: "all" if shown else label, **shown}.items() if (s := run.series(m, name))]
+    note = f"{len(shown)} of {len(names)} {parts}, the others are in metrics.jsonl" if len(names) > len(shown) else ""
+    return card(title, series, line_chart(series, frame), number, note) if series else ""
 
 
 def groups(run: RunRecord) -> list[tuple[str, str]]:
     """(heading, cards) of every other group of curves that has any."""
-    shown = [(heading, "".join(curve(run, c) for c in curves)) for heading, curves in GROUPS]
-    shown.append(("Time", times(run) + speeds(run)))
-    shown.append(("Weight sync", "".join(curve(run, c) for c in SYNC)))
+    shown = [
+        ("Responses", several(run, curves.RESPONSES)),
+        ("Optimisation", several(run, curves.OPTIMISATION)),
+        ("Critic", several(run, curves.CRITIC)),
+        ("Distillation", from_teachers(run) + several(run, curves.DISTILLATION)),
+        ("Off-policy", several(run, curves.OFF_POLICY)),
+        ("Trainer and engine", several(run, curves.TRAINER_AND_ENGINE)),
+        ("Time", times(run) + several(run, curves.SPEEDS)),
+        ("Weight sync", several(run, curves.SYNC)),
+    ]
     return [(heading, cards) for heading, cards in shown if cards]
+
+
+def several(run: RunRecord, specs: tuple[Curve, ...]) -> str:
+    """The cards of these, those that have any values."""
+    return "".join(curve(run, spec) for spec in specs)
 
 
 def curve(run: RunRecord, spec: Curve) -> str:
@@ -161,25 +104,6 @@ def times(run: RunRecord) -> str:
     overlap = run.config.get("rollout", {}).get("mode", "sync") != "sync"
     return card(
         "Seconds of a step", series, stacked_chart(series, write=seconds), seconds, "rollout runs beside training" if overlap else ""
-    )
-
-
-def speeds(run: RunRecord) -> str:
-    """Throughput, and the share of a step in which nothing computes."""
-    return "".join(
-        curve(run, spec)
-        for spec in (
-            Curve(
-                "Tokens per second",
-                (("perf/tokens_per_s", "trained"), ("engine/tokens_per_s", "generated")),
-                bounds=FROM_0,
-                write=short,
-            ),
-            Curve("Tokens per second and GPU", (("perf/tokens_per_s_per_gpu", "trained"),), bounds=FROM_0, write=short),
-            Curve("Model FLOPs utilisation", (("perf/mfu", "of the bf16 peak"),), bounds=FROM_0, write=percent),
-            Curve("Peak GPU memory", (("perf/gpu_mem_gb", "GB, trainer"),), bounds=FROM_0),
-            Curve("Idle share of a step", (("time/idle_frac", "nothing computes"),), bounds=FROM_0, write=percent),
-        )
     )
 
 

@@ -18,6 +18,7 @@ from slime.config.exits import GateStopped
 MOST_DRAWS = 32  # a rollout that drops all but one in this many prompts is given up
 MENDS = {  # reason of a drop -> the knob to turn
     "filter": "loosen rollout.filter",
+    "truncated": "raise rollout.max_response_tokens or set rollout.mask_truncated=false",
     "too_long": "raise data.max_prompt_tokens (with algorithm.name=sft also rollout.max_response_tokens)",
     "reward_error": "mend the reward (reward.fn or reward.url)",
 }

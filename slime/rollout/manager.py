@@ -32,6 +32,7 @@ from slime.rollout.evaluate import evaluate_set
 from slime.rollout.groups import GroupMaker
 from slime.rollout.metrics import busy_spans, error_frac, examples, rollout_metrics
 from slime.rollout.rewards.judge import Judge
+from slime.rollout.shaping import shape, teaches
 from slime.types import Batch, EvalResult, Group, RolloutSummary
 
 if TYPE_CHECKING:
@@ -188,7 +189,9 @@ class RolloutManager:
         if any(s.reward_error for s in group.samples):
             self._check_errors(maker, at_least=self.cfg.rollout.prompts_per_step * self.cfg.rollout.samples_per_prompt)
             return "reward_error"
-        return group if self._survives(group) else "filter"
+        if not self._survives(group):  # it sees rewards without penalties: DAPO's dynamic sampling is about right and wrong (eq. 11)
+            return "filter"
+        return group if teaches(shape(group, self.cfg)) else "truncated"
 
     def _survives(self, group: Group) -> bool:
         if self.filter_fn is None:

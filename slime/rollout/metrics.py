@@ -28,6 +28,7 @@ def rollout_metrics(
         by_source[s.source].append(s.reward)
         for name, value in s.metrics.items():
             extras[name].append(value)
+    penalties = [s.penalty for s in samples if s.penalty is not None]
     prompt_tokens = sum(g.prompt_tokens for g in generations)
     tokens = sum(len(g.output_ids) for g in generations)
     return {
@@ -35,13 +36,14 @@ def rollout_metrics(
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         "reward/error_frac": error_frac(judged),
-        "group/zero_std_frac": float(np.mean([np.std(g.rewards) == 0 for g in groups])),
+        "group/zero_std_frac": float(np.mean([np.std(g.trained_rewards) == 0 for g in groups])),
         **response_lengths(samples),
         "engine/cache_hit": sum(g.cached_tokens for g in generations) / max(1, prompt_tokens),
         "engine/running": sum(g.engine_s for g in generations) / elapsed_s,
         "engine/tokens_per_s": tokens / elapsed_s,
         "rollout/cpu_us_per_token": 1e6 * cpu_s / max(1, tokens),
         "time/rollout_s": elapsed_s,
+        **({"reward/overlong_penalty": float(np.mean(penalties))} if penalties else {}),
         **({f"reward/{name}/mean": float(np.mean(v)) for name, v in by_source.items()} if len(by_source) > 1 else {}),
     }
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from slime.trainer.logprobs import chunks, scaled
+from slime.trainer.logprobs import chunks, put, scaled, scratch
 
 
 def known_logprobs(logits: Tensor, rows: Tensor, ids: Tensor, temperature: float, vocab_size: int, group: dist.ProcessGroup) -> Tensor:
@@ -31,8 +31,9 @@ def top_ids(logits: Tensor, rows: Tensor, k: int, vocab_size: int, group: dist.P
     offset = group.rank() * width
     real = max(0, min(width, vocab_size - offset))
     found = torch.empty(len(rows), k, dtype=torch.int64, device=logits.device)
+    (array,) = scratch(logits, len(rows), width, real, 1)
     for part in chunks(len(rows), width):
-        x = scaled(logits, rows[part], real, 1.0)
+        x = scaled(logits, rows[part], array, 1.0)
         missing = max(0, k - real)
         values, ids = x.topk(min(k, real), 1)
         values = F.pad(values, (0, missing), value=-torch.inf).contiguous()
@@ -55,8 +56,9 @@ class _KnownLogprobs(torch.autograd.Function):
         real = max(0, min(width, vocab_size - offset))  # local ids that are not padding
         known = torch.empty(len(rows), ids.shape[1] + 1, dtype=torch.float32, device=logits.device)
         log_z = torch.empty(len(rows), dtype=torch.float32, device=logits.device)
+        (array,) = scratch(logits, len(rows), width, real, 1)
         for part in chunks(len(rows), width):
-            known[part], log_z[part] = _reduce(scaled(logits, rows[part], real, temperature), ids[part] - offset, group)
+            known[part], log_z[part] = _reduce(scaled(logits, rows[part], array, temperature), ids[part] - offset, group)
         ctx.save_for_backward(logits, rows, ids, known, log_z)
         ctx.temperature, ctx.offset, ctx.real = temperature, offset, real
         return known
@@ -65,14 +67,15 @@ class _KnownLogprobs(torch.autograd.Function):
     def backward(ctx: Any, d_known: Tensor) -> tuple[Tensor | None, ...]:
         logits, rows, ids, known, log_z = ctx.saved_tensors
         d_logits = torch.zeros_like(logits)
+        array, other = scratch(logits, len(rows), logits.shape[1], ctx.real, 2)
         for part in chunks(len(rows), logits.shape[1]):
-            logp = scaled(logits, rows[part], ctx.real, ctx.temperature).sub_(log_z[part, None])
-            d_tail = d_known[part, -1:]
-            d_x = (logp - known[part, -1:]).clamp_(max=0.0).exp_().mul_(d_tail)  # as if no id were known
+            logp = scaled(logits, rows[part], array, ctx.temperature).sub_(log_z[part, None])
+            slope = d_known[part] / ctx.temperature
+            d_x = torch.sub(logp, known[part, -1:], out=other[: len(logp)])
+            d_x.clamp_(max=0.0).exp_().mul_(slope[:, -1:])  # as if no id were known
             row, column, at = _held(ids[part] - ctx.offset, ctx.real)
-            d_x[row, column] = d_known[part][row, at]
-            d_x.addcmul_(logp.exp_(), d_known[part].sum(1, keepdim=True), value=-1)
-            d_logits[rows[part], : ctx.real] = (d_x / ctx.temperature).to(logits.dtype)
+            d_x[row, column] = slope[row, at]
+            put(d_logits, rows[part], d_x.addcmul_(logp.exp_(), slope.sum(1, keepdim=True), value=-1))
         return d_logits, None, None, None, None, None
 
 
@@ -83,7 +86,8 @@ def _held(ids: Tensor, real: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _reduce(x: Tensor, ids: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """([c, k + 1] as above, log Z [c]), from local scaled logits x [c, v] and local ids [c, k], which may lie on other ranks."""
+    """([c, k + 1] as above, log Z [c]), from local scaled logits x [c, v] and local ids [c, k], which may lie on other ranks. Writes over
+    x."""
     row, column, at = _held(ids, x.shape[1])
     of_ids = x.new_zeros(ids.shape)
     of_ids[row, at] = x[row, column]
@@ -91,7 +95,7 @@ def _reduce(x: Tensor, ids: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, T
     x[row, column] = -torch.inf
     top = x.amax(1) if x.shape[1] else x.new_full((len(x),), -torch.inf)
     dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-    others = (x - top[:, None]).exp().sum(1)
+    others = x.sub_(top[:, None]).exp_().sum(1)
     dist.all_reduce(others, group=group)
     log_others = others.log() + top
     log_z = torch.logsumexp(torch.cat([of_ids, log_others[:, None]], 1), 1)

@@ -30,13 +30,19 @@ def off_policy(logprobs: np.ndarray, batch: Batch) -> dict[str, float]:
     logprobs float32 [T], as for `mismatch`; read are the trained tokens of all samples that a policy drew, whichever version. With
     d = log pi_train - log pi_rollout a token and w = exp(d): offpolicy/kl is the k3 estimate of KL(rollout || train), the mean of
     w - 1 - d; offpolicy/ess the normalised effective sample size of the n token weights, (sum w)^2 / (n sum w^2), from 1 / n to 1 (Kong
-    1992). Absent where there is no such token. What is not finite stays so.
+    1992); offpolicy/ratio_mean and /ratio_max those of w itself, before any bound: the mean is 1 in expectation, whatever the policies.
+    Absent where there is no such token. What is not finite stays so, and w is inf where no double holds it.
     """
     d = _log_ratio(logprobs, batch, batch.version != NO_VERSION)
     if not len(d):
         return {}
-    w = np.exp(d - d.max())  # a common factor cancels
-    return {"offpolicy/kl": _k3(d), "offpolicy/ess": float(w.sum() ** 2 / (len(w) * (w**2).sum()))}
+    w, scaled = np.exp(d), np.exp(d - d.max())  # a common factor cancels in the sample size
+    return {
+        "offpolicy/kl": _k3(d),
+        "offpolicy/ess": float(scaled.sum() ** 2 / (len(w) * (scaled**2).sum())),
+        "offpolicy/ratio_mean": float(w.mean()),
+        "offpolicy/ratio_max": float(w.max()),
+    }
 
 
 def staleness(batch: Batch, version: int) -> dict[str, float]:

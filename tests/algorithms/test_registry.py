@@ -159,6 +159,33 @@ def test_an_algorithm_reads_what_it_says_and_nothing_else(name, knob):
         assert not any(differ(one, other) for one, other in pairs(name, knob))
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_nothing_that_an_algorithm_is_given_is_changed(name):
+    recipes = {str(other): other for knob in KNOBS for _, other in pairs(name, knob) if accepted(other)}
+    assert recipes
+    for cfg in recipes.values():
+        algorithm = build_algorithm(cfg)
+        step = step_for(algorithm, cfg)
+        before = copies(step)
+        advantages = algorithm.targets(step).advantages
+        inputs = inputs_for(algorithm, cfg, step.batch, advantages)
+        given = copies(inputs)
+        algorithm.loss(inputs).loss.sum().backward()
+        for then, now in ((before, copies(step)), (given, copies(inputs))):
+            assert then.keys() == now.keys() and len(then) >= 5
+            for field in then:
+                np.testing.assert_array_equal(then[field], now[field], err_msg=f"{field} of {cfg}")
+
+
+def copies(given: Step | LossInputs) -> dict[str, np.ndarray]:
+    """Every number in a record, as it is now."""
+    parts = {field.name: getattr(given, field.name) for field in fields(given)}
+    parts |= parts["batch"].columns() if "batch" in parts else {}
+    tensors = {name: part.detach().numpy() for name, part in parts.items() if isinstance(part, torch.Tensor)}
+    arrays = {name: part for name, part in parts.items() if isinstance(part, np.ndarray)}
+    return {name: part.copy() for name, part in (tensors | arrays).items()}
+
+
 def test_every_knob_and_each_of_its_choices_is_tried():
     assert CHANGES.keys() == KNOBS.keys()
     for knob, field in KNOBS.items():
@@ -193,6 +220,15 @@ def test_without_a_policy_loss_its_knobs_act_or_are_refused(knob, distill):
 def test_every_name_builds_what_its_traits_say(name):
     algorithm, traits = build_algorithm(recipe(name)), ALGORITHMS[name]
     assert (algorithm.needs_rollouts, algorithm.uses_critic) == (traits.needs_rollouts, traits.critic)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_without_rewards_does_not_feel_them(name):
+    algorithm, cfg = build_algorithm(recipe(name)), recipe(name)
+    step = step_for(algorithm, cfg)
+    other = replace(step, batch=replace(step.batch, rewards=step.batch.rewards[::-1].copy()))
+    first, second = (algorithm.targets(known).advantages for known in (step, other))
+    assert ALGORITHMS[name].rewarded == (np.abs(first - second).max() > 1e-9)
 
 
 def test_traits_and_builders_have_the_same_names():

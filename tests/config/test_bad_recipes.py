@@ -86,6 +86,7 @@ BAD_VALUES = {
     "attribute 'no_such_knob'",
     "data.eval={h: {path: p.jsonl, reward: mth}}": "data.eval.h.reward=mth: takes exact, numeric, math, format or an import path pkg.mod:fn; "
     "did you mean math?",
+    "reward.overlong_penalty=0": "reward.overlong_penalty=0: must be above 0",
     "reward.fn=mth": "reward.fn=mth: takes exact, numeric, math, format or an import path pkg.mod:fn; did you mean math?",
     "reward.fn=functions:keeps": "reward.fn=functions:keeps: module functions has no keeps; did you mean keep?",
     "reward.fn=functions:THREE": "reward.fn=functions:THREE: module functions's THREE is int, not a function",
@@ -143,6 +144,8 @@ INERT = {
     "algorithm.name=sft rollout.samples_per_prompt=1": f"rollout.samples_per_prompt=1 has {DEMONSTRATIONS} it",
     "algorithm.name=sft rollout.dump=true": f"rollout.dump=true has {DEMONSTRATIONS} it",
     "algorithm.name=sft rollout.external_urls=['http://h:1']": f"rollout.external_urls (http://h:1) has {DEMONSTRATIONS} it",
+    "algorithm.name=sft rollout.mask_truncated=true": f"rollout.mask_truncated=true has {DEMONSTRATIONS} it",
+    "algorithm.name=sft reward.overlong_buffer=9": f"reward.overlong_buffer=9 has {DEMONSTRATIONS} it",
     "algorithm.name=sft reward.workers=4": f"reward.workers=4 has {DEMONSTRATIONS} it",
     "algorithm.name=sft data.eval.h.path=p.jsonl": f"data.eval (h) has {DEMONSTRATIONS} it",
     "algorithm.name=sft run.only=train run.replay=rollouts rollout.temperature=0.7": f"rollout.temperature=0.7 has {DEMONSTRATIONS} it",
@@ -178,6 +181,10 @@ BAD_COMBINATIONS = {
     "reward.fn=format reward.pattern='['": "reward.pattern=[: not a regular expression: unterminated character set at position 0",
     "reward.fn=math reward.signature=verl": "reward.signature=verl has no effect with reward.fn=math, which is built in: remove reward.signature",
     "reward.fn=math reward.url=http://h:1/r": "reward.fn=math has no effect with reward.url: set one of the two",
+    "reward.overlong_penalty=0.5": "reward.overlong_penalty=0.5 has no effect with reward.overlong_buffer=0: set it, or remove the penalty",
+    "reward.overlong_buffer=1025": "reward.overlong_buffer=1025 is above rollout.max_response_tokens=1024, whose last tokens it is: lower it",
+    "algorithm.name=opd algorithm.distill=sampled algorithm.teachers.t.path=model reward.overlong_buffer=8": "reward.overlong_buffer=8 has no "
+    "effect with algorithm.name=opd, which learns from no reward: remove it",
     "rollout.oversample=0.5": "rollout.oversample=0.5 has no effect with rollout.select=ordinal: set rollout.select=arrival, or remove it",
     "rollout.external_key_env=KEY": "rollout.external_key_env=KEY has no effect with no rollout.external_urls: set rollout.external_urls "
     "or rollout.join, or remove it",
@@ -295,6 +302,7 @@ def test_overrides_that_do_not_go_together(overrides: str, text: str, workdir) -
         "run.only=rollout rollout.dump=true rollout.temperature=0.7 reward.fn=math trainer.lr=1e-3 run.save_every=2",
         "run.deterministic=true rollout.mode=one_step_off",
         "reward.fn=format reward.pattern=x",
+        "reward.overlong_buffer=1024 reward.overlong_penalty=0.5 rollout.mask_truncated=true",
         "rollout.external_urls=['http://h:1'] rollout.external_key_env=HOME",
         "rollout.generate=functions:turns rollout.filter=functions:keep reward.fn=functions:keep",
         "reward.fn=functions:compute_score reward.signature=verl rollout.generate=functions:scorer",

@@ -61,7 +61,7 @@ def test_memory_by_the_documented_formula(dtype: str, width: int, optimizer: int
     assert (rank.weights, rank.gradients, rank.optimizer) == (338 * width, 338 * 4, 338 * optimizer // 2)
     assert rank.activations == 17 * width * 64 * 2 * 100 // 2
     assert rank.logits == 2 * width * 50 * 100  # and their gradient; half of 100 ids
-    assert rank.logprobs == 5 * 4 * 50 * 100  # one chunk holds all rows
+    assert rank.logprobs == 3 * 4 * 50 * 100  # one chunk holds all rows
     assert rank.total == rank.weights + rank.gradients + rank.optimizer + rank.activations + rank.logits + rank.logprobs
     assert engine.weights == 338 * width
     assert engine.kv_per_token == 2 * 2 * 16 * width * 1  # two KV heads over two devices
@@ -210,7 +210,7 @@ def test_layout_in_words(sizes: tuple[int, ...], data: int, words: str) -> None:
 def test_log_probs_are_computed_in_chunks(workdir) -> None:
     memory = plan(compose(overrides=[*GOOD, "trainer.max_tokens_per_rank=1000000"]).cfg).memory
     assert memory is not None and memory.rank is not None
-    assert memory.rank.logprobs == 5 * 4 * (CHUNK_ELEMENTS // 100) * 100
+    assert memory.rank.logprobs == 3 * 4 * (CHUNK_ELEMENTS // 100) * 100
     assert CHUNK_ELEMENTS == logprobs.CHUNK_ELEMENTS
 
 

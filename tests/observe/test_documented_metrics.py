@@ -16,7 +16,7 @@ PAGE, README = (ROOT / "docs/running.md").read_text(), (ROOT / "README.md").read
 SOURCES = [ROOT / "slime/run.py", *(p for room in ("data", "rollout", "sync", "trainer") for p in (ROOT / "slime" / room).rglob("*.py"))]
 GROUPS = (
     *("reward", "group", "response_len", "advantage", "train", "mismatch", "offpolicy", "staleness"),
-    *("engine", "rollout", "sync", "time", "perf", "ledger", "eval"),
+    *("distill", "engine", "rollout", "sync", "time", "perf", "ledger", "eval"),
 )
 METRIC = re.compile(rf"({'|'.join(GROUPS)})(/[\w{{}}]+)+")
 
@@ -32,15 +32,20 @@ def keys(tree: ast.AST) -> Iterator[str]:
                 yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in key.values)
 
 
+def metrics_of_losses(tree: ast.Module) -> Iterator[str]:
+    """Keys in the functions that return LossOutputs."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.returns is not None and ast.unparse(node.returns) == "LossOutputs":
+            yield from keys(node)
+
+
 def recorded() -> set[str]:
     """Names of all metrics that the code writes."""
     found = {k for path in SOURCES for k in keys(ast.parse(path.read_text())) if METRIC.fullmatch(k)}
     assert "eval/{}/{}" in found and "train/{}" in found
     evaluation = ast.parse((ROOT / "slime/rollout/evaluate.py").read_text())
     of_a_set = {k for k in keys(evaluation) if k.isidentifier()} | {k for k in found if k.startswith("response_len/")}
-    of_a_loss = {
-        k for name in ("grpo", "sft") for k in keys(ast.parse((ROOT / f"slime/algorithms/{name}.py").read_text())) if k.isidentifier()
-    }
+    of_a_loss = {k for path in sorted((ROOT / "slime/algorithms").glob("*.py")) for k in metrics_of_losses(ast.parse(path.read_text()))}
     return found - {"eval/{}/{}"} | {f"eval/{{}}/{k}" for k in of_a_set} | {f"train/{k}" for k in of_a_loss}
 
 
@@ -53,6 +58,7 @@ def documented() -> set[str]:
 def test_the_collector_finds_the_metrics_of_a_run() -> None:
     """As in metrics.jsonl of the quickstart and its warm start."""
     names = "train/pg_loss train/nll train/loss train/lr reward/mean time/idle_frac time/sync_s ledger/pending sync/wire_bytes perf/mfu"
+    names += " train/kl train/ref_kl train/clip_frac distill/reverse_kl distill/{}/reverse_kl"
     names += " mismatch/kl offpolicy/ess staleness/max advantage/std engine/running eval/{}/pass_at_k eval/{}/response_len/mean"
     assert set(names.split()) <= recorded()
 

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from slime.observe import curves
 from slime.observe.account import AccountLog, Settled
 from slime.observe.charts import MAX_POINTS, Axis, Series, line_chart, number, percent, stacked_chart, ticks
+from slime.observe.curves import Curve
 from slime.observe.metrics import MetricsLog
 from slime.observe.report import write_report
 from slime.observe.report_curves import MAX_LINES
 from slime.observe.report_examples import read_examples
 from slime.observe.summary import Summary, before_and_after, read_summary, write_summary
+from tests.observe.test_documented_metrics import documented
 
 EVIL = """</pre></script><script>alert(1)</script><img src=x onerror='alert(2)'> "quoted" 'single' & {model.path}"""
 VOID = {"meta"}
@@ -127,6 +130,17 @@ def test_curves_are_of_what_was_measured(tmp_path: Path) -> None:
         "Staleness": {"staleness/mean": 1.5, "staleness/max": 3.0},
         "KL(rollout, trainer)": {"offpolicy/kl": 1e-3},
         "Effective sample size": {"offpolicy/ess": 0.9},
+        "Ratio trainer / rollout": {"offpolicy/ratio_mean": 1.01, "offpolicy/ratio_max": 3.0},
+        "Importance weight": {"train/importance": 0.98},
+        "Weights out of bounds": {"train/importance_bounded_frac": 0.02},
+        "KL(policy, reference)": {"train/ref_kl": 0.01},
+        "Advantages": {"advantage/mean": 0.0, "advantage/std": 0.9},
+        "Overlong penalty": {"reward/overlong_penalty": -0.1},
+        "KL(student, teacher)": {"distill/reverse_kl": 0.4},
+        "Divergence from the teacher": {"train/distillation": 0.4},
+        "Value loss": {"value/loss": 0.4},
+        "Explained variance of the returns": {"value/explained_variance": 0.4},
+        "Gradient norm of the critic": {"critic/grad_norm": 0.4},
         "Experts that replay changed": {"mismatch/experts_changed_frac": 0.01},
         "mean without replay": {"mismatch/logprob_abs_diff_without_replay": 6e-3},
         "Tokens per second and GPU": {"perf/tokens_per_s_per_gpu": 900.0},
@@ -139,6 +153,23 @@ def test_curves_are_of_what_was_measured(tmp_path: Path) -> None:
             log.append(step, metrics if step else {})
         text = Page(write_report(tmp_path / title)).text
         assert [t for t in titles if t in text] == [title]
+
+
+def test_every_teacher_has_a_line(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(3):
+        log.append(step, {"distill/reverse_kl": 0.5, "distill/math/reverse_kl": 0.4, "distill/code/reverse_kl": 0.6} if step else {})
+    page = Page(write_report(tmp_path))
+    assert [c["names"] for c in page.charts] == [["all", "code", "math"]] and "Distillation" in page.text
+
+
+@pytest.mark.parametrize(
+    "metric",
+    sorted({m for specs in vars(curves).values() if isinstance(specs, tuple) for c in specs if isinstance(c, Curve) for m, _ in c.metrics}),
+)
+def test_what_is_drawn_is_recorded_by_that_name(metric: str) -> None:
+    of_the_critic = metric.startswith(("value/", "critic/"))
+    assert of_the_critic or metric in documented()
 
 
 def test_supervised_training_is_shown_as_such(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ LABEL = "run/0/0"
 @dataclass
 class Double:
     """`behave(request body)` names what happens: a text to answer with, or one of stale, die, hang, abort, refuse, error, cut, odd, alien,
-    nan."""
+    nan, long."""
 
     behave: Callable[[dict[str, Any]], str]
     name: str = "engine 0"
@@ -53,7 +53,7 @@ class Double:
             "text": what,
             "output_ids": ids,
             "meta_info": {
-                "finish_reason": {"type": "abort" if what == "abort" else "stop"},
+                "finish_reason": {"type": {"abort": "abort", "long": "length"}.get(what, "stop")},
                 "output_token_logprobs": [[None if what == "nan" and i == 6 else -0.1, i, None] for i in ids],
                 "weight_version": LABEL,
                 "weight_versions": [{"version": "run/0/9" if what == "stale" else LABEL, "start": 0, "end": len(ids)}],

@@ -95,6 +95,40 @@ def test_what_is_dropped_is_replaced_by_the_next_prompts_and_named(cfg: SlimeCon
     assert (summary.first_ordinal, summary.drawn) == (2, 7)
 
 
+def test_dynamic_sampling_draws_on_until_enough_groups_have_mixed_rewards(cfg: SlimeConfig):
+    """DAPO, section 3.2: of a third of the prompts the answers are equal; those are dropped by name, and the next prompts take their place.
+    That equal answers differ in what their length costs keeps no group: a filter sees rewards as judged (eq. 11)."""
+    cfg.rollout.filter, cfg.data.max_prompt_tokens = "slime.rollout.filters:mixed_rewards", 100
+    cfg.rollout.max_response_tokens, cfg.reward.overlong_buffer = 4, 2
+    asked: dict[int, int] = {}
+
+    def behave(body: dict[str, Any]) -> str:
+        prompt = prompt_of(body)
+        asked[prompt] = asked.get(prompt, 0) + 1
+        return "yes" if prompt % 3 == 0 or asked[prompt] == 1 else "no"
+
+    batch, summary, _ = rollout(cfg, behave, first=3)
+    assert summary.trained == [4, 5, 7, 8] and summary.dropped == {3: "filter", 6: "filter"} and summary.drawn == 6
+    assert summary.metrics["group/zero_std_frac"] == 0.0 and len(batch) == 8
+    assert summary.metrics["reward/mean"] == 0.5 and summary.metrics["reward/overlong_penalty"] == -0.5
+    assert sorted(set(batch.rewards)) == [-0.5, 0.5] and {example["reward"] for example in summary.examples} <= {0.0, 1.0}
+
+
+def test_answers_that_were_cut_off_are_not_trained_on(cfg: SlimeConfig):
+    """One of prompt 1; of prompt 2 all, and another prompt takes its place."""
+    cfg.rollout.mask_truncated = True
+    asked: list[int] = []
+
+    def behave(body: dict[str, Any]) -> str:
+        asked.append(prompt_of(body))
+        return "long" if asked[-1] == 2 or (asked[-1] == 1 and asked.count(1) == 1) else "yes"
+
+    batch, summary, _ = rollout(cfg, behave)
+    assert (summary.trained, summary.dropped) == ([0, 1, 3, 4], {2: "truncated"})
+    assert sorted(batch.trained_lengths[2:4]) == [0, 3] and batch.trained_lengths.sum() == 3 * 7
+    assert batch.rewards.tolist().count(0.0) == 1 and summary.metrics["response_len/truncated_frac"] == 1 / 8
+
+
 def test_a_group_whose_reward_failed_is_replaced(cfg: SlimeConfig):
     cfg.reward.fn, cfg.reward.max_error_frac = "tests.rollout.reward_functions:behave", 0.5
     batch, summary, _ = rollout(cfg, lambda body: "raise" if prompt_of(body) == 1 else "1")

@@ -41,6 +41,15 @@ def test_metrics_of_a_rollout():
     )
 
 
+def test_rewards_are_shown_as_judged_and_penalties_beside_them():
+    groups = [Group(0, [sample(1.0), sample(1.0)])]
+    assert "reward/overlong_penalty" not in rollout_metrics(groups, [], [answer([1])], 1.0, 0.0)
+    groups[0].samples[0].penalty, groups[0].samples[1].penalty = 0.0, -0.5
+    got = rollout_metrics(groups, [], [answer([1])], 1.0, 0.0)
+    assert (got["reward/mean"], got["reward/overlong_penalty"], got["group/zero_std_frac"]) == (1.0, -0.25, 0.0)
+    assert example(groups[0].samples[1])["reward"] == 1.0
+
+
 def test_a_reward_s_extra_does_not_pass_for_a_metric_of_ours():
     got = rollout_metrics([Group(0, [sample(1.0, mean=9.0)])], [], [answer([1])], 1.0, 0.0)
     assert got["reward/mean"] == 1.0

@@ -38,6 +38,8 @@ def test_off_policy_is_of_every_sample_that_a_policy_drew():
     w = np.exp(d)
     assert found["offpolicy/kl"] == pytest.approx((w - 1 - d).mean(), rel=1e-5)
     assert found["offpolicy/ess"] == pytest.approx(w.sum() ** 2 / len(w) / (w**2).sum(), rel=1e-5)
+    assert found["offpolicy/ratio_mean"] == pytest.approx(w.mean(), rel=1e-5)
+    assert found["offpolicy/ratio_max"] == pytest.approx(np.exp(0.5), rel=1e-5)
     assert off_policy(shifted(batch, [0.0] * 4), replace(batch, version=np.full(4, NO_VERSION))) == {}
 
 
@@ -58,7 +60,8 @@ def test_what_is_not_finite_shows(bad):
     logprobs[np.flatnonzero(batch.loss_mask)[3]] = bad
     with np.errstate(invalid="ignore"):
         found = {**mismatch(logprobs, batch, 0), **off_policy(logprobs, batch)}
-    expected = set(found) - ({"offpolicy/ess"} if bad == -np.inf else set())  # a token of weight 0 is what it is
+    of_weights = {"offpolicy/ess", "offpolicy/ratio_mean", "offpolicy/ratio_max"}
+    expected = set(found) - (of_weights if bad == -np.inf else set())  # a token of weight 0 is what it is
     assert {name for name, value in found.items() if not np.isfinite(value)} == expected
 
 
