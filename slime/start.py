@@ -25,7 +25,7 @@ from slime.config.exits import GateStopped, SavedRunAgain
 from slime.config.roles import generates, needed_roles, needs_rollouts
 from slime.data.ledger import Ledger
 from slime.data.source import PromptSource, eval_prompts
-from slime.data.teachers import check_vocabulary, teacher_of
+from slime.data.teachers import check_vocabulary, same_vocabulary, teacher_of
 from slime.data.template import check_tokenizer
 from slime.engine.fleet import EngineFleet
 from slime.models.check_layout import check_critic, check_model, check_teacher
@@ -162,7 +162,7 @@ def check_inputs(cfg: SlimeConfig) -> None:
     check_tokenizer(cfg.model)
     check_teachers(cfg)
     if cfg.critic.path is not None and "actor" in needed_roles(cfg):
-        check_vocabulary(cfg.model, cfg.critic.path, "critic.path", "critic")
+        same_vocabulary(cfg.model, cfg.critic.path, "critic.path", "critic")
         check_critic(cfg)
     judged = needs_rollouts(cfg.algorithm)
     for prompt in PromptSource(cfg.data, cfg.run.seed).first if cfg.run.only != "train" else []:
@@ -178,7 +178,7 @@ def check_inputs(cfg: SlimeConfig) -> None:
 def check_teachers(cfg: SlimeConfig) -> None:
     """Raises ValueError for a teacher that does not share the student's vocabulary, or that the actor's ranks cannot hold."""
     for name, teacher in cfg.algorithm.teachers.items():
-        check_vocabulary(cfg.model, teacher.path, f"algorithm.teachers.{name}.path", "teacher")
+        check_vocabulary(cfg.model, name, teacher.path)
         if teacher.url is None and "actor" in needed_roles(cfg):
             check_teacher(cfg, name)
 

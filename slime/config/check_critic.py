@@ -21,10 +21,6 @@ def check_critic(cfg: SlimeConfig) -> None:
                 "choose ppo"
             )
         return
-    if critic.path is None and changed(critic, "family"):
-        raise ConfigError(
-            f"critic.family={critic.family} has no effect without critic.path, whose family it is: set critic.path, or remove it"
-        )
     if critic.warmup_steps >= cfg.run.steps:
         raise ConfigError(
             f"critic.warmup_steps={critic.warmup_steps} leaves the policy none of run.steps={cfg.run.steps} to learn in: lower it"

@@ -9,8 +9,6 @@ from slime.config.fields import number
 class CriticConfig:
     path: str | None = None
     """Hugging Face directory, or a name on the hub, of the model that it begins as, its head replaced; by default model.path."""
-    family: str = "auto"
-    """As model.family, of critic.path."""
     lr: float = number(1e-5, low=0)
     """Peak learning rate; follows trainer.schedule, with trainer.min_lr in proportion."""
     value_clip: float | None = number(0.2, above=0)

@@ -8,7 +8,7 @@ from slime.config import SlimeConfig
 def of_critic(cfg: SlimeConfig) -> SlimeConfig:
     """The same recipe with the critic's model and learning rate in the places of the policy's, so that one code trains both."""
     path, critic, trainer = cfg.critic.path, cfg.critic, cfg.trainer
-    model = cfg.model if path is None else replace(cfg.model, path=path, family=critic.family)
+    model = cfg.model if path is None else replace(cfg.model, path=path)
     min_lr = trainer.min_lr * critic.lr / trainer.lr if trainer.lr else 0.0
     return replace(
         cfg, model=model, trainer=replace(trainer, lr=critic.lr, min_lr=min_lr), critic=replace(critic, path=None, warmup_steps=0)

@@ -25,7 +25,12 @@ def teacher_of(source: str, cfg: AlgorithmConfig) -> int:
     raise ValueError(f"source {source} has no teacher ({taught}): add it to algorithm.teachers.<name>.sources")
 
 
-def check_vocabulary(student: ModelConfig, path: str, knob: str, what: str) -> None:
+def check_vocabulary(student: ModelConfig, name: str, path: str) -> None:
+    """`same_vocabulary` for a teacher."""
+    same_vocabulary(student, path, f"algorithm.teachers.{name}.path", "teacher")
+
+
+def same_vocabulary(student: ModelConfig, path: str, knob: str, what: str) -> None:
     """Raises ValueError where a token of the student is another one, or none, to the model in `path`, a teacher or a critic, and where
     there is no tokenizer. `knob` names the path."""
     own, theirs = load_tokenizer(student).get_vocab(), _tokenizer(path, knob).get_vocab()

@@ -45,7 +45,7 @@ def check_teacher(cfg: SlimeConfig, name: str) -> None:
 def check_critic(cfg: SlimeConfig) -> None:
     """Read the model in critic.path, and check that the actor's layout divides it too. Raises ValueError naming it."""
     assert cfg.critic.path is not None, "model.path is checked itself"
-    _divided(cfg.critic.path, cfg.critic.family, cfg.trainer, "critic")
+    _divided(cfg.critic.path, cfg.model.family, cfg.trainer, "critic")
 
 
 def _divided(path: str, family: str, trainer: TrainerConfig, at: str) -> ModelMap:

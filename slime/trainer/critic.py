@@ -76,9 +76,14 @@ def _update(critic: Critic, part: Batch, old: np.ndarray, returns: np.ndarray, t
     with critic.tracer.span("forward_backward", tokens=len(part.tokens), micro_batches=len(micro_batches)):
         sums = accumulate_gradients(critic, part, micro_batches, old, returns)
     with critic.tracer.span("optimizer"):
-        taken_step = take_step(critic, sums["loss"], taken)
+        step_taken = take_step(critic, sums["loss"], taken)
     held = sums["held"] / sums["weight"] if sums["weight"] else 0.0
-    return {"value/loss": sums["loss"], "value/clip_frac": held} | {f"critic/{name}": value for name, value in taken_step.items()}
+    return {
+        "value/loss": sums["loss"],
+        "value/clip_frac": held,
+        "critic/grad_norm": step_taken["grad_norm"],
+        "critic/lr": step_taken["lr"],
+    }
 
 
 def accumulate_gradients(

@@ -206,8 +206,6 @@ BAD_COMBINATIONS = {
     "cluster.roles.critic.devices=1 have no effect with algorithm.name=grpo, which uses no critic: remove them, or choose ppo",
     "algorithm.name=functions:explore critic.path=model": "critic.path=model has no effect with algorithm.name=functions:explore, which uses "
     "no critic: remove it, or choose ppo",
-    "algorithm.name=ppo critic.family=llama": "critic.family=llama has no effect without critic.path, whose family it is: set critic.path, "
-    "or remove it",
     "algorithm.name=ppo critic.warmup_steps=100": "critic.warmup_steps=100 leaves the policy none of run.steps=100 to learn in: lower it",
     "algorithm.name=ppo critic.warmup_steps=40 trainer.warmup_steps=60": "trainer.warmup_steps=60 leaves nothing of the run's 60 optimizer "
     "steps ((run.steps - critic.warmup_steps) x trainer.updates_per_batch x trainer.epochs_per_batch): lower it",
@@ -310,7 +308,7 @@ def test_overrides_that_do_not_go_together(overrides: str, text: str, workdir) -
         "run.only=train run.replay=rollouts reward.fn=math sync.bucket_mb=8 data.eval.h.path=p.jsonl run.eval_every=2",
         "run.only=rollout rollout.dump=true rollout.temperature=0.7 reward.fn=math trainer.lr=1e-3 run.save_every=2",
         "run.deterministic=true rollout.mode=one_step_off",
-        "algorithm.name=ppo critic.lr=1e-4 critic.value_clip=null critic.warmup_steps=10 critic.path=model critic.family=qwen3",
+        "algorithm.name=ppo critic.lr=1e-4 critic.value_clip=null critic.warmup_steps=10 critic.path=model",
         "algorithm.name=ppo rollout.samples_per_prompt=1",
         "algorithm.name=ppo cluster.roles.critic.devices=2",
         "algorithm.name=functions:judged critic.lr=1e-4",
