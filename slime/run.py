@@ -42,7 +42,7 @@ from slime.types import Batch, WeightVersion
 
 log = logging.getLogger(__name__)
 
-BUSY = frozenset({"engine", "train"})  # spans in which something computes
+BUSY = frozenset({"engine", "train", "critic"})  # spans in which something computes
 SETTLE_S = 300.0  # for a save in flight when a run fails
 POLL_S = 0.2  # how often a wait looks at its progress bar and for a stop
 

@@ -25,10 +25,10 @@ from slime.config.exits import GateStopped, SavedRunAgain
 from slime.config.roles import generates, needed_roles, needs_rollouts
 from slime.data.ledger import Ledger
 from slime.data.source import PromptSource, eval_prompts
-from slime.data.teachers import check_vocabulary, teacher_of
+from slime.data.teachers import check_vocabulary, same_vocabulary, teacher_of
 from slime.data.template import check_tokenizer
 from slime.engine.fleet import EngineFleet
-from slime.models.check_layout import check_model, check_teacher
+from slime.models.check_layout import check_critic, check_model, check_teacher
 from slime.models.hub import local_directory
 from slime.models.registry import load_map
 from slime.observe import density
@@ -149,10 +149,11 @@ def on_disk(cfg: SlimeConfig) -> SlimeConfig:
         for name, teacher in cfg.algorithm.teachers.items()
     }
     algorithm = replace(cfg.algorithm, teachers=teachers)
+    critic = cfg.critic.path and str(local_directory(cfg.critic.path, "critic.path").resolve())
     url = cfg.sync.url and (cfg.sync.url if "://" in cfg.sync.url else str(Path(cfg.sync.url).resolve()))
     sync, join = replace(cfg.sync, url=url), cfg.rollout.join and str(Path(cfg.rollout.join).resolve())
     data, rollout = replace(cfg.data, train=train, eval=sets), replace(cfg.rollout, join=join)
-    return replace(cfg, model=model, algorithm=algorithm, sync=sync, rollout=rollout, data=data)
+    return replace(cfg, model=model, algorithm=algorithm, critic=replace(cfg.critic, path=critic), sync=sync, rollout=rollout, data=data)
 
 
 def check_inputs(cfg: SlimeConfig) -> None:
@@ -160,6 +161,9 @@ def check_inputs(cfg: SlimeConfig) -> None:
     check_model(cfg)
     check_tokenizer(cfg.model)
     check_teachers(cfg)
+    if cfg.critic.path is not None and "actor" in needed_roles(cfg):
+        same_vocabulary(cfg.model, cfg.critic.path, "critic.path", "critic")
+        check_critic(cfg)
     judged = needs_rollouts(cfg.algorithm)
     for prompt in PromptSource(cfg.data, cfg.run.seed).first if cfg.run.only != "train" else []:
         teacher_of(prompt.source, cfg.algorithm)
@@ -217,7 +221,7 @@ def build(
     metrics, account = MetricsLog(directory / "metrics.jsonl"), AccountLog(directory / LEDGER)
     if restored is not None:
         assert parts.trainer is not None
-        parts.trainer.load(restored.path / "trainer")
+        parts.trainer.load(restored.path)
         metrics.truncate(restored.step)
         account.truncate(restored.step)
         ledger, wall_s = Ledger.from_dict(restored.state.ledger), restored.state.wall_s
@@ -272,7 +276,7 @@ def start_parts(cfg: SlimeConfig, directory: Path, version: WeightVersion, place
     serves = generates(cfg)
 
     def start_trainer() -> TrainerGroup | None:
-        return TrainerGroup.start(cfg, placements["actor"]) if "actor" in placements else None
+        return TrainerGroup.start(cfg, placements["actor"], placements.get("critic")) if "actor" in placements else None
 
     def start_fleet() -> EngineFleet | None:
         return EngineFleet.start(cfg, placements.get("rollout"), directory, version.run_id) if serves else None

@@ -113,7 +113,7 @@ class World:
         return dict(self.metrics)
 
     def save(self, directory: Path) -> "Written":
-        directory.mkdir()
+        (directory / "trainer").mkdir()
         self.events.append("save")
         return Written(self.refuses)
 

@@ -10,7 +10,7 @@ import pytest
 
 from slime import start
 from slime.checkpoint.origin import Origin
-from slime.config import DataConfig, DataFile, EvalSet, ModelConfig, SlimeConfig
+from slime.config import CriticConfig, DataConfig, DataFile, EvalSet, ModelConfig, SlimeConfig
 from slime.observe.console import Console
 from slime.resume import EPOCH
 from slime.start import on_disk
@@ -21,7 +21,8 @@ def test_paths_become_absolute_and_links_are_followed(tmp_path: Path, monkeypatc
     (tmp_path / "warm").symlink_to("model")
     monkeypatch.chdir(tmp_path)
     data = DataConfig(train=[DataFile("a.jsonl", 2.0)], eval={"e": EvalSet("e.jsonl", samples=3)})
-    found = on_disk(SlimeConfig(model=ModelConfig("warm"), data=data))
+    found = on_disk(SlimeConfig(model=ModelConfig("warm"), data=data, critic=CriticConfig("warm")))
+    assert found.critic.path == str(tmp_path / "model") and on_disk(SlimeConfig(model=ModelConfig("warm"))).critic.path is None
     assert found.model.path == str(tmp_path / "model")
     assert found.data.train == [DataFile(str(tmp_path / "a.jsonl"), 2.0)]
     assert found.data.eval == {"e": EvalSet(str(tmp_path / "e.jsonl"), samples=3)}

@@ -1,7 +1,7 @@
 """Writing an iteration so that it exists whole or not at all; `saver` calls these.
 
     directory = begin(run_dir, 10)                              # iter_0000010.tmp, shared with the ranks
-    saving = trainer.save(directory / "trainer")                # and whatever else belongs to it
+    saving = trainer.save(directory)                            # and whatever else belongs to it
     commit(run_dir, 10, written)                                # durable bytes, manifest.json, rename, pointer
 
 A crash at any point leaves the iterations that were there before. The order of `commit`: every file and folder fsynced,

@@ -27,7 +27,6 @@ from slime.observe.hashed import File
 
 log = logging.getLogger(__name__)
 
-TRAINER = "trainer"  # the ranks' folder in an iteration
 POLL_S = 0.05  # between two looks at the ranks
 NICE = 19  # of the thread that hashes: where cores are few, training goes first
 CLOSE_S = 30.0  # how long a commit that has begun may take to end when a run fails
@@ -69,14 +68,15 @@ class Saver:
     def start(self, step: int, shards: Callable[[Path], Saving], write_rest: Callable[[Path], None]) -> None:
         """Begin the save of `step`, after the one before has ended. Returns when `shards` does.
 
-        `shards` is given the folder for the trainer's shards, on the calling thread; what it returns writes them. `write_rest` writes
-        everything else into the folder of the iteration, on another thread: what it refers to must not change any more.
+        `shards` is given the folder of the iteration, on the calling thread; what it returns writes the ranks' shards into folders there,
+        and names its files relative to it. `write_rest` writes everything else, on another thread: what it refers to must not change any
+        more.
         Raises what the save before raised, what `shards` raises, and OSError where the disk refuses.
         """
         self._land(self._timeout_s, STEP_KNOB)
         begun = time.monotonic()
         directory = save.begin(self._run_dir, step)
-        saving = shards(directory / TRAINER)
+        saving = shards(directory)
         self._flying = self._pool.submit(self._finish, step, directory, saving, write_rest, begun)
 
     def poll(self) -> list[Committed]:
@@ -113,7 +113,7 @@ class Saver:
         write_rest(directory)
         shards = self._written(saving)
         _check_rest(directory)
-        path = save.commit(self._run_dir, step, {f"{TRAINER}/{name}": file for name, file in shards.items()}, self._abandoned.is_set)
+        path = save.commit(self._run_dir, step, shards, self._abandoned.is_set)
         committed = Committed(step, path, time.monotonic() - begun)
         try:
             keep_newest(self._run_dir, self._keep_last, self._keep_every, step)

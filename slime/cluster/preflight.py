@@ -16,7 +16,7 @@ from slime.config.exits import PreflightError
 from slime.config.roles import role_needs
 
 VISIBLE_S = 8.0  # for a file to show on another host: network file systems cache
-CPU_KNOB = {"actor": "cluster.cpus_per_rank", "rollout": "cluster.cpus_per_engine"}
+CPU_KNOB = {"actor": "cluster.cpus_per_rank", "critic": "cluster.cpus_per_rank", "rollout": "cluster.cpus_per_engine"}
 
 
 def check_resources(cfg: SlimeConfig, cluster: Cluster) -> None:

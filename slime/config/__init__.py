@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from slime.config.algorithm import AlgorithmConfig
 from slime.config.cluster import ClusterConfig, RoleConfig
+from slime.config.critic import CriticConfig
 from slime.config.data import DataConfig, DataFile, EvalSet
 from slime.config.model import ModelConfig
 from slime.config.observe import ObserveConfig
@@ -20,6 +21,7 @@ from slime.config.trainer import TrainerConfig
 __all__ = [
     "AlgorithmConfig",
     "ClusterConfig",
+    "CriticConfig",
     "DataConfig",
     "DataFile",
     "EvalSet",
@@ -46,6 +48,7 @@ class SlimeConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)

@@ -65,6 +65,7 @@ COURSE = {
         "kl_estimator kl_unbiased reference_every importance importance_bound importance_low importance_high teachers distill distill_coef "
         "distill_divergence distill_beta distill_top_k",
     ),
+    **_names("critic", "path lr value_clip warmup_steps"),
 }
 # Options of other libraries that say how memory and work are laid out; * stands for the rest of a name.
 FREE_OPTIONS = {

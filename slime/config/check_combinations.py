@@ -6,15 +6,17 @@ import re
 from slime.config import EvalSet, SlimeConfig
 from slime.config.algorithms import ALGORITHMS
 from slime.config.check_algorithm import check_algorithm
+from slime.config.check_critic import check_critic
 from slime.config.check_inert import changed, check_inert
 from slime.config.check_sync import check_sync
 from slime.config.check_teachers import check_teachers
 from slime.config.exits import ConfigError
+from slime.config.of_critic import optimizer_steps
 from slime.config.roles import needed_roles, needs_rollouts
 from slime.config.trainer import decay_length
 from slime.config.tree import nearest, type_of
 
-ROLES = ("actor", "rollout")
+ROLES = ("actor", "critic", "rollout")
 CPU_ONLY = "equal bits are promised on the CPU only; set cluster.device=cpu"
 
 
@@ -102,6 +104,7 @@ def _deterministic(cfg: SlimeConfig) -> None:
 def _algorithm(cfg: SlimeConfig) -> None:
     check_algorithm(cfg.algorithm)
     check_teachers(cfg)
+    check_critic(cfg)
     traits = ALGORITHMS.get(cfg.algorithm.name)
     if traits and traits.compares and cfg.rollout.samples_per_prompt < 2 and cfg.run.only != "rollout":
         raise ConfigError(
@@ -186,8 +189,9 @@ def _overlong(cfg: SlimeConfig) -> None:
 
 def _schedule(cfg: SlimeConfig) -> None:
     trainer = cfg.trainer
-    updates = cfg.run.steps * trainer.updates_per_batch * trainer.epochs_per_batch
-    total = f"the run's {updates} optimizer steps (run.steps x trainer.updates_per_batch x trainer.epochs_per_batch)"
+    updates = optimizer_steps(cfg)
+    batches = "(run.steps - critic.warmup_steps)" if cfg.critic.warmup_steps else "run.steps"
+    total = f"the run's {updates} optimizer steps ({batches} x trainer.updates_per_batch x trainer.epochs_per_batch)"
     if trainer.schedule == "constant":
         for knob in ("decay_steps", "min_lr"):
             if changed(trainer, knob):

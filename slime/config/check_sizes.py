@@ -10,18 +10,20 @@ def check_sizes(cfg: SlimeConfig) -> None:
     """Raise ConfigError for the first sizes that do not divide; it names the knobs. What the model's own sizes must divide by is in
     `slime.models.check_layout`."""
     needed = needed_roles(cfg)
-    if "actor" in needed:
-        _trainer(cfg)
+    for role in ("actor", "critic"):
+        if role in needed:
+            _trainer(cfg, role)
     if "rollout" in needed:
         _engines(cfg)
 
 
-def _trainer(cfg: SlimeConfig) -> None:
-    devices, trainer = cfg.cluster.roles["actor"].devices, cfg.trainer
+def _trainer(cfg: SlimeConfig, role: str) -> None:
+    """Of the actor, and of a critic that has ranks of its own: they are divided alike."""
+    devices, trainer = cfg.cluster.roles[role].devices, cfg.trainer
     sizes = parallel_sizes(trainer)
     _stages(trainer, sizes)
     _experts(trainer, sizes)
-    _devices(devices, trainer, sizes)
+    _devices(role, devices, trainer, sizes)
     prompts, updates = cfg.rollout.prompts_per_step, trainer.updates_per_batch
     if prompts % updates:
         raise ConfigError(
@@ -30,8 +32,8 @@ def _trainer(cfg: SlimeConfig) -> None:
     replicas, samples = sizes.data(devices), prompts // updates * samples_per_prompt(cfg)
     if samples < replicas:
         raise ConfigError(
-            f"one update has {samples} samples and there are {replicas} data-parallel ranks (cluster.roles.actor.devices={devices}, "
-            f"{sizes.copy} for each copy of the model): raise rollout.prompts_per_step, or lower cluster.roles.actor.devices or "
+            f"one update has {samples} samples and there are {replicas} data-parallel ranks (cluster.roles.{role}.devices={devices}, "
+            f"{sizes.copy} for each copy of the model): raise rollout.prompts_per_step, or lower cluster.roles.{role}.devices or "
             "trainer.updates_per_batch"
         )
 
@@ -60,7 +62,7 @@ def _experts(trainer: TrainerConfig, sizes: ParallelSizes) -> None:
         )
 
 
-def _devices(devices: int, trainer: TrainerConfig, sizes: ParallelSizes) -> None:
+def _devices(role: str, devices: int, trainer: TrainerConfig, sizes: ParallelSizes) -> None:
     """Whole copies of the model, and whole copies of its experts."""
     tensor, pipeline = ("trainer.tensor_parallel", sizes.tensor), ("trainer.pipeline_parallel", sizes.pipeline)
     split = (f"trainer.megatron.{EXPERT_TENSOR}", sizes.expert_tensor) if whole(trainer, EXPERT_TENSOR) else tensor
@@ -73,7 +75,7 @@ def _devices(devices: int, trainer: TrainerConfig, sizes: ParallelSizes) -> None
         if devices % ranks:
             said = " x ".join(f"{knob}={size}" for knob, size in factors if size > 1)
             mend = f"make the devices a multiple of {ranks if ' x ' in said else 'it'}"
-            raise ConfigError(f"cluster.roles.actor.devices={devices} does not divide by {said}{what}: {mend}")
+            raise ConfigError(f"cluster.roles.{role}.devices={devices} does not divide by {said}{what}: {mend}")
 
 
 def _engines(cfg: SlimeConfig) -> None:

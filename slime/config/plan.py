@@ -6,9 +6,10 @@ from pathlib import Path
 
 from slime.config import SlimeConfig
 from slime.config.check_files import model_config
+from slime.config.of_critic import of_critic
 from slime.config.parallel import parallel_sizes
-from slime.config.plan_memory import EngineMemory, RankMemory, count_parameters, engine_memory, longest, rank_memory
-from slime.config.roles import RoleNeed, role_needs, samples_per_prompt
+from slime.config.plan_memory import EngineMemory, Model, RankMemory, count_parameters, engine_memory, longest, rank_memory
+from slime.config.roles import RoleNeed, role_needs, samples_per_prompt, uses_critic
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,12 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """`rank` is None where the recipe starts no trainer, `engine` where it starts no engine."""
+    """`rank` is None where the recipe starts no trainer, `critic` where it gives a critic no devices, `engine` where it starts no
+    engine."""
 
     parameters: int  # of the whole model
     rank: RankMemory | None  # of the pipeline stage that takes the most
+    critic: RankMemory | None  # of a critic's own ranks
     engine: EngineMemory | None
 
 
@@ -65,7 +68,7 @@ def batch_plan(cfg: SlimeConfig, roles: dict[str, RoleNeed]) -> BatchPlan:
 
 
 def update_plan(cfg: SlimeConfig, samples: int, devices: int) -> UpdatePlan:
-    """A batch of `samples` over the actor's devices."""
+    """A batch of `samples` over the devices of the actor, or of its critic."""
     trainer, sizes = cfg.trainer, parallel_sizes(cfg.trainer)
     replicas = sizes.data(devices)
     per_step = samples // trainer.updates_per_batch
@@ -83,11 +86,31 @@ def update_plan(cfg: SlimeConfig, samples: int, devices: int) -> UpdatePlan:
 
 
 def memory_plan(cfg: SlimeConfig, roles: dict[str, RoleNeed], batch: BatchPlan) -> MemoryPlan | None:
-    """The formulas of `plan_memory`, for the model in model.path."""
+    """The formulas of `plan_memory`, for the model in model.path and the critic's."""
     config = model_config(cfg)
     if config is None:
         return None
     parameters = count_parameters(Path(cfg.model.path), config)
-    rank = rank_memory(cfg, config, parameters, batch.update.micro_batches) if batch.update else None
+    rank = own = None
+    if batch.update is not None:
+        beside = None
+        if uses_critic(cfg.algorithm):
+            critic = _critic(cfg, roles)
+            if critic is None:
+                return None
+            if "critic" in roles:
+                own = rank_memory(of_critic(cfg), critic, update_plan(cfg, batch.samples, critic.devices).micro_batches)
+            else:
+                beside = critic
+        rank = rank_memory(cfg, Model(config, parameters, roles["actor"].devices), batch.update.micro_batches, beside)
     engine = engine_memory(cfg, config, parameters.total, batch.samples) if "rollout" in roles else None
-    return MemoryPlan(parameters.total, rank, engine)
+    return MemoryPlan(parameters.total, rank, own, engine)
+
+
+def _critic(cfg: SlimeConfig, roles: dict[str, RoleNeed]) -> Model | None:
+    """None for a critic.path that is still on the hub."""
+    own = of_critic(cfg)
+    config = model_config(own)
+    if config is None:
+        return None
+    return Model.critic(own, config, count_parameters(Path(own.model.path), config), roles.get("critic", roles["actor"]).devices)

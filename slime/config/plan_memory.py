@@ -22,6 +22,9 @@ p - s micro-batches at once (one-forward-one-backward); v-fold interleaved, (2 (
 Logits of one micro-batch and their gradient, on the last stage: 2 x tokens x vocabulary / t, in the model's dtype. Log-probs are
 computed from them in fp32, a chunk of at most 2^24 values at a time; the backward pass holds at most three such chunks.
 
+A critic has a head of one output in place of the output layer, and no logits. On the actor's ranks it adds its parameters, gradients and
+optimizer state; its activations are never there together with the actor's, which are taken to be as large.
+
 An engine's device holds its share of the weights (with rollout.quantization=fp8 a byte for all but embedding and head) and, a token and
 layer, 2 x kv_heads x head_dim values of KV cache over its tensor-parallel ranks; with latent attention kv_lora_rank + qk_rope_head_dim
 values, on every rank.
@@ -32,7 +35,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +78,17 @@ class RankMemory:
     logits: int  # with their gradient
     logprobs: int  # fp32 chunks
     stage: int  # its pipeline stage, from 0
+    critic: int = 0  # weights, gradients and optimizer state of a critic that it holds beside
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.logprobs
+        return self.held + self.critic + self.activations + self.logits + self.logprobs
+
+    @property
+    def held(self) -> int:
+        """Of the model and its optimizer."""
+        return self.weights + self.gradients + self.optimizer
 
 
 @dataclass(frozen=True)
@@ -119,24 +128,46 @@ def _tensors(model_dir: Path) -> Iterator[tuple[str, int]]:
         yield from ((name, math.prod(entry["shape"])) for name, entry in header.items() if name != "__metadata__")
 
 
-def rank_memory(cfg: SlimeConfig, config: dict[str, Any], parameters: Parameters, micro_batches: int) -> RankMemory:
-    """What a rank of the largest pipeline stage holds. Raises ConfigError for layers that do not divide into stages."""
-    layers = stage_layers(size_of(cfg, config, "num_hidden_layers"), cfg.trainer)
-    stages = [_stage_memory(cfg, config, parameters, micro_batches, layers, stage) for stage in range(len(layers))]
+@dataclass(frozen=True)
+class Model:
+    """What is trained on a number of devices."""
+
+    config: dict[str, Any]  # its config.json
+    parameters: Parameters
+    devices: int
+    logits: bool = True  # False: a critic
+
+    @classmethod
+    def critic(cls, cfg: SlimeConfig, config: dict[str, Any], parameters: Parameters, devices: int) -> "Model":
+        """From the model that a critic begins as, with its head."""
+        return cls(config, replace(parameters, output=size_of(cfg, config, "hidden_size")), devices, logits=False)
+
+
+def rank_memory(cfg: SlimeConfig, model: Model, micro_batches: int, critic: Model | None = None) -> RankMemory:
+    """What a rank of the largest pipeline stage holds, a critic beside its model included. Raises ConfigError for layers that do not divide
+    into stages."""
+    stages = _of_stages(cfg, model, micro_batches)
+    if critic is not None:
+        beside = _of_stages(cfg, critic, micro_batches)
+        stages = [replace(memory, critic=other.held) for memory, other in zip(stages, beside, strict=True)]
     return max(stages, key=lambda memory: memory.total)
 
 
-def _stage_memory(
-    cfg: SlimeConfig, config: dict[str, Any], parameters: Parameters, micro_batches: int, layers: list[int], stage: int
-) -> RankMemory:
-    sizes, width, devices = parallel_sizes(cfg.trainer), BYTES[cfg.model.dtype], cfg.cluster.roles["actor"].devices
+def _of_stages(cfg: SlimeConfig, model: Model, micro_batches: int) -> list[RankMemory]:
+    layers = stage_layers(size_of(cfg, model.config, "num_hidden_layers"), cfg.trainer)
+    return [_stage_memory(cfg, model, micro_batches, layers, stage) for stage in range(len(layers))]
+
+
+def _stage_memory(cfg: SlimeConfig, model: Model, micro_batches: int, layers: list[int], stage: int) -> RankMemory:
+    config, parameters, devices = model.config, model.parameters, model.devices
+    sizes, width = parallel_sizes(cfg.trainer), BYTES[cfg.model.dtype]
     part, is_first, is_last = layers[stage] / sum(layers), stage == 0, stage == len(layers) - 1
     output = parameters.output or (0 if is_first else parameters.embedding)
     plain = (parameters.others * part + parameters.embedding * is_first + output * is_last) / sizes.tensor
     experts = parameters.experts * part / (sizes.expert * sizes.expert_tensor)
     optimizer = plain / (sizes.data(devices) * sizes.context) + experts / sizes.expert_data(devices)
     tokens = max(cfg.trainer.max_tokens_per_rank, math.ceil(longest(cfg) / sizes.context))
-    columns = math.ceil(size_of(cfg, config, "vocab_size") / sizes.tensor)
+    columns = math.ceil(size_of(cfg, config, "vocab_size") / sizes.tensor) if model.logits else 0
     held = tokens * layers[stage] * _in_flight(sizes, stage, micro_batches)
     return RankMemory(
         weights=int((plain + experts) * width),
@@ -144,7 +175,7 @@ def _stage_memory(
         optimizer=int(optimizer * ADAM_BYTES[cfg.model.dtype]),
         activations=int(_activations(cfg, config, sizes, parameters.sparse_layers / sum(layers)) * width / 2 * held),
         logits=2 * width * columns * tokens * is_last,
-        logprobs=CHUNKS * 4 * min(tokens, max(1, CHUNK_ELEMENTS // columns)) * columns * is_last,
+        logprobs=CHUNKS * 4 * min(tokens, max(1, CHUNK_ELEMENTS // max(1, columns))) * columns * is_last,
         stage=stage,
     )
 

@@ -6,6 +6,7 @@ from rich.table import Table
 from slime.config import SlimeConfig
 from slime.config.parallel import ParallelSizes, parallel_sizes
 from slime.config.plan import BatchPlan, MemoryPlan, Plan
+from slime.config.plan_memory import RankMemory
 
 
 def show(cfg: SlimeConfig, plan: Plan, console: Console) -> None:
@@ -41,9 +42,10 @@ def _table(*columns: str) -> Table:
 
 
 def _roles(cfg: SlimeConfig, plan: Plan) -> Table:
-    update = plan.batch.update
+    update, sizes = plan.batch.update, parallel_sizes(cfg.trainer)
     made_of = {
-        "actor": layout(parallel_sizes(cfg.trainer), update.data_parallel) if update else "",
+        "actor": layout(sizes, update.data_parallel) if update else "",
+        "critic": layout(sizes, sizes.data(plan.roles["critic"].devices)) if "critic" in plan.roles else "",
         "rollout": f"{cfg.rollout.engines} engines x {cfg.rollout.tensor_parallel} tensor-parallel",
     }
     table = _table("role", "devices", "CPUs a device", "made of")
@@ -79,18 +81,26 @@ def _batch(batch: BatchPlan) -> Table:
 
 def _memory(memory: MemoryPlan, stages: int) -> Table:
     table = _table()
-    if (rank := memory.rank) is not None:
-        table.add_row("rank: weights", size(rank.weights))
-        table.add_row("rank: gradients", size(rank.gradients))
-        table.add_row("rank: optimizer state", size(rank.optimizer))
-        table.add_row(f"rank: activations of {'a micro-batch' if stages == 1 else 'micro-batches in flight'}", size(rank.activations))
-        if rank.logits:
-            table.add_row("rank: logits of a micro-batch and their gradient", size(rank.logits))
-            table.add_row("rank: log-probs of a chunk, in fp32", size(rank.logprobs))
-        where = f", on pipeline stage {rank.stage + 1} of {stages}, which takes the most" if stages > 1 else ""
-        table.add_row(f"rank: together{where}", size(rank.total))
+    if memory.rank is not None:
+        _rank(table, "rank", memory.rank, stages)
+    if memory.critic is not None:
+        _rank(table, "critic's rank", memory.critic, stages)
     if (engine := memory.engine) is not None:
         table.add_row("engine: weights", size(engine.weights))
         table.add_row("engine: KV cache of a token", size(engine.kv_per_token))
         table.add_row("engine: KV cache of all requests in flight", size(engine.kv_wanted))
     return table
+
+
+def _rank(table: Table, name: str, rank: RankMemory, stages: int) -> None:
+    table.add_row(f"{name}: weights", size(rank.weights))
+    table.add_row(f"{name}: gradients", size(rank.gradients))
+    table.add_row(f"{name}: optimizer state", size(rank.optimizer))
+    if rank.critic:
+        table.add_row(f"{name}: weights, gradients and optimizer state of the critic", size(rank.critic))
+    table.add_row(f"{name}: activations of {'a micro-batch' if stages == 1 else 'micro-batches in flight'}", size(rank.activations))
+    if rank.logits:
+        table.add_row(f"{name}: logits of a micro-batch and their gradient", size(rank.logits))
+        table.add_row(f"{name}: log-probs of a chunk, in fp32", size(rank.logprobs))
+    where = f", on pipeline stage {rank.stage + 1} of {stages}, which takes the most" if stages > 1 else ""
+    table.add_row(f"{name}: together{where}", size(rank.total))

@@ -23,9 +23,19 @@ def needs_rollouts(algorithm: AlgorithmConfig) -> bool:
 
     Raises ConfigError for an algorithm.name that is not built in and does not load, or builds something else.
     """
+    known = ALGORITHMS.get(algorithm.name)
+    return known.needs_rollouts if known else _says(algorithm, "needs_rollouts")
+
+
+def uses_critic(algorithm: AlgorithmConfig) -> bool:
+    """Whether it learns from a critic's values. As `needs_rollouts`."""
+    known = ALGORITHMS.get(algorithm.name)
+    return known.critic if known else _says(algorithm, "uses_critic")
+
+
+def _says(algorithm: AlgorithmConfig, what: str) -> bool:
+    """A field of a user's own algorithm."""
     name = algorithm.name
-    if name in ALGORITHMS:
-        return ALGORITHMS[name].needs_rollouts
     if ":" not in name:
         raise ConfigError(
             f"algorithm.name={name}: takes {', '.join(ALGORITHMS)} or an import path pkg.mod:fn{nearest(name, list(ALGORITHMS))}"
@@ -38,10 +48,10 @@ def needs_rollouts(algorithm: AlgorithmConfig) -> bool:
         built = build(algorithm)
     except Exception as error:
         raise ConfigError(f"algorithm.name={name}: it failed with {type(error).__name__}: {error}") from error
-    needs = getattr(built, "needs_rollouts", None)
-    if not isinstance(needs, bool):
+    said = getattr(built, what, None)
+    if not isinstance(said, bool):
         raise ConfigError(f"algorithm.name={name} returned {type(built).__name__}; it must return slime.algorithms.base.Algorithm")
-    return needs
+    return said
 
 
 def generates(cfg: SlimeConfig) -> bool:
@@ -55,13 +65,15 @@ def samples_per_prompt(cfg: SlimeConfig) -> int:
 
 
 def needed_roles(cfg: SlimeConfig) -> tuple[str, ...]:
-    """Roles that a run of this recipe starts. Demonstrations, replay and external engines start no engine."""
+    """Roles that a run of this recipe starts. Demonstrations, replay and external engines start no engine; a critic has ranks of its
+    own where the recipe gives it devices."""
     trains = cfg.run.only != "rollout"
+    judges = trains and "critic" in cfg.cluster.roles and uses_critic(cfg.algorithm)
     serves = generates(cfg) and not cfg.rollout.external_urls
-    return tuple(role for role, needed in (("actor", trains), ("rollout", serves)) if needed)
+    return tuple(role for role, needed in (("actor", trains), ("critic", judges), ("rollout", serves)) if needed)
 
 
 def role_needs(cfg: SlimeConfig) -> dict[str, RoleNeed]:
     """What each needed role asks of the cluster."""
-    cpus = {"actor": cfg.cluster.cpus_per_rank, "rollout": cfg.cluster.cpus_per_engine}
+    cpus = {"actor": cfg.cluster.cpus_per_rank, "critic": cfg.cluster.cpus_per_rank, "rollout": cfg.cluster.cpus_per_engine}
     return {role: RoleNeed(role, cfg.cluster.roles[role].devices, cpus[role]) for role in needed_roles(cfg)}

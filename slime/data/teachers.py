@@ -26,12 +26,17 @@ def teacher_of(source: str, cfg: AlgorithmConfig) -> int:
 
 
 def check_vocabulary(student: ModelConfig, name: str, path: str) -> None:
-    """Raises ValueError where a token of the student is another one, or none, to the teacher, and where there is no tokenizer."""
-    knob = f"algorithm.teachers.{name}.path"
+    """`same_vocabulary` for a teacher."""
+    same_vocabulary(student, path, f"algorithm.teachers.{name}.path", "teacher")
+
+
+def same_vocabulary(student: ModelConfig, path: str, knob: str, what: str) -> None:
+    """Raises ValueError where a token of the student is another one, or none, to the model in `path`, a teacher or a critic, and where
+    there is no tokenizer. `knob` names the path."""
     own, theirs = load_tokenizer(student).get_vocab(), _tokenizer(path, knob).get_vocab()
     if differing := [token for token, number in own.items() if theirs.get(token) != number]:
-        said = _listed([f"{token!r} is {own[token]} to the student and {theirs.get(token, 'none')} to the teacher" for token in differing])
-        raise ValueError(f"{knob}={path}: it does not share the student's vocabulary: {said}; choose a teacher with the same tokenizer")
+        said = _listed([f"{token!r} is {own[token]} to the student and {theirs.get(token, 'none')} to the {what}" for token in differing])
+        raise ValueError(f"{knob}={path}: it does not share the student's vocabulary: {said}; choose a {what} with the same tokenizer")
 
 
 def _tokenizer(path: str, knob: str) -> "PreTrainedTokenizerBase":

@@ -32,13 +32,7 @@ def check_model(cfg: SlimeConfig, headers: bool = True) -> None:
 def check_teacher(cfg: SlimeConfig, name: str) -> None:
     """Read a teacher that the actor's ranks hold, and check that their layout divides it too. Raises ValueError naming it."""
     teacher, trainer, at = cfg.algorithm.teachers[name], cfg.trainer, f"algorithm.teachers.{name}"
-    try:
-        model = load_map(teacher.path, teacher.family, trainer.tensor_parallel)
-        stage_layers(model.transformer["num_layers"], trainer)
-        if model.has_experts:
-            _experts(model, parallel_sizes(trainer), trainer)
-    except ValueError as error:
-        raise ValueError(f"{at}: {str(error).replace('model.path', f'{at}.path')}") from error
+    model = _divided(teacher.path, teacher.family, trainer, at)
     student = load_map(cfg.model.path, cfg.model.family, trainer.tensor_parallel)
     if cfg.algorithm.distill == "full" and trainer.tensor_parallel > 1 and model.gpt["vocab_size"] != student.gpt["vocab_size"]:
         raise ValueError(
@@ -46,6 +40,24 @@ def check_teacher(cfg: SlimeConfig, name: str) -> None:
             f"padding), which trainer.tensor_parallel={trainer.tensor_parallel} divides differently: choose algorithm.distill=topk, or set "
             "trainer.tensor_parallel=1"
         )
+
+
+def check_critic(cfg: SlimeConfig) -> None:
+    """Read the model in critic.path, and check that the actor's layout divides it too. Raises ValueError naming it."""
+    assert cfg.critic.path is not None, "model.path is checked itself"
+    _divided(cfg.critic.path, cfg.model.family, cfg.trainer, "critic")
+
+
+def _divided(path: str, family: str, trainer: TrainerConfig, at: str) -> ModelMap:
+    """A model beside the policy, in its layout; `at` is the group of its knobs."""
+    try:
+        model = load_map(path, family, trainer.tensor_parallel)
+        stage_layers(model.transformer["num_layers"], trainer)
+        if model.has_experts:
+            _experts(model, parallel_sizes(trainer), trainer)
+    except ValueError as error:
+        raise ValueError(f"{at}: {str(error).replace('model.path', f'{at}.path')}") from error
+    return model
 
 
 def check_layout(model: ModelMap, sizes: ParallelSizes, trainer: TrainerConfig) -> None:

@@ -38,6 +38,7 @@ class ModelMap:
     unserved: str  # why SGLang cannot serve it, where that is so
     kept: tuple[str, ...]  # patterns of HF tensors that are carried along untrained (MTP heads)
     spare: tuple[str, ...]  # patterns of HF tensors that follow from the others or from config.json
+    fresh: tuple[str, ...] = ()  # parameters that no checkpoint holds: they begin as 0 (the head of a critic)
     kept_shapes: Mapping[str, Shape] = field(default_factory=dict)  # those of `kept` that the checkpoint holds
 
     def parameters(self) -> dict[str, Layout]:

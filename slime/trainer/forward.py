@@ -12,21 +12,21 @@ from slime.trainer.frozen import Frozen
 from slime.trainer.model import Model
 from slime.trainer.packing import MicroBatch
 
-# (micro-batch, logits [L, this rank's share of the vocabulary]) -> (loss, a scalar; anything to collect)
-OnLogits = Callable[[MicroBatch, Tensor], tuple[Tensor, Any]]
+# (micro-batch, logits [L, this rank's share of the vocabulary], or a critic's values [L, 1]) -> (loss, a scalar; anything to collect)
+OnOutput = Callable[[MicroBatch, Tensor], tuple[Tensor, Any]]
 
 
 def run_micro_batches(
     model: Model | Frozen,
     micro_batches: list[MicroBatch],
-    on_logits: OnLogits,
+    on_output: OnOutput,
     *,
     device: torch.device,
     tp: torch.distributed.ProcessGroup,
     cp_size: int = 1,
     forward_only: bool = False,
 ) -> list[Any]:
-    """Run all micro-batches and return what `on_logits` collected, in order; on ranks of the last pipeline stage, nothing on others.
+    """Run all micro-batches and return what `on_output` collected, in order; on ranks of the last pipeline stage, nothing on others.
 
     Unless `forward_only`, the sum of the losses is differentiated and gradients are reduced over ranks, ready for the optimizer.
     All ranks call this together with equally many micro-batches.
@@ -35,8 +35,8 @@ def run_micro_batches(
     def forward_step(rows: Iterator[MicroBatch], stage: Any) -> tuple[Tensor, Callable]:
         micro_batch = next(rows)
 
-        def loss_of(logits: Tensor) -> tuple[Tensor, Tensor, Any]:
-            loss, collected = on_logits(micro_batch, logits.squeeze(0))
+        def loss_of(output: Tensor) -> tuple[Tensor, Tensor, Any]:
+            loss, collected = on_output(micro_batch, output.squeeze(0))
             return loss, torch.zeros((), dtype=torch.int, device=device), collected  # no token count: nothing is divided by it
 
         return output_of(model, stage, micro_batch, device, tp), loss_of
@@ -57,7 +57,8 @@ def run_micro_batches(
 def output_of(
     model: Model | Frozen, stage: Any, micro_batch: MicroBatch, device: torch.device, tp: torch.distributed.ProcessGroup
 ) -> Tensor:
-    """What one of the model's stages makes of a micro-batch: of the last one logits [1, L, this rank's share of the vocabulary]."""
+    """What one of the model's stages makes of a micro-batch: of the last one logits [1, L, this rank's share of the vocabulary], or
+    values [1, L, 1]."""
     seen = _seen_by_routers(model, micro_batch, tp)
     experts = None if micro_batch.experts is None else torch.from_numpy(micro_batch.experts[seen]).to(device).long().transpose(0, 1)
     padding = torch.from_numpy(micro_batch.source[seen] < 0).to(device)

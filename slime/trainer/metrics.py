@@ -80,6 +80,16 @@ def advantage_stats(advantages: np.ndarray) -> dict[str, float]:
     return {"advantage/mean": float(advantages.mean()), "advantage/std": float(advantages.std())}
 
 
+def of_values(values: np.ndarray, returns: np.ndarray) -> dict[str, float]:
+    """value/mean, and value/explained_variance = 1 - Var(R - V) / Var(R): 1 where the values are the returns but for a constant, 0 where
+    they say nothing of them. Of the trained tokens of a batch, values float32 and returns float64 [t], before it is learned from. The
+    second is absent where all returns are equal."""
+    found = {"value/mean": float(values.mean(dtype=np.float64))} if len(values) else {}
+    if len(returns) and (variance := float(returns.var())):
+        found["value/explained_variance"] = 1 - float((returns - values).var()) / variance
+    return found
+
+
 def mean_of_updates(updates: list[dict[str, float]]) -> dict[str, float]:
     """The metrics of a batch from those of its optimizer steps: means, the last learning rate, the number of micro-batches in all."""
     merged = {name: float(np.mean([u[name] for u in updates])) for name in updates[0]}

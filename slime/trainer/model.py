@@ -18,10 +18,12 @@ from slime.config import SlimeConfig, TrainerConfig
 from slime.models.hf_files import HFReader
 from slime.models.map import ModelMap
 from slime.models.registry import load_map
+from slime.models.value import OUTPUT, value_map
 from slime.trainer import blocks, names, rotary, routing
 from slime.trainer.distributed import Parallel
 from slime.trainer.options import Options, sort_options
 from slime.trainer.spec import decoder_spec
+from slime.trainer.value_head import ValueHead
 from slime.trainer.without_te import allocate_adam_state
 
 ACTIVATIONS = {"silu": F.silu}
@@ -63,8 +65,16 @@ def build_model(cfg: SlimeConfig, parallel: Parallel) -> Model:
 
     Raises ValueError for a model directory or a trainer.megatron option that cannot be used.
     """
+    return _build(load_map(cfg.model.path, cfg.model.family, parallel.tp.size()), cfg, parallel)
+
+
+def build_value_model(cfg: SlimeConfig, parallel: Parallel) -> Model:
+    """`build_model` for a model with one output a token, its value, in place of logits."""
+    return _build(value_map(load_map(cfg.model.path, cfg.model.family, parallel.tp.size())), cfg, parallel)
+
+
+def _build(model_map: ModelMap, cfg: SlimeConfig, parallel: Parallel) -> Model:
     options = sort_options(cfg.trainer.megatron)
-    model_map = load_map(cfg.model.path, cfg.model.family, parallel.tp.size())
     dtype = DTYPES[cfg.model.dtype]
     config, bare = build_stages(model_map, dtype, parallel, options)
     stages = [DistributedDataParallel(config, _ddp_config(options), gpt, disable_bucketing=n > 0) for n, gpt in enumerate(bare)]
@@ -98,6 +108,8 @@ def _stage(config: TransformerConfig, model_map: ModelMap, parallel: Parallel, n
         vp_stage=virtual,
         **model_map.gpt,
     )
+    if gpt.post_process and OUTPUT in model_map.fresh:
+        gpt.output_layer = ValueHead(config)
     rotary.install(gpt, model_map.rope)
     routing.install(gpt, model_map.groups)
     return gpt
@@ -181,5 +193,8 @@ def load_hf(
                 group = parallel.etp if model_map.is_expert(name) else parallel.tp
                 expected = model_map.local_shape(name, group.size())
                 assert tensor.shape == expected, f"{name}: megatron-core built {tuple(tensor.shape)}, the map says {expected}"
-                blocks.load(model_map.moves(name, group.rank(), group.size()), reader.read_block, tensor)
+                if name in model_map.fresh:
+                    tensor.zero_()
+                else:
+                    blocks.load(model_map.moves(name, group.rank(), group.size()), reader.read_block, tensor)
                 loaded(name)

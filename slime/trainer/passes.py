@@ -8,11 +8,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slime.models.map import ModelMap
-from slime.trainer.forward import OnLogits, run_micro_batches
+from slime.trainer.forward import OnOutput, run_micro_batches
 from slime.trainer.frozen import Frozen
 from slime.trainer.logprobs import token_logprobs
 from slime.trainer.packing import MicroBatch
-from slime.trainer.state import Trainer
+from slime.trainer.state import Trained, Trainer
 from slime.types import Batch
 
 
@@ -31,27 +31,27 @@ def log_probs(trainer: Trainer, batch: Batch, frozen: Frozen | None = None) -> n
     return gather(trainer, look(trainer, batch, keep, frozen), len(batch.tokens))
 
 
-def look(trainer: Trainer, batch: Batch, on_logits: OnLogits, frozen: Frozen | None = None) -> list:
-    """What `on_logits` collects of this rank's share of a batch, without gradients."""
-    trainer.model.train(False)
-    with trainer.tracer.span("logprobs"):
-        micro_batches = trainer.micro_batches(batch if frozen is None else replace(batch, experts=None))
-        kept = run(trainer, micro_batches, on_logits, forward_only=True, model=frozen)
-    trainer.model.train(True)
+def look(trained: Trained, batch: Batch, on_output: OnOutput, frozen: Frozen | None = None, span: str = "logprobs") -> list:
+    """What `on_output` collects of this rank's share of a batch, without gradients."""
+    trained.model.train(False)
+    with trained.tracer.span(span):
+        micro_batches = trained.micro_batches(batch if frozen is None else replace(batch, experts=None))
+        kept = run(trained, micro_batches, on_output, forward_only=True, model=frozen)
+    trained.model.train(True)
     return kept
 
 
 def run(
-    trainer: Trainer, micro_batches: list[MicroBatch], on_logits: OnLogits, forward_only: bool = False, model: Frozen | None = None
+    trained: Trained, micro_batches: list[MicroBatch], on_output: OnOutput, forward_only: bool = False, model: Frozen | None = None
 ) -> list:
     """See `run_micro_batches`."""
     return run_micro_batches(
-        model or trainer.model,
+        model or trained.model,
         micro_batches,
-        on_logits,
-        device=trainer.device.torch,
-        tp=trainer.parallel.tp,
-        cp_size=trainer.parallel.cp.size(),
+        on_output,
+        device=trained.device.torch,
+        tp=trained.parallel.tp,
+        cp_size=trained.parallel.cp.size(),
         forward_only=forward_only,
     )
 
@@ -63,14 +63,14 @@ def of_labels(trainer: Trainer, micro_batch: MicroBatch, logits: Tensor, model_m
 
 
 def gather(
-    trainer: Trainer, kept: list[tuple[np.ndarray, Tensor]], tokens: int, like: tuple[int, ...] = (), dtype: torch.dtype = torch.float32
+    trained: Trained, kept: list[tuple[np.ndarray, Tensor]], tokens: int, like: tuple[int, ...] = (), dtype: torch.dtype = torch.float32
 ) -> np.ndarray:
     """Put every rank's (positions, values [t, *like]) into one [tokens, *like], on all ranks; 0 where there are none."""
-    whole = torch.zeros(tokens, *like, dtype=dtype, device=trainer.device.torch)
+    whole = torch.zeros(tokens, *like, dtype=dtype, device=trained.device.torch)
     for at, values in kept:
         whole[torch.from_numpy(at).to(whole.device)] = values
-    dist.all_reduce(whole, group=trainer.parallel.dp_cp)
-    dist.all_reduce(whole, group=trainer.parallel.pp)  # only the last stage has any
+    dist.all_reduce(whole, group=trained.parallel.dp_cp)
+    dist.all_reduce(whole, group=trained.parallel.pp)  # only the last stage has any
     return whole.cpu().numpy()
 
 

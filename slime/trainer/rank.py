@@ -24,9 +24,12 @@ from slime.types import Batch
 
 if TYPE_CHECKING:
     from slime.trainer.snapshot import Snapshot
+    from slime.trainer.state import Trained
 
 EXPORT_BUCKET_BYTES = 64 << 20  # two are alive at once
+ACTOR, CRITIC = "actor", "critic"  # what a rank may be, or both
 SAVE, WATCH = "save", "watch"  # threads beside the one that trains
+TRAINER = "trainer"  # the actor's folder in a checkpoint; the critic's is CRITIC
 SAVE_NICE = 19  # the lowest; Ray starts its workers at 15
 
 P = ParamSpec("P")
@@ -48,13 +51,14 @@ THREADS = {SAVE: 1, WATCH: 1}  # Ray's concurrency groups of a rank
 
 
 class Rank:
-    """One trainer rank; rank 0 is the leader. `build` comes first; from then on every method is called on all ranks together, in one order,
-    except where it says otherwise. Start it with THREADS."""
+    """One rank of the actor, of its critic or of both; rank 0 is the leader. `build` comes first; from then on every method is called on
+    all ranks together, in one order, except where it says otherwise. `values` and `learn` are of ranks with a critic, `load` and those
+    that save of all, the others of the actor's. Start it with THREADS."""
 
-    def __init__(self, cfg: SlimeConfig, rank: int, world: int, kind: str, threads: int) -> None:
-        self.cfg, self.rank, self.world, self.kind, self.threads = cfg, rank, world, kind, threads
-        self.tracer = Tracer(f"rank {rank}")
-        self.held: Snapshot | None = None  # to be written
+    def __init__(self, cfg: SlimeConfig, roles: tuple[str, ...], rank: int, world: int, kind: str, threads: int) -> None:
+        self.cfg, self.roles, self.rank, self.world, self.kind, self.threads = cfg, roles, rank, world, kind, threads
+        self.tracer = Tracer(f"{'rank' if ACTOR in roles else CRITIC} {rank}")
+        self.held: dict[str, Snapshot] = {}  # to be written, by folder
 
     def open_store(self) -> tuple[str, int]:
         """Rank 0 alone: address and port where the ranks meet."""
@@ -70,6 +74,7 @@ class Rank:
         from slime.config.parallel import parallel_sizes
         from slime.trainer import device, distributed
         from slime.trainer.build import build_trainer
+        from slime.trainer.critic import build_critic
         from slime.trainer.host_buffers import HostBuffers
 
         cfg = self.cfg
@@ -81,16 +86,38 @@ class Rank:
             self.parallel = distributed.join_groups(
                 self.device, self.store, self.rank, self.world, parallel_sizes(cfg.trainer), cfg.run.seed, cfg.cluster.step_timeout_s
             )
-            self.trainer = build_trainer(cfg, self.device, self.parallel, self.tracer)
-        self.buffers = HostBuffers(pinned=self.kind == "cuda")  # of what is held
+            self.trained: dict[str, Trained] = {}  # by their folders in a checkpoint
+            if ACTOR in self.roles:
+                self.trained[TRAINER] = self.trainer = build_trainer(cfg, self.device, self.parallel, self.tracer)
+            if CRITIC in self.roles:
+                self.trained[CRITIC] = self.critic = build_critic(cfg, self.device, self.parallel, self.tracer)
+        self.buffers = {folder: HostBuffers(pinned=self.kind == "cuda") for folder in self.trained}  # of what is held
 
     @on_device
-    def train(self, batch: Batch) -> dict[str, float]:
-        """See `step.train_batch`."""
+    def train(self, batch: Batch, values: np.ndarray | None = None, learns: bool = True) -> tuple[dict[str, float], np.ndarray | None]:
+        """See `step.train_beside`. Of the leader alone returns for a critic."""
         from slime.trainer import step
 
         with self.tracer.span("train", samples=len(batch)):
-            return step.train_batch(self.trainer, batch)
+            metrics, returns = step.train_beside(self.trainer, batch, values, learns)
+        return metrics, returns if self.parallel.is_leader else None
+
+    @on_device
+    def values(self, batch: Batch) -> tuple[None, np.ndarray | None]:
+        """(None, of the leader alone what `critic.values` gives)."""
+        from slime.trainer import critic
+
+        with self.tracer.span(CRITIC, samples=len(batch)):
+            found = critic.values(self.critic, batch)
+        return None, found if self.parallel.is_leader else None
+
+    @on_device
+    def learn(self, batch: Batch, values: np.ndarray, returns: np.ndarray) -> dict[str, float]:
+        """See `critic.learn`."""
+        from slime.trainer import critic
+
+        with self.tracer.span(CRITIC, samples=len(batch)):
+            return critic.learn(self.critic, batch, values, returns)
 
     @on_device
     def log_probs(self, batch: Batch) -> np.ndarray:
@@ -167,24 +194,28 @@ class Rank:
 
     @on_device
     def hold(self, directory: str) -> int:
-        """See `shards.snapshot`; returns the bytes that it holds until `write` has returned. The one before must have been written."""
+        """See `shards.snapshot`, of all that is trained here, each in its folder of `directory`. Returns the bytes that are held until
+        `write` has returned. Those before must have been written."""
         from slime.trainer import shards
 
-        assert self.held is None, "its memory would be overwritten"
+        assert not self.held, "its memory would be overwritten"
         with self.tracer.span("snapshot"):
-            self.held = shards.snapshot(self.trainer, Path(directory), self.buffers)
-            return self.held.host_bytes
+            self.held = {
+                folder: shards.snapshot(trained, Path(directory) / folder, self.buffers[folder]) for folder, trained in self.trained.items()
+            }
+            return sum(snapshot.host_bytes for snapshot in self.held.values())
 
     @ray.method(concurrency_group=SAVE)
     def write(self) -> dict[str, File]:
-        """See `Snapshot.write`; on a thread of its own, while other methods go on. It gives way to them where there are few cores."""
-        assert self.held is not None, "`hold` comes first"
+        """See `Snapshot.write`; files by folder/name. On a thread of its own, while other methods go on; it gives way to them where there
+        are few cores."""
+        assert self.held, "`hold` comes first"
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SAVE_NICE)
         try:
             with self.tracer.span("save"):
-                return self.held.write()
+                return {f"{folder}/{name}": file for folder, snapshot in self.held.items() for name, file in snapshot.write().items()}
         finally:
-            self.held = None
+            self.held = {}
 
     @ray.method(concurrency_group=WATCH)
     def stacks(self) -> Stacks:
@@ -192,9 +223,10 @@ class Rank:
         return Stacks.now()
 
     @on_device
-    def load(self, directory: str) -> None:
-        """See `shards.load`."""
+    def load(self, directory: str, folder: str) -> int:
+        """See `shards.load`; of one folder of `directory`. Returns the batches that the weights have learned from."""
         from slime.trainer import shards
 
         with self.tracer.span("load"):
-            shards.load(self.trainer, Path(directory))
+            shards.load(self.trained[folder], Path(directory) / folder)
+            return self.trained[folder].version

@@ -20,6 +20,7 @@ class Saving:
     directory: Path
     host_bytes: int  # host memory that the largest share takes until it is written
     refs: "list[ray.ObjectRef]"  # of `Rank.write`, one a rank
+    names: list[str]  # of the ranks
 
     def done(self) -> bool:
         """Whether `result` would return or raise at once."""
@@ -36,7 +37,7 @@ class Saving:
             shares = deadline.get(self.refs, timeout_s, what, STEP_KNOB)
         except (RuntimeError, OSError) as error:  # a TimeoutError is an OSError
             if not isinstance(error, ProcessLost) and (dead := settle(self.refs)[1]):
-                raise lost_rank(what, dead[0]) from error
+                raise lost_rank(what, self.names[dead[0]]) from error
             raise
         return {name: file for share in shares for name, file in share.items()}
 
@@ -48,9 +49,9 @@ def settle(refs: "list[ray.ObjectRef]") -> tuple[list[int], list[int]]:
     return waiting, [rank for rank, ref in enumerate(refs) if ref in settled and isinstance(_failure(ref), RayActorError)]
 
 
-def lost_rank(what: str, rank: int) -> ProcessLost:
+def lost_rank(what: str, name: str) -> ProcessLost:
     """The error that names a rank whose process ended."""
-    return ProcessLost(f"waiting for {what}: trainer rank {rank} died; its log is in Ray's session directory")
+    return ProcessLost(f"waiting for {what}: {name} died; its log is in Ray's session directory")
 
 
 def _failure(ref: "ray.ObjectRef") -> RayError | None:

@@ -25,45 +25,45 @@ from slime.trainer.distributed import Parallel
 from slime.trainer.gather_state import gather_state
 from slime.trainer.host_buffers import HostBuffers
 from slime.trainer.snapshot import Snapshot, hold
-from slime.trainer.state import Trainer
+from slime.trainer.state import Trained
 
 REFERENCE = "reference."  # before the names of its tensors
 SHARDING = "fully_reshardable"  # megatron-core's name for an optimizer whose state does not depend on the layout
 
 
-def snapshot(trainer: Trainer, directory: Path, buffers: HostBuffers) -> Snapshot:
+def snapshot(trained: Trained, directory: Path, buffers: HostBuffers) -> Snapshot:
     """This rank's share, in the host memory of `buffers`, to be written into `directory`, which all ranks see. All ranks call it together,
     between updates; they may train on as soon as it returns, and hold the next one in the same buffers once it is written.
 
     Host memory: the rank that is the first of those that hold the same shard takes its weights and three fp32 numbers a parameter (2 + 12
     bytes with bf16 weights), the others nothing. With data parallelism each needs one more number a parameter on its device meanwhile.
     """
-    return hold(_state(trainer, buffers, with_rng=True), directory, trainer.parallel.saves, buffers)
+    return hold(_state(trained, buffers, with_rng=True), directory, trained.parallel.saves, buffers)
 
 
-def save(trainer: Trainer, directory: Path) -> dict[str, File]:
+def save(trained: Trained, directory: Path) -> dict[str, File]:
     """Write this rank's share into `directory`, which all ranks see. All ranks call it together and return when the bytes of all are on
     disk. Returns the files of this rank. Raises OSError on every rank where the disk refuses on one."""
-    return snapshot(trainer, directory, HostBuffers(pinned=trainer.device.torch.type == "cuda")).write()
+    return snapshot(trained, directory, HostBuffers(pinned=trained.device.torch.type == "cuda")).write()
 
 
-def load(trainer: Trainer, directory: Path) -> None:
+def load(trained: Trained, directory: Path) -> None:
     """Continue from `directory`. All ranks call it together. Raises ValueError where there is no checkpoint, OSError on every rank
     where one cannot read its share."""
     if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
         raise ValueError(f"{directory} holds no trainer checkpoint (no metadata.json of megatron-core): check run.resume")
     common = dist_checkpointing.load_common_state_dict(str(directory))
-    same = common["layout"] == _layout(trainer)
-    trainer.reference_moved = common.get("reference_moved", False) and trainer.reference is not None
+    same = common["layout"] == _layout(trained)
+    trained.reference_moved = common.get("reference_moved", False) and trained.reference is not None
     with _failing_together(f"the trainer's shards could not be read from {directory}"):
-        state = dist_checkpointing.load(_state(trainer, None, with_rng=same), str(directory))
-    for number, stage in enumerate(trainer.model.stages):
-        stage.module.load_state_dict(state[_key(trainer, number)])
-    if trainer.reference is not None and trainer.reference_moved:
-        for number, gpt in enumerate(trainer.reference.stages):
+        state = dist_checkpointing.load(_state(trained, None, with_rng=same), str(directory))
+    for number, stage in enumerate(trained.model.stages):
+        stage.module.load_state_dict(state[_key(trained, number)])
+    if trained.reference is not None and trained.reference_moved:
+        for number, gpt in enumerate(trained.reference.stages):
             gpt.load_state_dict(state[f"reference_{number}"])
-    trainer.optimizer_steps, trainer.version = state["optimizer_steps"], state["version"]
-    _load_optimizer(trainer, state["optimizer"])
+    trained.optimizer_steps, trained.version = state["optimizer_steps"], state["version"]
+    _load_optimizer(trained, state["optimizer"])
     if same:
         _set_rng(state["rng"])
 
@@ -93,14 +93,14 @@ def _failing_together(what: str) -> Iterator[None]:
         raise OSError(f"{what}: {causes[0]}") from error
 
 
-def _layout(trainer: Trainer) -> dict[str, Any]:
+def _layout(trained: Trained) -> dict[str, Any]:
     """What has to agree for a rank's RNG state to be its own."""
-    return {"world": trainer.parallel.world, "sizes": asdict(trainer.parallel.sizes), "device": trainer.device.torch.type}
+    return {"world": trained.parallel.world, "sizes": asdict(trained.parallel.sizes), "device": trained.device.torch.type}
 
 
-def _key(trainer: Trainer, stage: int) -> str:
+def _key(trained: Trained, stage: int) -> str:
     """The model's name in a checkpoint: megatron-core's, one a virtual stage."""
-    return "model" if len(trainer.model.stages) == 1 else f"model{stage}"
+    return "model" if len(trained.model.stages) == 1 else f"model{stage}"
 
 
 def _metadata(parallel: Parallel) -> dict[str, Any]:
@@ -112,36 +112,36 @@ def _metadata(parallel: Parallel) -> dict[str, Any]:
     }
 
 
-def _state(trainer: Trainer, kept: HostBuffers | None, with_rng: bool) -> dict[str, Any]:
+def _state(trained: Trained, kept: HostBuffers | None, with_rng: bool) -> dict[str, Any]:
     """The sharded state dict of this rank, the optimizer's state in `kept`; without `kept` it is there to be loaded into."""
 
     def model() -> dict[str, Any]:
-        stages, metadata = enumerate(trainer.model.stages), _metadata(trainer.parallel)
-        return {_key(trainer, number): stage.module.sharded_state_dict(metadata=metadata) for number, stage in stages}
+        stages, metadata = enumerate(trained.model.stages), _metadata(trained.parallel)
+        return {_key(trained, number): stage.module.sharded_state_dict(metadata=metadata) for number, stage in stages}
 
     state = {
         **model(),
-        "optimizer": _optimizer_state(trainer, model, kept),
-        "optimizer_steps": trainer.optimizer_steps,
-        "version": trainer.version,
-        "layout": _layout(trainer),
-        "reference_moved": trainer.reference_moved,
-        **_reference(trainer),
+        "optimizer": _optimizer_state(trained, model, kept),
+        "optimizer_steps": trained.optimizer_steps,
+        "version": trained.version,
+        "layout": _layout(trained),
+        "reference_moved": trained.reference_moved,
+        **_reference(trained),
     }
     if with_rng:
-        shape = (trainer.parallel.world,)
-        state["rng"] = ShardedObject("rng", _rng(), shape, (trainer.parallel.rank,), replica_id=0)
+        shape = (trained.parallel.world,)
+        state["rng"] = ShardedObject("rng", _rng(), shape, (trained.parallel.rank,), replica_id=0)
     return state
 
 
-def _reference(trainer: Trainer) -> dict[str, Any]:
+def _reference(trained: Trained) -> dict[str, Any]:
     """The reference's weights under names of their own, where they are not those of a directory."""
-    if trainer.reference is None or not trainer.reference_moved:
+    if trained.reference is None or not trained.reference_moved:
         return {}
-    metadata = _metadata(trainer.parallel)
+    metadata = _metadata(trained.parallel)
     return {
         f"reference_{number}": _unprefixed(gpt.sharded_state_dict(prefix=REFERENCE, metadata=metadata))
-        for number, gpt in enumerate(trainer.reference.stages)
+        for number, gpt in enumerate(trained.reference.stages)
     }
 
 
@@ -149,26 +149,26 @@ def _unprefixed(state: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix(REFERENCE): value for name, value in state.items()}
 
 
-def _optimizer_state(trainer: Trainer, model: Callable[[], dict[str, Any]], kept: HostBuffers | None) -> dict[str, Any]:
+def _optimizer_state(trained: Trained, model: Callable[[], dict[str, Any]], kept: HostBuffers | None) -> dict[str, Any]:
     """Main weights and moments, named as their parameters are. Groups of parameters are left out: which there are depends on the layout
     (experts have an optimizer of their own under expert parallelism), and their rates are the recipe's."""
-    metadata = _metadata(trainer.parallel)
-    for number, part in enumerate(_parts(trainer)):
+    metadata = _metadata(trained.parallel)
+    for number, part in enumerate(_parts(trained)):
         part.get_parameter_state_dp_zero = functools.partial(gather_state, part, number, kept)
-    states = [part.sharded_state_dict(model(), is_loading=kept is None, metadata=metadata) for part in _parts(trainer)]
+    states = [part.sharded_state_dict(model(), is_loading=kept is None, metadata=metadata) for part in _parts(trained)]
     return {str(number): state["param_state"] for number, state in enumerate(states)}
 
 
-def _parts(trainer: Trainer) -> list[DistributedOptimizer]:
+def _parts(trained: Trained) -> list[DistributedOptimizer]:
     """The optimizers of this rank that have anything to optimize: a pipeline stage may be without experts."""
-    return [part for part in trainer.model.optimizer.chained_optimizers if part.buffers]
+    return [part for part in trained.model.optimizer.chained_optimizers if part.buffers]
 
 
-def _load_optimizer(trainer: Trainer, state: dict[str, Any]) -> None:
-    for number, part in enumerate(_parts(trainer)):
+def _load_optimizer(trained: Trained, state: dict[str, Any]) -> None:
+    for number, part in enumerate(_parts(trained)):
         own = part.state_dict()
         for group in own["optimizer"]["param_groups"]:
-            group["step"] = trainer.optimizer_steps
+            group["step"] = trained.optimizer_steps
         part.load_state_dict({**own, "param_state": state[str(number)], "param_state_sharding_type": SHARDING})
 
 

@@ -1,6 +1,7 @@
 """What a rank holds between two batches."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from slime.algorithms.base import Algorithm
 from slime.config import SlimeConfig
@@ -14,31 +15,28 @@ from slime.trainer.packing import MicroBatch, pack, padded_lengths, partition
 from slime.types import NOT_RECORDED, Batch
 
 
-@dataclass
-class Trainer:
-    """One rank's share of the training state."""
+@dataclass(kw_only=True)
+class Trained:
+    """One rank's share of a model that learns: the policy, or its critic."""
 
-    cfg: SlimeConfig
+    UPDATE: ClassVar[str] = "update"  # how errors name what it does with a batch
+    RATE: ClassVar[str] = "trainer.lr"  # the knob of its learning rate
+    BESIDE: ClassVar[str] = ""  # what has happened before it
+    READS: ClassVar[str] = "log-probs or advantages"  # what its loss is made of
+
+    cfg: SlimeConfig  # the recipe; of a critic as `slime.config.of_critic` reads it
     device: Device
     parallel: Parallel
     model: Model
-    atlas: Atlas
-    algorithm: Algorithm
     tracer: Tracer
-    reference: Frozen | None = None  # of the KL, where the algorithm has one
+    reference: Frozen | None = None  # of the KL, where the algorithm has one; a critic has none
     reference_moved: bool = False  # it is not the model that the run began from any more
-    teachers: dict[int, Frozen] = field(default_factory=dict)  # those that are held here, by their position in algorithm.teachers
     optimizer_steps: int = 0  # completed
     version: int = 0  # of the weights: completed batches
 
     @property
     def steps_per_batch(self) -> int:
         return self.cfg.trainer.updates_per_batch * self.cfg.trainer.epochs_per_batch
-
-    @property
-    def temperature(self) -> float:
-        """What logits are divided by: what the engines sample at; 1 where no engine samples."""
-        return self.cfg.rollout.temperature if self.algorithm.needs_rollouts else 1.0
 
     def micro_batches(self, batch: Batch) -> list[MicroBatch]:
         """This rank's share of a batch, packed. Raises ValueError for recorded experts that are not the model's."""
@@ -65,3 +63,17 @@ class Trainer:
                 f"the batch names experts up to {batch.experts.max()} of {batch.experts.shape[1:]} layers and choices, the model has "
                 f"{shape} of {most}: replay rollouts of the same model, or set rollout.replay_experts=false"
             )
+
+
+@dataclass(kw_only=True)
+class Trainer(Trained):
+    """The policy, and what its algorithm reads beside it."""
+
+    atlas: Atlas
+    algorithm: Algorithm
+    teachers: dict[int, Frozen] = field(default_factory=dict)  # those that are held here, by their position in algorithm.teachers
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by: what the engines sample at; 1 where no engine samples."""
+        return self.cfg.rollout.temperature if self.algorithm.needs_rollouts else 1.0

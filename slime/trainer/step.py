@@ -5,23 +5,20 @@ The loss of an update is sum_t w_t l_t over its trained tokens, with weights tha
 depend on how the update was cut and packed.
 """
 
-import math
 import time
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from slime.algorithms.aggregation import token_weights
 from slime.algorithms.base import LossInputs, Step, Targets
-from slime.config.exits import NotFinite
 from slime.trainer import metrics, performance, routing
+from slime.trainer.optimize import accumulate, take_step, weighted_sums
 from slime.trainer.packing import MicroBatch, split_groups
-from slime.trainer.passes import gather, log_probs, of_labels, run, tokens_of
-from slime.trainer.schedule import learning_rate
+from slime.trainer.passes import log_probs, of_labels, tokens_of
 from slime.trainer.sequences import SequencesOfRanks
 from slime.trainer.state import Trainer
 from slime.trainer.teaching import Said, ask_teachers, divergence_from
@@ -48,8 +45,16 @@ class Columns:
 
 
 def train_batch(trainer: Trainer, batch: Batch) -> dict[str, float]:
+    """`train_beside` for an algorithm without a critic."""
+    return train_beside(trainer, batch, None, learns=True)[0]
+
+
+def train_beside(trainer: Trainer, batch: Batch, values: np.ndarray | None, learns: bool) -> tuple[dict[str, float], np.ndarray | None]:
     """Take trainer.updates_per_batch * trainer.epochs_per_batch optimizer steps on a batch; returns its metrics, the same on every rank
-    but for times and speeds.
+    but for times and speeds, and what a critic is to learn from it (float64 [T]).
+
+    `values` (float32 [T]) are the critic's, None without one. While a critic warms up, `learns` is False: no optimizer step is taken, and
+    the version counts all the same.
 
     Metrics that the algorithm reports are means with the loss's own weights. mismatch/* and offpolicy/* compare log-probs from before the
     first optimizer step: of the whole batch with one update or where the algorithm reads old log-probs, else of the first update's samples.
@@ -60,10 +65,12 @@ def train_batch(trainer: Trainer, batch: Batch) -> dict[str, float]:
     batch = batch if trainer.cfg.rollout.replay_experts else replace(batch, experts=None)
     without_replay = _without_replay(trainer, batch)
     several = trainer.steps_per_batch > 1
-    known, targets, columns = prepare(trainer, batch)
+    known, targets, columns = prepare(trainer, batch, values)
+    if known.old_logprobs is None and not learns:
+        known.old_logprobs = log_probs(trainer, batch)  # to be compared with the engines'
     before = None if known.old_logprobs is None else (known.old_logprobs, batch)
     updates: list[dict[str, float]] = []
-    for _ in range(cfg.epochs_per_batch):
+    for _ in range(cfg.epochs_per_batch if learns else 0):
         for samples in split_groups(batch.group, cfg.updates_per_batch):
             part = batch.select(samples) if several else batch
             report, logprobs = _update(trainer, part, columns.at(tokens_of(batch, samples)), taken=len(updates))
@@ -73,8 +80,8 @@ def train_batch(trainer: Trainer, batch: Batch) -> dict[str, float]:
     trainer.version += 1
     _move_reference(trainer)
     train_s = time.perf_counter() - begun
-    return {
-        **metrics.mean_of_updates(updates),
+    found = {
+        **(metrics.mean_of_updates(updates) if updates else {}),
         **({**metrics.mismatch(*before, version), **metrics.off_policy(*before)} if algorithm.needs_rollouts else {}),
         **without_replay,
         **_changed_experts(trainer, batch),
@@ -82,9 +89,10 @@ def train_batch(trainer: Trainer, batch: Batch) -> dict[str, float]:
         **metrics.advantage_stats(targets.advantages[batch.loss_mask]),
         **metrics.teachers(known, list(trainer.cfg.algorithm.teachers)),
         **targets.metrics,
-        **_speed(trainer, batch, train_s),
+        **(_speed(trainer, batch, train_s) if updates else {}),
         "time/train_s": train_s,
     }
+    return found, targets.returns
 
 
 def _without_replay(trainer: Trainer, batch: Batch) -> dict[str, float]:
@@ -125,9 +133,10 @@ def _speed(trainer: Trainer, batch: Batch, train_s: float) -> dict[str, float]:
     return speed | performance.of_gpus(name, gpus, tokens, flops, train_s, float(peak))
 
 
-def prepare(trainer: Trainer, batch: Batch) -> tuple[Step, Targets, Columns]:
+def prepare(trainer: Trainer, batch: Batch, values: np.ndarray | None = None) -> tuple[Step, Targets, Columns]:
     """What the algorithm has asked for of the whole batch, what it makes of that, and what its loss reads; before the first optimizer
-    step. All ranks call it together."""
+    step. All ranks call it together; `values` (float32 [T]) are those of a critic. Raises ValueError for an algorithm that uses a critic
+    and says nothing of what that is to learn."""
     algorithm, said = trainer.algorithm, ask_teachers(trainer, batch)
     needs_old = algorithm.needs_old_logprobs or (trainer.steps_per_batch > 1 and algorithm.uses_old_logprobs)
     known = Step(
@@ -135,8 +144,14 @@ def prepare(trainer: Trainer, batch: Batch) -> tuple[Step, Targets, Columns]:
         old_logprobs=log_probs(trainer, batch) if needs_old else None,
         ref_logprobs=None if trainer.reference is None else log_probs(trainer, batch, trainer.reference),
         teacher_logprobs=said.logprobs,
+        values=values,
     )
     targets = algorithm.targets(known)
+    if values is not None and targets.returns is None:
+        raise ValueError(
+            f"algorithm.name={trainer.cfg.algorithm.name}: it uses a critic, and its targets have no returns for that to learn; set "
+            "Targets.returns"
+        )
     return known, targets, Columns(targets.advantages, known.old_logprobs, known.ref_logprobs, said)
 
 
@@ -154,13 +169,12 @@ def _update(trainer: Trainer, part: Batch, columns: Columns, taken: int) -> tupl
     with trainer.tracer.span("forward_backward", tokens=len(part.tokens), micro_batches=len(micro_batches)):
         sums, logprobs = accumulate_gradients(trainer, part, micro_batches, columns)
     with trainer.tracer.span("optimizer"):
-        lr = learning_rate(trainer.cfg.trainer, trainer.optimizer_steps, trainer.cfg.run.steps * trainer.steps_per_batch)
-        grad_norm = _apply(trainer, lr, sums["loss"], taken)
-    trainer.optimizer_steps += 1
+        step_taken = take_step(trainer, sums["loss"], taken)
     weight = sums.pop("weight")
     report = {f"train/{name}": value / weight if weight else 0.0 for name, value in sums.items()}
     report["train/loss"] = sums["loss"]
-    report |= {"train/grad_norm": grad_norm, "train/lr": lr, "train/micro_batches": float(len(micro_batches))}
+    report |= {"train/grad_norm": step_taken["grad_norm"], "train/lr": step_taken["lr"]}
+    report["train/micro_batches"] = float(len(micro_batches))
     report["train/tokens"] = float(np.count_nonzero(part.loss_mask))
     return report, logprobs
 
@@ -179,7 +193,7 @@ def accumulate_gradients(
     def on_device(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values.astype(np.float32)).to(device)
 
-    def loss_of(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, tuple[dict[str, Tensor], tuple]]:
+    def loss_of(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, dict[str, Tensor], np.ndarray, Tensor]:
         logprobs, entropy = of_labels(trainer, micro_batch, logits, trainer.model.map)
         at = micro_batch.trained
         outputs = trainer.algorithm.loss(
@@ -195,57 +209,7 @@ def accumulate_gradients(
             )
         )
         w = on_device(weights[at])
-        per_token = {"loss": outputs.loss.detach(), "weight": torch.ones_like(w), **outputs.metrics}
-        sums = {name: (w.double() * values.double()).sum() for name, values in per_token.items()}
-        return (w * outputs.loss).sum(), (sums, (at, logprobs.detach()))
+        sums = weighted_sums(w, {"loss": outputs.loss.detach(), **outputs.metrics})
+        return (w * outputs.loss).sum(), sums, at, logprobs.detach()
 
-    for stage in trainer.model.stages:
-        stage.zero_grad_buffer()
-    trainer.model.optimizer.zero_grad()
-    collected = run(trainer, micro_batches, loss_of)
-    logprobs = gather(trainer, [kept for _, kept in collected], len(part.tokens))
-    return _sum_over_ranks(trainer, [sums for sums, _ in collected]), logprobs
-
-
-def _apply(trainer: Trainer, lr: float, loss: float, taken: int) -> float:
-    """Clip and take the optimizer step; returns the gradient's norm before clipping. Loss and norm are those of all ranks, so that all of
-    them refuse a step that is not finite."""
-    optimizer, cfg = trainer.model.optimizer, trainer.cfg.trainer
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
-    if not (math.isfinite(norm) and math.isfinite(loss)):
-        raise NotFinite(_not_finite(trainer, loss, norm, taken))
-    if cfg.clip_grad > 0:
-        for part in optimizer.chained_optimizers:
-            clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=cfg.clip_grad, total_norm=norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_mult"]
-        group["weight_decay"] = cfg.weight_decay * group["wd_mult"]
-    optimizer.step_with_ready_grads()
-    return norm
-
-
-def _not_finite(trainer: Trainer, loss: float, norm: float, taken: int) -> str:
-    cfg, of = trainer.cfg.trainer, trainer.steps_per_batch
-    which = f", optimizer step {taken + 1} of {of}" if of > 1 else ""
-    before = f" (the {taken} before it on this batch were: only the last checkpoint is whole)" if taken else ""
-    clip = f"lower trainer.clip_grad={cfg.clip_grad:g}" if cfg.clip_grad else "set trainer.clip_grad above 0"
-    return (
-        f"update {trainer.version + 1}{which}: the loss is {loss:g} and the gradient has norm {norm:g}; the step was not taken{before}. "
-        f"Lower trainer.lr={cfg.lr:g}, {clip}, or look for log-probs or advantages that are not finite"
-    )
-
-
-def _sum_over_ranks(trainer: Trainer, sums: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Add up the micro-batches' sums, over all ranks that hold different tokens."""
-    pp = trainer.parallel.pp
-    total: list[dict[str, float] | None] = [None]
-    if trainer.parallel.is_last_stage:
-        names = sorted(sums[0])
-        added = torch.stack([torch.stack([s[name] for name in names]) for s in sums]).sum(0)
-        dist.all_reduce(added, group=trainer.parallel.dp_cp)
-        total = [dict(zip(names, added.tolist(), strict=True))]
-    if pp.size() > 1:
-        dist.broadcast_object_list(total, group=pp, group_src=pp.size() - 1, device=trainer.device.torch)
-    assert total[0] is not None
-    return total[0]
+    return accumulate(trainer, micro_batches, loss_of, len(part.tokens))

@@ -36,7 +36,7 @@ class Written:
         return True
 
     def result(self, timeout_s: float):
-        return self.snapshot.write()
+        return {f"trainer/{name}": file for name, file in self.snapshot.write().items()}
 
 
 class Saved:
@@ -68,7 +68,7 @@ class Saved:
             write_state(directory, state_of(at))
 
         try:
-            saver.start(at, lambda directory: Written(dataclasses.replace(self.snapshots[at], directory=directory)), rest)
+            saver.start(at, lambda directory: Written(dataclasses.replace(self.snapshots[at], directory=directory / "trainer")), rest)
             return saver.wait(60.0, "a test")
         finally:
             saver.close()

@@ -21,8 +21,8 @@ class Ranks:
         self.content, self.error, self.written = content, error, threading.Event()
 
     def __call__(self, directory: Path) -> "Ranks":
-        directory.mkdir()
-        self.directory = directory
+        self.directory = directory / "trainer"
+        self.directory.mkdir()
         return self
 
     def done(self) -> bool:
@@ -33,7 +33,7 @@ class Ranks:
             raise TimeoutError("waiting for the ranks")
         if self.error is not None:
             raise self.error
-        return {"shard": write_hashed(self.directory / "shard", self.content)}
+        return {"trainer/shard": write_hashed(self.directory / "shard", self.content)}
 
     def end(self) -> "Ranks":
         self.written.set()

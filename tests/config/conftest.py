@@ -37,6 +37,9 @@ def imitate(cfg):
 def explore(cfg):
     from slime.algorithms.base import Algorithm
     return Algorithm(targets=keep, loss=keep)
+def judged(cfg):
+    from slime.algorithms.base import Algorithm
+    return Algorithm(targets=keep, loss=keep, uses_critic=True)
 def broken(cfg): return cfg.no_such_knob
 """
 

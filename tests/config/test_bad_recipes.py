@@ -21,8 +21,8 @@ RUN = " (run.steps x trainer.updates_per_batch x trainer.epochs_per_batch)"
 
 BAD_KEYS = {
     "run.step=3": "unknown key run.step: did you mean run.steps?",
-    "learning.rate=3": "unknown key learning.rate: a recipe has run, model, data, rollout, reward, trainer, algorithm, sync, cluster, observe",
-    "lr=3": "unknown key lr: did you mean trainer.lr?",
+    "learning.rate=3": "unknown key learning.rate: a recipe has run, model, data, rollout, reward, trainer, algorithm, critic, sync, cluster, observe",
+    "lr=3": "unknown key lr: did you mean trainer.lr or critic.lr?",
     "+rollout.temprature=1": "unknown key rollout.temprature: did you mean rollout.temperature?",
     "trainer.max_response_tokens=8": "unknown key trainer.max_response_tokens: "
     "did you mean data.eval.<name>.max_response_tokens or rollout.max_response_tokens?",
@@ -109,7 +109,8 @@ BAD_VALUES = {
     "reward.url=localhost:80": "reward.url=localhost:80: not an http:// or https:// address",
     "rollout.external_urls=[localhost]": "rollout.external_urls: 'localhost' is not http://host:port",
     "rollout.stop=['']": "rollout.stop has an empty string, which would end every answer at once: remove it",
-    "cluster.roles.actr.devices=1": "cluster.roles.actr: no such role; there are actor, rollout; did you mean actor?",
+    "cluster.roles.actr.devices=1": "cluster.roles.actr: no such role; there are actor, critic, rollout; did you mean actor?",
+    "critic.value_clip=0": "critic.value_clip=0: must be above 0",
 }
 
 BAD_FILES = {
@@ -207,6 +208,19 @@ BAD_COMBINATIONS = {
     "that reads it (grpo, rloo, reinforce_pp, reinforce_pp_baseline, ppo, gspo, cispo, opd)",
     "algorithm.distill_coef=0.5": "algorithm.distill_coef=0.5 has no effect with algorithm.distill=none: remove it, or set algorithm.distill",
     "algorithm.name=opd": "algorithm.distill=none leaves algorithm.name=opd nothing to learn: choose sampled, topk or full",
+    "critic.lr=1e-4": "critic.lr=0.0001 has no effect with algorithm.name=grpo, which uses no critic: remove it, or choose ppo",
+    "critic.value_clip=null critic.warmup_steps=3 cluster.roles.critic.devices=1": "critic.value_clip=None, critic.warmup_steps=3, "
+    "cluster.roles.critic.devices=1 have no effect with algorithm.name=grpo, which uses no critic: remove them, or choose ppo",
+    "algorithm.name=functions:explore critic.path=model": "critic.path=model has no effect with algorithm.name=functions:explore, which uses "
+    "no critic: remove it, or choose ppo",
+    "algorithm.name=ppo critic.warmup_steps=100": "critic.warmup_steps=100 leaves the policy none of run.steps=100 to learn in: lower it",
+    "algorithm.name=ppo critic.warmup_steps=40 trainer.warmup_steps=60": "trainer.warmup_steps=60 leaves nothing of the run's 60 optimizer "
+    "steps ((run.steps - critic.warmup_steps) x trainer.updates_per_batch x trainer.epochs_per_batch): lower it",
+    "algorithm.name=ppo cluster.roles.actor.devices=2 cluster.roles.critic.devices=3 trainer.tensor_parallel=2": "cluster.roles.critic."
+    "devices=3 does not divide by trainer.tensor_parallel=2: make the devices a multiple of it",
+    "algorithm.name=ppo rollout.prompts_per_step=1 rollout.samples_per_prompt=2 cluster.roles.critic.devices=4": "one update has 2 samples "
+    "and there are 4 data-parallel ranks (cluster.roles.critic.devices=4, 1 for each copy of the model): raise rollout.prompts_per_step, "
+    "or lower cluster.roles.critic.devices or trainer.updates_per_batch",
     "algorithm.name=sft run.only=rollout": "run.only=rollout with algorithm.name=sft: it learns from demonstrations and generates nothing; "
     "choose another algorithm.name",
     "rollout.samples_per_prompt=1": "rollout.samples_per_prompt=1 with algorithm.name=grpo: a group of one has no advantage; set at least 2",
@@ -301,6 +315,11 @@ def test_overrides_that_do_not_go_together(overrides: str, text: str, workdir) -
         "run.only=train run.replay=rollouts reward.fn=math sync.bucket_mb=8 data.eval.h.path=p.jsonl run.eval_every=2",
         "run.only=rollout rollout.dump=true rollout.temperature=0.7 reward.fn=math trainer.lr=1e-3 run.save_every=2",
         "run.deterministic=true rollout.mode=one_step_off",
+        "algorithm.name=ppo critic.lr=1e-4 critic.value_clip=null critic.warmup_steps=10 critic.path=model",
+        "algorithm.name=ppo rollout.samples_per_prompt=1",
+        "algorithm.name=ppo cluster.roles.critic.devices=2",
+        "algorithm.name=functions:judged critic.lr=1e-4",
+        "algorithm.name=ppo critic.lr=1e-4 cluster.roles.critic.devices=2 run.only=rollout rollout.dump=true",
         "reward.fn=format reward.pattern=x",
         "reward.overlong_buffer=1024 reward.overlong_penalty=0.5 rollout.mask_truncated=true",
         "rollout.external_urls=['http://h:1'] rollout.external_key_env=HOME",

@@ -264,3 +264,48 @@ def test_hub_model_has_no_memory_estimate_yet(workdir) -> None:
 @pytest.mark.parametrize(("count", "words"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 30, "3.0 GiB"), (2 << 40, "2.0 TiB")])
 def test_sizes_in_words(count: int, words: str) -> None:
     assert size(count) == words
+
+
+def test_memory_of_a_critic_on_the_actor_s_ranks(workdir) -> None:
+    """Of 8 ranks in two stages; neither a tied nor an untied output layer is a critic's."""
+    for tied in (False, True):
+        write_model(workdir, SPARSE, tied)
+        rank, without = rank_of(*DIVIDED, "algorithm.name=ppo"), rank_of(*DIVIDED)
+        layers = 2 * 4096 // 2 + (3 * 4 * 2048 // 2) // 2
+        first, last = layers + 6400 // 2, layers + 64 // 2
+        copies = 2  # of the layers and of the experts, which the tensor-parallel ranks divide
+        bytes_of = {stage: 6 * held + 12 * held // copies for stage, held in ((0, first), (1, last))}
+        assert rank.critic == bytes_of[rank.stage] and without.critic == 0
+        assert rank.total == rank.held + rank.critic + rank.activations + rank.logits + rank.logprobs
+
+
+def test_memory_of_a_critic_on_ranks_of_its_own(workdir) -> None:
+    write_model(workdir, SPARSE)
+    own = ["algorithm.name=ppo", "cluster.roles.critic.devices=4"]
+    memory = memory_of(*DIVIDED, "trainer.pipeline_parallel=1", *own)
+    critic, rank = memory.critic, memory.rank
+    assert critic is not None and rank is not None and rank.critic == 0
+    held = (4 * 4096 + 6400 + 64) // 2 + 3 * 4 * 2048 // 2
+    assert (critic.weights, critic.gradients, critic.optimizer) == (2 * held, 4 * held, 12 * held // 2)  # two copies on 4 ranks
+    assert critic.logits == critic.logprobs == critic.critic == 0 and critic.activations == rank.activations
+
+
+def test_a_critic_s_own_model_is_counted(workdir) -> None:
+    write_model(workdir, SPARSE)
+    (workdir / "model").rename(workdir / "small")
+    (workdir / "model").mkdir()
+    write_model(workdir, {**SPARSE, "hidden_size": 128})
+    rank = rank_of("algorithm.name=ppo", "critic.path=small", "model.dtype=fp32")
+    assert rank.critic == 16 * (4 * 4096 + 6400 + 64 + 3 * 4 * 2048)
+    assert plan(compose(overrides=[*GOOD, "algorithm.name=ppo", "critic.path=Qwen/Qwen3-0.6B"]).cfg).memory is None
+
+
+@pytest.mark.parametrize(
+    ("roles", "words"),
+    [([], "rank: weights, gradients and optimizer state of the critic"), (["cluster.roles.critic.devices=2"], "critic's rank: together")],
+)
+def test_a_shown_critic(roles: list[str], words: str, workdir) -> None:
+    shown = io.StringIO()
+    cfg = compose(overrides=[*GOOD, "algorithm.name=ppo", *roles]).cfg
+    show(cfg, plan(cfg), Console(file=shown, width=120))
+    assert words in shown.getvalue() and ("2 data" in shown.getvalue()) == bool(roles)

@@ -9,7 +9,7 @@ from slime.config import AlgorithmConfig, RewardConfig
 from slime.config.check_functions import REWARDS
 from slime.config.check_serving import FROM_KNOBS
 from slime.config.load import compose
-from slime.config.roles import ALGORITHMS, generates, needed_roles, needs_rollouts
+from slime.config.roles import ALGORITHMS, generates, needed_roles, needs_rollouts, uses_critic
 from slime.cpu import serving
 from slime.engine.settings import server_arguments
 from slime.rollout.rewards.builtin import builtin
@@ -21,7 +21,7 @@ def test_algorithms() -> None:
     for name, traits in ALGORITHMS.items():
         built = build_algorithm(AlgorithmConfig(name))
         assert built.needs_rollouts == traits.needs_rollouts == needs_rollouts(AlgorithmConfig(name))
-        assert built.uses_critic == traits.critic
+        assert built.uses_critic == traits.critic == uses_critic(AlgorithmConfig(name))
 
 
 def test_rewards() -> None:
@@ -51,6 +51,11 @@ def test_server_arguments_that_come_from_knobs(workdir) -> None:
         (["algorithm.name=functions:imitate"], ("actor",), False),
         (["algorithm.name=sft"], ("actor",), False),
         (["run.only=train"], ("actor",), False),
+        (["algorithm.name=ppo"], ("actor", "rollout"), True),
+        (["algorithm.name=ppo", "cluster.roles.critic.devices=2"], ("actor", "critic", "rollout"), True),
+        (["algorithm.name=functions:judged", "cluster.roles.critic.devices=2"], ("actor", "critic", "rollout"), True),
+        (["algorithm.name=ppo", "cluster.roles.critic.devices=2", "run.only=rollout"], ("rollout",), True),
+        (["algorithm.name=ppo", "cluster.roles.critic.devices=2", "run.only=train"], ("actor", "critic"), False),
         (["run.only=rollout"], ("rollout",), True),
         (["rollout.external_urls=['http://h:1']"], ("actor",), True),
     ],

@@ -8,7 +8,7 @@ import pytest
 
 from slime.config import AlgorithmConfig, ModelConfig
 from slime.config.algorithm import TeacherConfig
-from slime.data.teachers import check_vocabulary, teacher_of
+from slime.data.teachers import check_vocabulary, same_vocabulary, teacher_of
 from slime.types import NO_TEACHER
 from tests.tiny import make_tiny
 
@@ -64,3 +64,10 @@ def test_a_token_that_is_another_number_is_named(student: Path, tmp_path: Path) 
 def test_a_teacher_without_a_tokenizer_is_named(student: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^algorithm.teachers.math.path=.*no tokenizer can be loaded"):
         check_vocabulary(ModelConfig(str(student)), "math", str(tmp_path))
+
+
+def test_a_critic_must_share_the_vocabulary_too(student: Path, tmp_path: Path) -> None:
+    same_vocabulary(ModelConfig(str(student)), str(student), "critic.path", "critic")
+    critic = make_tiny(tmp_path, vocab=70)
+    with pytest.raises(ValueError, match=r"^critic\.path=.*to the student and none to the critic.*choose a critic with the same tokenizer"):
+        same_vocabulary(ModelConfig(str(student)), str(critic), "critic.path", "critic")

@@ -16,7 +16,7 @@ PAGE, README = (ROOT / "docs/running.md").read_text(), (ROOT / "README.md").read
 SOURCES = [ROOT / "slime/run.py", *(p for room in ("data", "rollout", "sync", "trainer") for p in (ROOT / "slime" / room).rglob("*.py"))]
 GROUPS = (
     *("reward", "group", "response_len", "advantage", "train", "mismatch", "offpolicy", "staleness"),
-    *("distill", "engine", "rollout", "sync", "time", "perf", "ledger", "eval"),
+    *("distill", "engine", "rollout", "sync", "time", "perf", "ledger", "eval", "value", "critic"),
 )
 METRIC = re.compile(rf"({'|'.join(GROUPS)})(/[\w{{}}]+)+")
 

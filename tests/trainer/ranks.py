@@ -117,6 +117,14 @@ class Place:
         parallel = self.join(parallel_sizes(cfg.trainer), cfg.run.seed)
         return build_trainer(cfg, self.device, parallel, Tracer(f"rank {self.rank}"))
 
+    def critic(self, cfg: SlimeConfig, beside: Any = None) -> Any:
+        """A critic built as a rank builds it: alone, or on the ranks of a trainer."""
+        from slime.observe.trace import Tracer
+        from slime.trainer.critic import build_critic
+
+        parallel = self.join(parallel_sizes(cfg.trainer), cfg.run.seed) if beside is None else beside.parallel
+        return build_critic(cfg, self.device, parallel, Tracer(f"critic {self.rank}"))
+
 
 def make_cfg(path: Path, dtype: str = "fp32", **trainer: Any) -> SlimeConfig:
     """A recipe for a tiny model."""
@@ -161,16 +169,17 @@ def with_experts(batch: Batch, routing: Routing, seed: int = 0) -> Batch:
     return replace(batch, experts=experts)
 
 
-def weights(trainer: Any) -> dict[str, torch.Tensor]:
-    """The HF tensors, on the leader; nothing elsewhere."""
-    from slime.trainer.export import gather_all
+def weights(trained: Any) -> dict[str, torch.Tensor]:
+    """The HF tensors of a trainer or a critic, on the leader; nothing elsewhere."""
+    from slime.trainer.export import gather_all, make_atlas
 
-    return dict(tensor for bucket in gather_all(trainer.model, trainer.atlas, 1 << 16) for tensor in bucket)
+    atlas = make_atlas(trained.model, trained.parallel)
+    return dict(tensor for bucket in gather_all(trained.model, atlas, 1 << 16) for tensor in bucket)
 
 
 def gradients(trainer: Any) -> dict[str, torch.Tensor]:
     """The accumulated gradients as HF tensors, on the leader; nothing elsewhere."""
-    from slime.trainer.export import gather_hf
+    from slime.trainer.export import gather_hf, make_atlas
 
     for stage in trainer.model.stages:
         for buffers, group in ((stage.buffers, trainer.parallel.dp_cp), (stage.expert_parallel_buffers, trainer.parallel.expert_dp)):
@@ -180,4 +189,4 @@ def gradients(trainer: Any) -> dict[str, torch.Tensor]:
     model = trainer.model
     found = {name: parameter.main_grad for name, parameter in model.parameters()}
     names = [name for name in model.map.parameters() if not model.map.is_router_bias(name)]
-    return dict(gather_hf(model.map, trainer.atlas, found, names, model.device, lambda name: torch.float32))
+    return dict(gather_hf(model.map, make_atlas(model, trainer.parallel), found, names, model.device, lambda name: torch.float32))

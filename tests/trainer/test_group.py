@@ -60,7 +60,7 @@ def test_two_ranks_train_save_load_and_export(group, models, tmp_path):
     trained = published(group)
     again = group.update(batch)["train/grad_norm"]
     files = saving.result(60)
-    assert files.keys() == {path.name for path in (tmp_path / "shards").iterdir()} and saving.done()
+    assert files.keys() == {f"trainer/{path.name}" for path in (tmp_path / "shards" / "trainer").iterdir()} and saving.done()
     group.load(tmp_path / "shards")
     assert all(torch.equal(tensor, trained[name]) for name, tensor in published(group).items())
     assert group.update(batch)["train/grad_norm"] == again
@@ -84,7 +84,8 @@ def test_two_ranks_train_save_load_and_export(group, models, tmp_path):
 
 
 def test_a_disk_that_refuses_is_an_error_and_the_ranks_stay(group, tmp_path):
-    (tmp_path / "shards").write_text("a file where the folder should be")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "trainer").write_text("a file where the folder should be")
     saving = group.save(tmp_path / "shards")
     group.logprobs(make_batch(vocab=77))
     with pytest.raises(OSError, match=r"could not be written to .*rank 0: .*rank 1: "):
@@ -94,10 +95,10 @@ def test_a_disk_that_refuses_is_an_error_and_the_ranks_stay(group, tmp_path):
 
 def test_a_dead_rank_ends_the_group(group):
     """The last test of this group."""
-    ray.kill(group._ranks[1])
+    ray.kill(group.ranks[1])
     with pytest.raises(ProcessLost, match=r"waiting for the trainer to update"):
         group.update(make_batch(vocab=77))
-    assert group._ranks == []
+    assert group.ranks == []
 
 
 def test_ranks_that_wait_for_one_that_does_not_come_say_where(cluster, models, tmp_path):
@@ -108,15 +109,15 @@ def test_ranks_that_wait_for_one_that_does_not_come_say_where(cluster, models, t
     cfg.cluster.step_timeout_s = 3.0  # of the driver; the ranks wait longer for one another
     batch = ray.put(make_batch(vocab=77))
     with pytest.raises(TimeoutError) as raised:
-        started._together([started._ranks[0].train.remote(batch)], "the trainer to update")
+        started.together([started.ranks[0].train.remote(batch)], "the trainer to update")
     told = str(raised.value)
     assert "cluster.step_timeout_s" in told and "rank 1 waits in nothing of slime" in told
     assert re.search(r"rank 0 waits in \w+/\w+\.py:\d+ \w+ \(in \w+ of torch\.distributed", told)
     [file] = (tmp_path / "stuck" / "logs").glob("stacks-the-trainer-to-update-*.txt")
     assert str(file) in told
     text = file.read_text()
-    assert "=== rank 0" in text and "reduce_scatter_tensor" in text and "train_batch" in text
-    assert started._ranks == []
+    assert "=== rank 0" in text and "reduce_scatter_tensor" in text and "train_beside" in text
+    assert started.ranks == []
 
 
 def test_what_a_user_got_wrong_arrives_as_it_was_raised(group, models):
@@ -124,3 +125,64 @@ def test_what_a_user_got_wrong_arrives_as_it_was_raised(group, models):
     cfg.trainer.megatron = {"recompute_granularty": "full"}
     with pytest.raises(ValueError, match=r"did you mean trainer\.megatron\.recompute_granularity"):
         TrainerGroup.start(cfg, placed(1))
+
+
+def ppo_cfg(models):
+    cfg = make_cfg(models["qwen3"])
+    cfg.algorithm.name, cfg.critic.lr, cfg.critic.warmup_steps, cfg.run.steps = "ppo", 1e-2, 1, 3
+    return cfg
+
+
+TIMES = ("time/", "perf/")
+
+
+def of_the_recipe(metrics):
+    return {name: value for name, value in metrics.items() if not name.startswith(TIMES)}
+
+
+@pytest.mark.parametrize("devices", [0, 2])
+def test_a_critic_on_the_actor_s_ranks_or_its_own_learns_saves_and_goes_on(cluster, models, tmp_path, caplog, devices):
+    """The same numbers either way: one rank of the actor, and the critic on it or on ranks of its own."""
+    cfg, actor = ppo_cfg(models), placed(1)
+    own = placed(devices) if devices else None
+    batch = make_batch(vocab=77)
+    started = TrainerGroup.start(cfg, actor, own)
+    try:
+        first = started.update(ray.put(batch))
+        assert "train/loss" not in first and first["value/mean"] == 0 and first["time/critic_s"] > 0
+        saving = started.save(tmp_path / "iter")
+        second = started.update(batch)
+        files = saving.result(60)
+        assert {name.partition("/")[0] for name in files} == {"trainer", "critic"}
+        assert all((tmp_path / "iter" / name).stat().st_size == file.bytes for name, file in files.items())
+        assert second["train/loss"] != 0 and second["value/mean"] != 0, "the critic is warm"
+        started.load(tmp_path / "iter")
+        assert of_the_recipe(started.update(batch)) == of_the_recipe(second)
+        processes = {span.process for span in started.spans()}
+        assert processes == ({"rank 0"} | {f"critic {rank}" for rank in range(devices)})
+        assert first["value/loss"] == pytest.approx(ALONE.setdefault("first", first["value/loss"]), rel=1e-5)
+        assert second["value/loss"] == pytest.approx(ALONE.setdefault("second", second["value/loss"]), rel=1e-4)
+        (tmp_path / "without").mkdir()
+        (tmp_path / "iter" / "trainer").rename(tmp_path / "without" / "trainer")
+        started.load(tmp_path / "without")
+        assert "without holds no critic: it begins anew" in caplog.text
+    finally:
+        started.stop()
+        for placement in filter(None, (actor, own)):
+            remove_placement_group(placement.group)
+
+
+ALONE: dict[str, float] = {}
+
+
+def test_a_critic_s_lost_rank_is_named(cluster, models):
+    cfg, actor, own = ppo_cfg(models), placed(1), placed(1)
+    started = TrainerGroup.start(cfg, actor, own)
+    try:
+        ray.kill(started.critic.ranks[0])
+        with pytest.raises(ProcessLost, match=r"waiting for the critic's values"):
+            started.update(make_batch(vocab=77))
+    finally:
+        started.stop()
+        for placement in (actor, own):
+            remove_placement_group(placement.group)

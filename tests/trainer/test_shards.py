@@ -229,3 +229,70 @@ def load_torn(place, cfg, directory):
 
 def test_a_torn_file_is_an_error_on_every_rank(ranks, models, tmp_path):
     ranks.run(load_torn, 2, make_cfg(models["qwen3"]), tmp_path)
+
+
+def judged(place, cfg, batches, resume=None, keep=None):
+    """Updates of policy and critic on the same ranks, from `resume` on; saved into `keep` after the last but two. Returns the weights of
+    both, and what the critic reported."""
+    from slime.trainer import critic, shards, step
+
+    trainer = with_dropout(place.trainer(cfg))
+    judge = with_dropout(place.critic(cfg, trainer))
+    both, reports = {"trainer": trainer, "critic": judge}, []
+    if resume is not None:
+        for name, trained in both.items():
+            shards.load(trained, resume / name)
+    for left, batch in zip(range(len(batches), 0, -1), batches, strict=True):
+        if left == 2 and keep is not None:
+            for name, trained in both.items():
+                shards.save(trained, keep / name)
+        values = critic.values(judge, batch)
+        _, returns = step.train_beside(trainer, batch, values, judge.version >= cfg.critic.warmup_steps)
+        reports.append(critic.learn(judge, batch, values, returns))
+    return {name: weights(trained) for name, trained in both.items()}, reports, (judge.version, judge.optimizer_steps)
+
+
+@pytest.mark.parametrize(
+    ("world", "layout", "dtype"),
+    [
+        (2, {"tensor_parallel": 2}, "bf16"),
+        (2, {}, "bf16"),
+        pytest.param(2, {"pipeline_parallel": 2}, "fp32", marks=pytest.mark.slow),
+    ],
+)
+def test_a_critic_resumes_to_the_bit(ranks, models, tmp_path, world, layout, dtype):
+    """In the middle of its warm-up, several optimizer steps a batch."""
+    cfg = make_cfg(models["qwen3_tied"], dtype, weight_decay=0.1, schedule="cosine", updates_per_batch=3, **layout)
+    cfg.algorithm.name, cfg.critic.lr, cfg.critic.warmup_steps, cfg.run.steps = "ppo", 1e-2, 3, 5
+    batches = [make_batch(vocab=77, seed=seed) for seed in range(4)]
+    straight = ranks.run(judged, world, cfg, batches, None, tmp_path)
+    resumed = ranks.run(judged, world, cfg, batches[2:], tmp_path)
+    for (held, reports, counts), (again, tail, recounted) in zip(straight, resumed, strict=True):
+        assert reports[2:] == tail and counts == recounted == (4, 12)
+        for role, tensors in held.items():
+            assert tensors.keys() == again[role].keys()
+            assert all(torch.equal(tensor, again[role][name]) for name, tensor in tensors.items()), role
+
+
+def judge_saved(place, cfg, batch, directory, load=False):
+    """(its weights before the last of two updates, what the last reports), saved or loaded before it."""
+    from slime.trainer import critic, shards
+
+    judge = place.critic(cfg)
+    returns = batch.rewards[batch.sample_of_token] * batch.loss_mask
+    if load:
+        shards.load(judge, directory)
+    else:
+        critic.learn(judge, batch, critic.values(judge, batch), returns)
+        shards.save(judge, directory)
+    before = {name: tensor.clone() for name, tensor in weights(judge).items()}
+    return before, critic.learn(judge, batch, critic.values(judge, batch), returns)
+
+
+def test_a_critic_loads_into_another_layout(ranks, tmp_path):
+    model, batch = make_tiny(tmp_path / "model", "qwen3", tied=True, vocab=77, layers=4), make_batch(vocab=77)
+    written, expected = ranks.run(judge_saved, 2, make_cfg(model, tensor_parallel=2), batch, tmp_path / "critic")[0]
+    for world, layout in ((1, {}), (2, {"pipeline_parallel": 2}), (2, {"context_parallel": 2})):
+        read, found = ranks.run(judge_saved, world, make_cfg(model, **layout), batch, tmp_path / "critic", True)[0]
+        assert all(torch.equal(tensor, read[name]) for name, tensor in written.items()), layout
+        assert found == pytest.approx(expected, rel=1e-4)
