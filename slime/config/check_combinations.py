@@ -10,7 +10,7 @@ from slime.config.check_inert import changed, check_inert
 from slime.config.check_sync import check_sync
 from slime.config.check_teachers import check_teachers
 from slime.config.exits import ConfigError
-from slime.config.roles import needed_roles, needs_rollouts
+from slime.config.roles import TEACHER, needed_roles, needs_rollouts
 from slime.config.trainer import decay_length
 from slime.config.tree import nearest, type_of
 
@@ -220,7 +220,7 @@ def _eval_set(path: str, chosen: EvalSet) -> None:
 def _cluster(cfg: SlimeConfig) -> None:
     cluster = cfg.cluster
     for role in cluster.roles:
-        if role not in ROLES:
+        if role not in ROLES and not role.startswith(TEACHER):  # see check_teachers
             raise ConfigError(f"cluster.roles.{role}: no such role; there are {', '.join(ROLES)}{nearest(role, ROLES)}")
     for role in needed_roles(cfg):
         if role not in cluster.roles:

@@ -6,6 +6,7 @@ from rich.table import Table
 from slime.config import SlimeConfig
 from slime.config.parallel import ParallelSizes, parallel_sizes
 from slime.config.plan import BatchPlan, MemoryPlan, Plan
+from slime.config.roles import tensor_parallel
 
 
 def show(cfg: SlimeConfig, plan: Plan, console: Console) -> None:
@@ -46,6 +47,10 @@ def _roles(cfg: SlimeConfig, plan: Plan) -> Table:
         "actor": layout(parallel_sizes(cfg.trainer), update.data_parallel) if update else "",
         "rollout": f"{cfg.rollout.engines} engines x {cfg.rollout.tensor_parallel} tensor-parallel",
     }
+    for role, need in plan.roles.items():
+        if role not in made_of:
+            _, width = tensor_parallel(cfg, role)
+            made_of[role] = f"{need.devices // width} engines x {width} tensor-parallel"
     table = _table("role", "devices", "CPUs a device", "made of")
     for need in plan.roles.values():
         table.add_row(need.role, str(need.devices), f"{need.cpus:g}", made_of[need.role])
