@@ -118,8 +118,9 @@ def _rollout(cfg: SlimeConfig) -> None:
         if not re.fullmatch(r"https?://[^/\s:]+(:\d+)?/?", url):
             raise ConfigError(f"rollout.external_urls: {url!r} is not http://host:port")
     if rollout.external_urls:
+        of_teachers = ("engine_python", "sglang") if any(role.startswith(TEACHER) for role in needed_roles(cfg)) else ()
         for knob in ("engines", "tensor_parallel", "engine_python", "sglang"):
-            if changed(rollout, knob):
+            if changed(rollout, knob) and knob not in of_teachers:
                 raise _inert(f"rollout.{knob}", "rollout.external_urls, whose servers run already", f"remove rollout.{knob}, or the urls")
         role = cfg.cluster.roles.get("rollout")
         if role is not None and changed(role, "devices"):

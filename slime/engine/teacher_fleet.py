@@ -22,7 +22,14 @@ def start_teacher(cfg: SlimeConfig, name: str, placement: RolePlacement, run_dir
     try:
         fleet = EngineFleet.start(serving(cfg, name), placement, run_dir, run_id, called=f"teacher {name}")
     except ValueError as error:
-        said = str(error).replace("model.path", f"{at}.path").replace("rollout.tensor_parallel", f"{at}.tensor_parallel")
+        said = str(error)
+        for of_rollout, own in (
+            ("model.path", f"{at}.path"),
+            ("rollout.tensor_parallel", f"{at}.tensor_parallel"),
+            ("rollout.engines=", "servers="),
+            ("lower rollout.engines or add devices", "change the devices"),
+        ):
+            said = said.replace(of_rollout, own)
         raise ValueError(f"{at}: {said}") from error
     try:
         fleet.relabel(NEVER_CHANGES, cfg.rollout.start_timeout_s)

@@ -48,6 +48,7 @@ def test_a_role_with_a_slash_on_the_command_line() -> None:
         ((ONE, URL), ("actor", "rollout")),
         ((ONE, ROLE), ("actor", "rollout", "teacher/math")),
         ((ONE, ROLE, "rollout.external_urls=['http://h:1']"), ("actor", "teacher/math")),
+        ((ONE, ROLE, "rollout.external_urls=['http://h:1']", "rollout.sglang.mem_fraction_static=0.5"), ("actor", "teacher/math")),
         ((ONE, ROLE, "run.only=rollout", "rollout.dump=true"), ("rollout", "teacher/math")),
         ((ONE, ROLE, "run.only=train", "run.replay=rollouts"), ("actor",)),
     ],
