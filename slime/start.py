@@ -3,10 +3,11 @@
 import json
 import logging
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import ray
 import yaml
@@ -22,11 +23,12 @@ from slime.cluster.signals import StopSignal
 from slime.config import SlimeConfig
 from slime.config.checks import check_device
 from slime.config.exits import GateStopped, SavedRunAgain
-from slime.config.roles import generates, needed_roles, needs_rollouts
+from slime.config.roles import TEACHER, generates, needed_roles, needs_rollouts, served_teachers
 from slime.data.ledger import Ledger
 from slime.data.source import PromptSource, eval_prompts
 from slime.data.teachers import check_vocabulary, same_vocabulary, teacher_of
 from slime.data.template import check_tokenizer
+from slime.engine import teacher_fleet
 from slime.engine.fleet import EngineFleet
 from slime.models.check_layout import check_critic, check_model, check_teacher
 from slime.models.hub import local_directory
@@ -179,7 +181,7 @@ def check_teachers(cfg: SlimeConfig) -> None:
     """Raises ValueError for a teacher that does not share the student's vocabulary, or that the actor's ranks cannot hold."""
     for name, teacher in cfg.algorithm.teachers.items():
         check_vocabulary(cfg.model, name, teacher.path)
-        if teacher.url is None and "actor" in needed_roles(cfg):
+        if name not in served_teachers(cfg) and "actor" in needed_roles(cfg):
             check_teacher(cfg, name)
 
 
@@ -281,13 +283,19 @@ def start_parts(cfg: SlimeConfig, directory: Path, version: WeightVersion, place
     def start_fleet() -> EngineFleet | None:
         return EngineFleet.start(cfg, placements.get("rollout"), directory, version.run_id) if serves else None
 
+    def start_teacher(role: str) -> EngineFleet:
+        return teacher_fleet.start_teacher(cfg, role.removeprefix(TEACHER), placements[role], directory, version.run_id)
+
+    teaching = [role for role in placements if role.startswith(TEACHER)]
     rollout = Rollout.launch(cfg, directory) if serves else None
     if rollout is not None:
         stack.callback(rollout.stop)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2 + len(teaching)) as pool:
         starting = (pool.submit(start_trainer), pool.submit(start_fleet))
+        teachers = {role.removeprefix(TEACHER): pool.submit(start_teacher, role) for role in teaching}
         written = None if serves else pool.submit(written_batches, cfg)
-    for future in starting:
+    futures: list[Future[Any]] = [*starting, *teachers.values()]
+    for future in futures:
         if future.exception() is None and (started := future.result()) is not None:
             stack.callback(started.stop)
     trainer, fleet = starting[0].result(), starting[1].result()
@@ -295,7 +303,8 @@ def start_parts(cfg: SlimeConfig, directory: Path, version: WeightVersion, place
         return Parts(trainer, fleet, written.result())
     assert fleet is not None and rollout is not None
     model = load_map(cfg.model.path, cfg.model.family)
-    rollout.connect(fleet.endpoints(), model.vocab_size, model.routing if cfg.rollout.replay_experts else None)
+    servers = teacher_fleet.endpoints(cfg, {name: future.result() for name, future in teachers.items()})
+    rollout.connect(fleet.endpoints(), model.vocab_size, model.routing if cfg.rollout.replay_experts else None, servers)
     return Parts(trainer, fleet, rollout)
 
 

@@ -13,10 +13,11 @@ from slime.cluster.placement import RolePlacement
 from slime.cluster.session import Cluster
 from slime.config import SlimeConfig
 from slime.config.exits import PreflightError
-from slime.config.roles import role_needs
+from slime.config.roles import role_needs, tensor_parallel
 
 VISIBLE_S = 8.0  # for a file to show on another host: network file systems cache
-CPU_KNOB = {"actor": "cluster.cpus_per_rank", "critic": "cluster.cpus_per_rank", "rollout": "cluster.cpus_per_engine"}
+CPU_KNOB = dict.fromkeys(("actor", "critic"), "cluster.cpus_per_rank")
+ENGINE_CPU_KNOB = "cluster.cpus_per_engine"  # of all other roles
 
 
 def check_resources(cfg: SlimeConfig, cluster: Cluster) -> None:
@@ -25,11 +26,10 @@ def check_resources(cfg: SlimeConfig, cluster: Cluster) -> None:
     has = ray.cluster_resources()
     hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for role, need in needs.items():
-        widest = max((host.get("CPU", 0) for host in hosts), default=0)
+        widest, knob = max((host.get("CPU", 0) for host in hosts), default=0), CPU_KNOB.get(role, ENGINE_CPU_KNOB)
         if need.cpus > widest:
             raise PreflightError(
-                f"{CPU_KNOB[role]}={need.cpus:g}: no host of the cluster has that many CPUs (the largest has {widest:g}); "
-                f"lower {CPU_KNOB[role]}"
+                f"{knob}={need.cpus:g}: no host of the cluster has that many CPUs (the largest has {widest:g}); lower {knob}"
             )
     asked = " + ".join(f"{role} {need.devices} x {need.cpus:g}" for role, need in needs.items())
     cpus = sum(need.devices * need.cpus for need in needs.values())
@@ -51,11 +51,10 @@ def _check_gpus(cfg: SlimeConfig, total: float, widest: float) -> None:
             f"the recipe asks for {gpus} GPUs ({asked}) and the cluster has {total:g}: lower cluster.roles.<role>.devices, "
             "set cluster.device=cpu, or join a larger cluster (cluster.address)"
         )
-    if "rollout" in needs and cfg.rollout.tensor_parallel > widest:
-        raise PreflightError(
-            f"rollout.tensor_parallel={cfg.rollout.tensor_parallel}: a server stays on one host and the largest has {widest:g} GPUs; "
-            "lower rollout.tensor_parallel"
-        )
+    for role in needs.keys() - {"actor"}:
+        knob, size = tensor_parallel(cfg, role)
+        if size > widest:
+            raise PreflightError(f"{knob}={size}: a server stays on one host and the largest has {widest:g} GPUs; lower {knob}")
 
 
 def check_run_dir(placements: dict[str, RolePlacement], run_dir: Path) -> None:

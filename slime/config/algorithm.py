@@ -11,13 +11,15 @@ from slime.config.fields import choice, number
 @dataclass
 class TeacherConfig:
     path: str = "???"
-    """Hugging Face directory, or a name on the hub. Held on the actor's ranks and in their layout, unless it is served."""
+    """Hugging Face directory, or a name on the hub. Held on the actor's ranks, unless it has a url or cluster.roles.teacher/<name>."""
     family: str = "auto"
     """As model.family."""
     url: str | None = None
-    """SGLang server that serves it, asked as soon as an answer is finished; at rollout.temperature=1 only."""
+    """SGLang server of yours that serves it, at rollout.temperature=1 only. A request that fails three times ends the run."""
     key_env: str | None = None
     """Environment variable with the API key of the server."""
+    tensor_parallel: int = number(1, low=1)
+    """Devices of one server of cluster.roles.teacher/<name>. One that ends is started anew, up to rollout.max_restarts times in a run."""
     sources: list[str] = field(default_factory=list)
     """Sources of data.train that it teaches; a teacher alone teaches all."""
 

@@ -76,6 +76,7 @@ FREE_OPTIONS = {
         recompute_* virtual_pipeline_model_parallel_size expert_tensor_parallel_size num_layers_in_first_pipeline_stage
         num_layers_in_last_pipeline_stage sequence_parallel *overlap* bucket_size cpu_offloading*""",
 }
+FREE_ENTRIES = {"algorithm.teachers": ("url", "key_env", "tensor_parallel")}  # of a knob with names: <knob>.<name>.<entry>
 UNSAID = frozenset(["run.name", "run.dir", "run.resume", "run.accept_changes", "run.dry_run"])  # a change of these is not worth a word
 
 
@@ -120,6 +121,8 @@ def kind_of(name: str, recipe: dict[str, Any]) -> Kind:
     if knob in FREE.get(group, ()) or (name == "run.steps" and not _rate_follows_steps(recipe)):
         return Kind.FREE
     if rest and any(_matches(rest[0], option) for option in FREE_OPTIONS.get(f"{group}.{knob}", "").split()):
+        return Kind.FREE
+    if rest and rest[0].rpartition(".")[2] in FREE_ENTRIES.get(f"{group}.{knob}", ()):
         return Kind.FREE
     return Kind.COURSE if knob in COURSE.get(group, ()) else Kind.FREE
 

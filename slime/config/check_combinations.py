@@ -12,7 +12,7 @@ from slime.config.check_sync import check_sync
 from slime.config.check_teachers import check_teachers
 from slime.config.exits import ConfigError
 from slime.config.of_critic import optimizer_steps
-from slime.config.roles import needed_roles, needs_rollouts
+from slime.config.roles import TEACHER, needed_roles, needs_rollouts
 from slime.config.trainer import decay_length
 from slime.config.tree import nearest, type_of
 
@@ -121,8 +121,9 @@ def _rollout(cfg: SlimeConfig) -> None:
         if not re.fullmatch(r"https?://[^/\s:]+(:\d+)?/?", url):
             raise ConfigError(f"rollout.external_urls: {url!r} is not http://host:port")
     if rollout.external_urls:
+        of_teachers = ("engine_python", "sglang") if any(role.startswith(TEACHER) for role in needed_roles(cfg)) else ()
         for knob in ("engines", "tensor_parallel", "engine_python", "sglang"):
-            if changed(rollout, knob):
+            if changed(rollout, knob) and knob not in of_teachers:
                 raise _inert(f"rollout.{knob}", "rollout.external_urls, whose servers run already", f"remove rollout.{knob}, or the urls")
         role = cfg.cluster.roles.get("rollout")
         if role is not None and changed(role, "devices"):
@@ -239,7 +240,7 @@ def _eval_set(path: str, chosen: EvalSet) -> None:
 def _cluster(cfg: SlimeConfig) -> None:
     cluster = cfg.cluster
     for role in cluster.roles:
-        if role not in ROLES:
+        if role not in ROLES and not role.startswith(TEACHER):  # see check_teachers
             raise ConfigError(f"cluster.roles.{role}: no such role; there are {', '.join(ROLES)}{nearest(role, ROLES)}")
     for role in needed_roles(cfg):
         if role not in cluster.roles:

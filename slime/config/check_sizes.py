@@ -3,7 +3,7 @@
 from slime.config import SlimeConfig, TrainerConfig
 from slime.config.exits import ConfigError
 from slime.config.parallel import EMBEDDING, EXPERT_TENSOR, FIRST, LAST, LOSS, VIRTUAL, ParallelSizes, flag, parallel_sizes, whole
-from slime.config.roles import needed_roles, samples_per_prompt
+from slime.config.roles import TEACHER, needed_roles, samples_per_prompt, tensor_parallel
 
 
 def check_sizes(cfg: SlimeConfig) -> None:
@@ -15,6 +15,9 @@ def check_sizes(cfg: SlimeConfig) -> None:
             _trainer(cfg, role)
     if "rollout" in needed:
         _engines(cfg)
+    for role in needed:
+        if role.startswith(TEACHER):
+            _teacher(cfg, role)
 
 
 def _trainer(cfg: SlimeConfig, role: str) -> None:
@@ -85,3 +88,10 @@ def _engines(cfg: SlimeConfig) -> None:
             f"rollout.engines={engines} of rollout.tensor_parallel={width} take {engines * width} devices and "
             f"cluster.roles.rollout.devices={devices}: make them equal"
         )
+
+
+def _teacher(cfg: SlimeConfig, role: str) -> None:
+    """Whole servers on the devices of a teacher's role."""
+    devices, (knob, width) = cfg.cluster.roles[role].devices, tensor_parallel(cfg, role)
+    if devices % width:
+        raise ConfigError(f"cluster.roles.{role}.devices={devices} does not divide by {knob}={width}: make the devices a multiple of it")

@@ -31,7 +31,7 @@ def prepare(argv: list[str]) -> list[str]:
 
 def prepare_override(text: str, folders: list[Path]) -> str:
     """One override for Hydra. `folders` hold the recipes and their groups (model/, algorithm/, ...)."""
-    text = expand_home(text)
+    text = without_slash(expand_home(text))
     override = _parse(text)
     key = override.key_or_group
     if key == "hydra" or key.startswith(("hydra.", "hydra/")) or override.package is not None:
@@ -56,9 +56,14 @@ def prepare_override(text: str, folders: list[Path]) -> str:
 
 def expand_home(text: str) -> str:
     """The override with ~/ at the beginning of a path written out: Hydra's grammar has no ~, and the shell leaves it alone after `=`."""
-    if not re.match(r"\+*(data|model|run|rollout\.engine_python)\b", text):
+    if not re.match(r"\+*(data|model|run|algorithm\.teachers|rollout\.engine_python)\b", text):
         return text
     return re.sub(r"(=|,|: )(['\"]?)~/", lambda found: f"{found[1]}{found[2]}{Path.home()}/", text)
+
+
+def without_slash(text: str) -> str:
+    """The override of a role whose name has a slash, written out: Hydra's grammar takes it in a value alone."""
+    return re.sub(r"^\+*cluster\.roles\.([\w-]+/[\w-]+)\.(\w+)=(.*)$", r"cluster.roles={\1: {\2: \3}}", text)
 
 
 def _instead(key: str, hint: Any) -> str:

@@ -7,6 +7,7 @@ from slime.config import SlimeConfig
 from slime.config.parallel import ParallelSizes, parallel_sizes
 from slime.config.plan import BatchPlan, MemoryPlan, Plan
 from slime.config.plan_memory import RankMemory
+from slime.config.roles import tensor_parallel
 
 
 def show(cfg: SlimeConfig, plan: Plan, console: Console) -> None:
@@ -48,6 +49,10 @@ def _roles(cfg: SlimeConfig, plan: Plan) -> Table:
         "critic": layout(sizes, sizes.data(plan.roles["critic"].devices)) if "critic" in plan.roles else "",
         "rollout": f"{cfg.rollout.engines} engines x {cfg.rollout.tensor_parallel} tensor-parallel",
     }
+    for role, need in plan.roles.items():
+        if role not in made_of:
+            _, width = tensor_parallel(cfg, role)
+            made_of[role] = f"{need.devices // width} engines x {width} tensor-parallel"
     table = _table("role", "devices", "CPUs a device", "made of")
     for need in plan.roles.values():
         table.add_row(need.role, str(need.devices), f"{need.cpus:g}", made_of[need.role])

@@ -8,6 +8,8 @@ from slime.config.exits import ConfigError
 from slime.config.imports import load_function
 from slime.config.tree import nearest
 
+TEACHER = "teacher/"  # begins the name of a role
+
 
 @dataclass(frozen=True)
 class RoleNeed:
@@ -64,16 +66,40 @@ def samples_per_prompt(cfg: SlimeConfig) -> int:
     return cfg.rollout.samples_per_prompt if needs_rollouts(cfg.algorithm) else 1
 
 
+def teacher_role(name: str) -> str:
+    """The role of a teacher that slime serves."""
+    return TEACHER + name
+
+
+def served_teachers(cfg: SlimeConfig) -> set[str]:
+    """Names of the teachers that SGLang serves, the user's servers or slime's own; the actor's ranks hold the others."""
+    return {name for name, teacher in cfg.algorithm.teachers.items() if teacher.url is not None or teacher_role(name) in cfg.cluster.roles}
+
+
+def tensor_parallel(cfg: SlimeConfig, role: str) -> tuple[str, int]:
+    """Devices of one server of a role that serves, and the knob that says so."""
+    if not role.startswith(TEACHER):
+        return "rollout.tensor_parallel", cfg.rollout.tensor_parallel
+    name = role.removeprefix(TEACHER)
+    return f"algorithm.teachers.{name}.tensor_parallel", cfg.algorithm.teachers[name].tensor_parallel
+
+
 def needed_roles(cfg: SlimeConfig) -> tuple[str, ...]:
-    """Roles that a run of this recipe starts. Demonstrations, replay and external engines start no engine; a critic has ranks of its
-    own where the recipe gives it devices."""
-    trains = cfg.run.only != "rollout"
-    judges = trains and "critic" in cfg.cluster.roles and uses_critic(cfg.algorithm)
-    serves = generates(cfg) and not cfg.rollout.external_urls
-    return tuple(role for role, needed in (("actor", trains), ("critic", judges), ("rollout", serves)) if needed)
+    """Roles that a run of this recipe starts. Demonstrations, replay and external engines start no engine, and no teacher without
+    rollouts; a critic has ranks of its own where the recipe gives it devices."""
+    trains, answers = cfg.run.only != "rollout", generates(cfg)
+    own = [teacher_role(name) for name, teacher in cfg.algorithm.teachers.items() if teacher.url is None and name in served_teachers(cfg)]
+    needed = {
+        "actor": trains,
+        "critic": trains and "critic" in cfg.cluster.roles and uses_critic(cfg.algorithm),
+        "rollout": answers and not cfg.rollout.external_urls,
+        **dict.fromkeys(own, answers),
+    }
+    return tuple(role for role, is_needed in needed.items() if is_needed)
 
 
 def role_needs(cfg: SlimeConfig) -> dict[str, RoleNeed]:
     """What each needed role asks of the cluster."""
-    cpus = {"actor": cfg.cluster.cpus_per_rank, "critic": cfg.cluster.cpus_per_rank, "rollout": cfg.cluster.cpus_per_engine}
-    return {role: RoleNeed(role, cfg.cluster.roles[role].devices, cpus[role]) for role in needed_roles(cfg)}
+    cluster = cfg.cluster
+    cpus = dict.fromkeys(("actor", "critic"), cluster.cpus_per_rank)
+    return {role: RoleNeed(role, cluster.roles[role].devices, cpus.get(role, cluster.cpus_per_engine)) for role in needed_roles(cfg)}

@@ -15,12 +15,8 @@ from slime.config import SlimeConfig
 from slime.config.docs import documentation
 from slime.config.exits import ConfigError
 
-STEP_NAMES = {
-    "algorithm.teachers": "name",
-    "cluster.roles": "role",
-    "data.eval": "name",
-    "data.train": "n",
-}  # how a free step is written in the docs
+# How a free step is written in the docs.
+STEP_NAMES = {"algorithm.teachers": "name", "cluster.roles": "role", "data.eval": "name", "data.train": "n"}
 
 
 @dataclass(frozen=True)

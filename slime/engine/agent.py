@@ -44,9 +44,9 @@ class EngineActor:
     It keeps the tensors of the committed version in host memory: a restarted server is brought to them, proven, before it gets requests.
     """
 
-    def __init__(self, cfg: SlimeConfig, run_dir: str, run_id: str, key: str) -> None:
-        """`key` is the API and admin key of the run's servers, or of the user's."""
-        self._cfg, self._run_dir, self._key = cfg, Path(run_dir), key
+    def __init__(self, cfg: SlimeConfig, run_dir: str, run_id: str, key: str, called: str = "engine") -> None:
+        """`key` is the API and admin key of the run's servers, or of the user's; they are `called` engine 0, engine 1, ..."""
+        self._cfg, self._run_dir, self._key, self._called = cfg, Path(run_dir), key, called
         self._loaded_label = f"{run_id}/{LOADED}"  # weights that a server read from model.path
         self._labelled: str | None = None  # what the engines were told to call what they loaded themselves
         self._tending = Tending(cfg.rollout, self._bring, self._start_anew)
@@ -74,12 +74,12 @@ class EngineActor:
             for a in assignments:
                 port, nccl_port = ports.pop(), ports.pop()
                 spec = ServerSpec(
-                    endpoint=Endpoint(f"http://{host}:{port}", self._key, f"engine {a.index}", known.version),
+                    endpoint=Endpoint(f"http://{host}:{port}", self._key, f"{self._called} {a.index}", known.version),
                     python=self._cfg.rollout.engine_python or arguments.this_python(),
                     words=arguments.command_line(chosen | {"nccl_port": nccl_port}, known),
                     environment=environment | ({"CUDA_VISIBLE_DEVICES": ",".join(map(str, a.gpus))} if a.gpus else {}),
                     label=self._loaded_label,
-                    log=self._run_dir / "logs" / f"engine_{a.index}.log",
+                    log=self._run_dir / "logs" / f"{self._called.replace(' ', '_')}_{a.index}.log",
                 )
                 self._tending.add(self._live(spec))
             starting = self._every(self._ready)

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import aiohttp
-import orjson
 
-from slime.engine import health, streaming
+from slime.engine import health
 from slime.engine.control import Control
 from slime.engine.endpoint import Endpoint
 from slime.engine.errors import Aborted, EngineError, EngineLost, Garbage, StaleWeights
 from slime.engine.generation import Generation, Sampling, check_answer, check_ids, parse
 from slime.engine.health import Kind, Trouble, Turn
+from slime.engine.posting import Refused, lasting_session, post_generate
 from slime.engine.routing import Router, State
 from slime.engine.versions import Facts, facts
 from slime.models.map import Routing
@@ -26,7 +26,6 @@ __all__ = ["EngineClient", "Generation", "Sampling"]
 
 log = logging.getLogger(__name__)
 
-KEEPALIVE_S = 3.0  # below the 5 s after which SGLang closes an idle connection, so that a request never meets a closing one
 ABORT_S = 5.0
 ATTEMPTS = 3  # answers that may fail before a request does
 ADMIT_S, ADMIT_TRIES = 1.0, 10  # an engine that is back may be a moment ahead of `expect`
@@ -37,10 +36,6 @@ KINDS: dict[type[Exception], Kind] = {
     EngineLost: Kind.LOST,
     TimeoutError: Kind.LATE,
 }  # an answer that was cut short speaks against no engine
-
-
-class Refused(EngineLost):
-    """An engine did not accept a connection: nothing was asked of it."""
 
 
 class EngineClient:
@@ -70,8 +65,7 @@ class EngineClient:
         self._vocab_size = vocab_size
         self._timeout_s, self._wait_s = timeout_s, wait_s
         self._slots = asyncio.Semaphore(max_in_flight)
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+        self._session = lasting_session()
         self._pause = pause
         self._expected: str | None = None
         self._ready = asyncio.Event()  # some engine may be
@@ -268,7 +262,7 @@ class EngineClient:
             async with asyncio.timeout_at(late_s) as limit:
                 self._limits[engine].add(limit)
                 try:
-                    answer = await self._post(endpoint, body | {"stream": streams}, streams)
+                    answer = await post_generate(self._session, endpoint, body | {"stream": streams}, streams)
                 finally:
                     self._limits[engine].discard(limit)
         except asyncio.CancelledError:
@@ -279,29 +273,11 @@ class EngineClient:
                 raise EngineLost(f"{endpoint.name} was given up while it generated: {self.router.slots[engine].reason}") from error
             await self._abort(endpoint, body["rid"])
             raise TimeoutError(f"{endpoint.name} gave no answer after {self._timeout_s:g} s (rollout.request_timeout_s)") from error
-        except aiohttp.ClientConnectorError as error:
-            raise Refused(f"{endpoint.name} does not accept connections at {endpoint.url} ({error.os_error})") from error
-        except aiohttp.ClientError as error:
-            raise EngineLost(f"{endpoint.name} at {endpoint.url} was lost while it generated: {error or type(error).__name__}") from error
         generation = parse(answer, spans or streams, endpoint.name, started_s, time.time(), routing)
         if generation.finish_reason == "abort":
             raise Aborted(f"{endpoint.name} aborted a request after {len(generation.output_ids)} tokens; its log says why")
         self._check_versions(engine, generation, since)
         return generation
-
-    async def _post(self, endpoint: Endpoint, body: dict[str, Any], streams: bool) -> dict[str, Any]:
-        """Raises EngineError for a request that the engine refuses, EngineLost where it is not able to answer, Garbage for what is none."""
-        async with self._session.post(endpoint.url + "/generate", json=body, headers=endpoint.headers) as response:
-            if response.status != 200:
-                kind = EngineError if response.status < 500 else EngineLost if response.status == 503 else Garbage
-                raise kind(f"{endpoint.name} refused a request: {response.status} {(await response.text())[:500]}")
-            if streams:
-                return await streaming.whole(response.content, endpoint.name)
-            data = await response.read()
-        try:
-            return orjson.loads(data)
-        except orjson.JSONDecodeError as error:
-            raise Garbage(f"{endpoint.name} answered {data[:100]!r}, which is no JSON") from error
 
     def _check_versions(self, engine: int, generation: Generation, since: str | None) -> None:
         """`since` is what was expected when the request was sent."""

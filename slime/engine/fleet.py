@@ -54,8 +54,9 @@ class EngineFleet:
         self._last: dict[str, Turn] = {}  # of every engine
 
     @classmethod
-    def start(cls, cfg: SlimeConfig, placement: RolePlacement | None, run_dir: Path, run_id: str) -> "EngineFleet":
-        """Start rollout.engines servers on the placement's devices, or use rollout.external_urls. All answer when this returns."""
+    def start(cls, cfg: SlimeConfig, placement: RolePlacement | None, run_dir: Path, run_id: str, called: str = "engine") -> "EngineFleet":
+        """Start rollout.engines servers on the placement's devices, or use rollout.external_urls. All answer when this returns. They are
+        `called` engine 0, engine 1, ..."""
         agents: list[Any] = []
         try:
             if cfg.rollout.external_urls:
@@ -66,7 +67,7 @@ class EngineFleet:
                 assert placement is not None, "engines need a placement"
                 key, starting = secrets.token_hex(32), []
                 for bundles, assignments in _by_host(cfg, placement):
-                    agents.append(_agent(cfg, run_dir, run_id, key, placement.strategy(bundles[0])))
+                    agents.append(_agent(cfg, run_dir, run_id, key, placement.strategy(bundles[0]), called))
                     starting.append(agents[-1].start.remote(assignments, placement.device, placement.cpus))
             timeout_s = cfg.rollout.start_timeout_s + GRACE_S
             started = deadline.get(starting, timeout_s, "the engines to start", START_KNOB)
@@ -266,9 +267,10 @@ def _listed(path: str | None) -> list[str]:
     return [line.strip().rstrip("/") for line in Path(path).read_text().splitlines() if line.strip() and not line.startswith("#")]
 
 
-def _agent(cfg: SlimeConfig, run_dir: Path, run_id: str, key: str, where: Any) -> Any:
+def _agent(cfg: SlimeConfig, run_dir: Path, run_id: str, key: str, where: Any, called: str = "engine") -> Any:
     """An agent takes no CPU of its bundle: those are its servers'."""
-    return ray.remote(EngineActor).options(num_cpus=0, scheduling_strategy=where).remote(cfg, str(run_dir.resolve()), run_id, key)
+    actor = ray.remote(EngineActor).options(num_cpus=0, scheduling_strategy=where)
+    return actor.remote(cfg, str(run_dir.resolve()), run_id, key, called)
 
 
 def _by_host(cfg: SlimeConfig, placement: RolePlacement) -> list[tuple[list[int], list[Assignment]]]:
@@ -288,7 +290,8 @@ def _by_host(cfg: SlimeConfig, placement: RolePlacement) -> list[tuple[list[int]
     if index < wanted:
         raise ValueError(
             f"rollout.engines={wanted} of rollout.tensor_parallel={size} devices do not fit the {len(placement.bundles)} devices of "
-            f"cluster.roles.rollout on {len(nodes)} hosts, as a server's devices are on one host; lower rollout.engines or add devices"
+            f"cluster.roles.{placement.role} on {len(nodes)} hosts, as a server's devices are on one host; lower rollout.engines or add "
+            "devices"
         )
     return hosts
 

@@ -16,6 +16,7 @@ from slime.types import Batch, Group, RolloutSummary, Sample
 
 FOLDER = "rollouts"
 STOPPED = "stopped"
+IN_COLUMNS = ("experts", "signal")
 
 
 def write_rollout(run_dir: Path, batch: Batch, summary: RolloutSummary, groups: list[Group]) -> None:
@@ -56,8 +57,8 @@ def _write(base: Path, batch: Batch, account: dict[str, Any], samples: Iterable[
 
 
 def _readable(sample: Sample) -> str:
-    """A line of JSON: a sample without its experts, which the columns hold."""
-    values = {name: value for name, value in asdict(replace(sample, experts=None)).items() if name != "experts"}
+    """A line of JSON: a sample without its experts and its teacher's log-probs, which the columns hold."""
+    values = {name: value for name, value in asdict(replace(sample, experts=None, signal=None)).items() if name not in IN_COLUMNS}
     return json.dumps(values, default=str) + "\n"
 
 

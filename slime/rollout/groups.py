@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from slime.config import SlimeConfig
 from slime.engine.errors import EngineError
 from slime.rollout.client import RolloutClient
+from slime.rollout.metrics import Asked
 from slime.rollout.rewards.judge import Judge
 from slime.types import Group, Prompt, Sample
 
@@ -28,6 +29,7 @@ class GroupMaker:
     eval_set: str | None = None
     judged: list[Sample] = field(default_factory=list)
     judging: list[tuple[float, float]] = field(default_factory=list)  # when, seconds since 1970
+    asked: list[Asked] = field(default_factory=list)  # of served teachers
 
     async def make(self, prompt: Prompt, prompt_ids: list[int], count: int) -> Group:
         """The rewarded group of a prompt. Raises what `rollout.generate` raises, and ValueError where it returns no proper samples."""

@@ -190,10 +190,24 @@ class Rollout:
         actor: Any = ray.remote(RolloutManager).options(num_cpus=0, scheduling_strategy=here, max_concurrency=8)
         return cls(cfg, actor.remote(cfg, str(run_dir)))
 
-    def connect(self, endpoints: list[Endpoint], vocab_size: int, routing: Routing | None = None) -> None:
-        """Wait for the manager and give it the engines. Raises ValueError naming the knob of what it cannot use."""
+    def connect(
+        self,
+        endpoints: list[Endpoint],
+        vocab_size: int,
+        routing: Routing | None = None,
+        teachers: dict[str, list[Endpoint]] | None = None,
+    ) -> None:
+        """Wait for the manager and give it the engines, and the servers of teachers by name. Raises ValueError naming the knob of what it
+        cannot use, PreflightError for a teacher that does not answer."""
         deadline.get(self._opened, self._cfg.cluster.start_timeout_s, "the rollout manager to start", "cluster.start_timeout_s")
-        deadline.get(self._manager.connect.remote(endpoints, vocab_size, routing), MANAGER_S, "the rollout manager to take the engines")
+        given = (endpoints, vocab_size, routing, teachers)
+        deadline.get(self._manager.connect.remote(*given), MANAGER_S, "the rollout manager to take the engines")
+        if teachers:
+            self._check_teachers()
+
+    def _check_teachers(self) -> None:
+        timeout_s, what = self._cfg.rollout.request_timeout_s + MANAGER_S, "the teachers to say how they read tokens"
+        deadline.get(self._manager.check_teachers.remote(), timeout_s, what, "rollout.request_timeout_s")
 
     def add(self, endpoint: Endpoint) -> None:
         """One more engine; it is used from the next `expect` on."""

@@ -30,13 +30,16 @@ from slime.rollout.draw import Draw
 from slime.rollout.dump import write_failed_rewards, write_rollout
 from slime.rollout.evaluate import evaluate_set
 from slime.rollout.groups import GroupMaker
-from slime.rollout.metrics import busy_spans, error_frac, examples, rollout_metrics
+from slime.rollout.metrics import busy_spans, error_frac, examples, rollout_metrics, teacher_metrics
 from slime.rollout.rewards.judge import Judge
 from slime.rollout.shaping import shape, teaches
+from slime.rollout.teachers import Teachers
 from slime.types import Batch, EvalResult, Group, RolloutSummary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+LOOKED_AT = 32  # prompts, the first of which that is not too long is shown to teachers
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +73,18 @@ class RolloutManager:
             for name, (s, _) in self.eval_sets.items()
         }
 
-    async def connect(self, endpoints: list[Endpoint], vocab_size: int, routing: Routing | None = None) -> None:
-        """Take these engines; with `routing`, they say which experts the tokens of a rollout went to."""
+    async def connect(
+        self,
+        endpoints: list[Endpoint],
+        vocab_size: int,
+        routing: Routing | None = None,
+        teachers: dict[str, list[Endpoint]] | None = None,
+    ) -> None:
+        """Take these engines; with `routing`, they say which experts the tokens of a rollout went to. `teachers`: servers of those that
+        are served. Raises ValueError for a teacher without a vocabulary that can be used."""
         cfg = self.cfg.rollout
         self.routing = routing
+        self.teachers = Teachers(self.cfg, vocab_size, teachers or {})
         self.engines = EngineClient(
             endpoints,
             vocab_size=vocab_size,
@@ -82,6 +93,11 @@ class RolloutManager:
             pause=self.cfg.sync.pause,
             wait_s=cfg.start_timeout_s + self.cfg.sync.timeout_s,
         )
+
+    async def check_teachers(self) -> None:
+        """Raises what `Teachers.check` raises."""
+        prompts = (tokenize(self.source.prompt(ordinal), self.tokenizer, self.cfg.data) for ordinal in range(LOOKED_AT))
+        await self.teachers.check(self.tokenizer, next((ids for ids in prompts if ids), []))
 
     async def add(self, endpoint: Endpoint) -> None:
         """One more engine."""
@@ -107,7 +123,7 @@ class RolloutManager:
         """Generate and judge the batch of `step` from prompts beginning with `first_ordinal`.
 
         Raises GateStopped above reward.max_error_frac and where nearly every prompt is dropped, ValueError for a row that cannot be read
-        or an unfit answer of rollout.generate, EngineError and TimeoutError for a request that no engine answers.
+        or an unfit answer of rollout.generate, EngineError and TimeoutError for a request that no engine or no teacher answers.
         """
         self._step, self._progress["rollout"] = step, (0, self.cfg.rollout.prompts_per_step)
         begun, begun_cpu, cfg = time.time(), time.process_time(), self.cfg.rollout
@@ -123,12 +139,13 @@ class RolloutManager:
             first_ordinal=first_ordinal,
             trained=[g.ordinal for g in groups],
             dropped=draw.dropped,
-            metrics=rollout_metrics(groups, maker.judged, maker.client.generations, time.time() - begun, time.process_time() - begun_cpu),
+            metrics=rollout_metrics(groups, maker.judged, maker.client.generations, time.time() - begun, time.process_time() - begun_cpu)
+            | teacher_metrics(maker.asked),
             examples=examples(groups, self.cfg.observe.examples),
         )
         if cfg.dump:
             write_rollout(self.run_dir, batch, summary, groups)
-        return ray.put(batch), summary, busy_spans(maker.client.generations, maker.judging)
+        return ray.put(batch), summary, busy_spans(maker.client.generations, maker.judging, maker.asked)
 
     async def evaluate(self, step: int) -> tuple[list[EvalResult], list[Span]]:
         """Evaluate every set with the weights that are expected. Raises what `generate` raises."""
@@ -191,7 +208,10 @@ class RolloutManager:
             return "reward_error"
         if not self._survives(group):  # it sees rewards without penalties: DAPO's dynamic sampling is about right and wrong (eq. 11)
             return "filter"
-        return group if teaches(shape(group, self.cfg)) else "truncated"
+        if not teaches(shape(group, self.cfg)):
+            return "truncated"
+        maker.asked += await self.teachers.teach(group)
+        return group
 
     def _survives(self, group: Group) -> bool:
         if self.filter_fn is None:

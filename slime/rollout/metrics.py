@@ -2,12 +2,22 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from slime.observe.trace import Span
 from slime.rollout.client import Generation
 from slime.types import Group, Messages, Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A sample was shown to a teacher. Seconds since 1970."""
+
+    teacher: str
+    start_s: float
+    end_s: float
 
 
 def rollout_metrics(
@@ -48,6 +58,11 @@ def rollout_metrics(
     }
 
 
+def teacher_metrics(asked: Sequence[Asked]) -> dict[str, float]:
+    """rollout/teacher_s: how long a sample waited for its teacher's answer, on average; {} where none is served."""
+    return {"rollout/teacher_s": float(np.mean([a.end_s - a.start_s for a in asked]))} if asked else {}
+
+
 def response_lengths(samples: Sequence[Sample]) -> dict[str, float]:
     """response_len/{mean,max,truncated_frac}, of whole responses; {} where there are none."""
     if not samples:
@@ -65,8 +80,8 @@ def error_frac(samples: Sequence[Sample]) -> float:
     return sum(s.reward_error is not None for s in samples) / max(1, len(samples))
 
 
-def busy_spans(generations: Iterable[Generation], judging: Iterable[tuple[float, float]]) -> list[Span]:
-    """When each engine had at least one of these requests at work, and when anything was judged.
+def busy_spans(generations: Iterable[Generation], judging: Iterable[tuple[float, float]], asked: Iterable[Asked] = ()) -> list[Span]:
+    """When each engine had at least one of these requests at work, when anything was judged, and when each teacher was asked anything.
 
     By the engine's own account: a request counts from when the engine took it up until it sent the answer. An engine that does not tell
     when that was (see engine.generation.parse) is taken to have begun when the request arrived. So a span is decoding, prefill, SGLang's
@@ -77,7 +92,11 @@ def busy_spans(generations: Iterable[Generation], judging: Iterable[tuple[float,
     for g in generations:
         by_engine[g.engine].append((g.response_sent_s - g.engine_s, g.response_sent_s))
     engines = [Span("engine", engine, begin, end) for engine, intervals in by_engine.items() for begin, end in union(intervals)]
-    return [*engines, *(Span("reward", "rollout", begin, end) for begin, end in union(judging))]
+    by_teacher: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for a in asked:
+        by_teacher[f"teacher {a.teacher}"].append((a.start_s, a.end_s))
+    teachers = [Span("teacher", name, begin, end) for name, intervals in by_teacher.items() for begin, end in union(intervals)]
+    return [*engines, *teachers, *(Span("reward", "rollout", begin, end) for begin, end in union(judging))]
 
 
 def union(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -2,6 +2,7 @@
 
 from slime.algorithms.registry import build_algorithm
 from slime.config import SlimeConfig
+from slime.config.roles import served_teachers
 from slime.observe.trace import Tracer
 from slime.trainer.device import Device
 from slime.trainer.distributed import Parallel
@@ -26,7 +27,7 @@ def build_trainer(cfg: SlimeConfig, device: Device, parallel: Parallel, tracer: 
         reference=build_frozen(cfg.model.path, cfg.model.family, cfg, parallel) if algorithm.uses_reference else None,
         teachers={
             position: build_frozen(teacher.path, teacher.family, cfg, parallel)
-            for position, teacher in enumerate(cfg.algorithm.teachers.values())
-            if teacher.url is None
+            for position, (name, teacher) in enumerate(cfg.algorithm.teachers.items())
+            if name not in served_teachers(cfg)
         },
     )

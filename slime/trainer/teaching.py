@@ -62,7 +62,7 @@ def _check(trainer: Trainer, batch: Batch) -> None:
     if np.isin(batch.teacher, list(served)).any() and needed is None:
         raise ValueError(
             f"the batch does not hold what algorithm.distill={cfg.distill} asks of {', '.join(served.values())}: generate it with this "
-            "recipe, or remove algorithm.teachers.<name>.url"
+            "recipe, or remove algorithm.teachers.<name>.url and cluster.roles.teacher/<name>"
         )
 
 

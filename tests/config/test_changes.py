@@ -26,6 +26,8 @@ def test_every_knob_has_one_kind_and_every_kind_names_knobs() -> None:
         ("rollout.sglang.attention_backend", Kind.COURSE),
         ("trainer.megatron.recompute_method", Kind.FREE),
         ("run.steps", Kind.FREE),
+        ("algorithm.teachers.math.url", Kind.FREE),
+        ("algorithm.teachers.math.path", Kind.COURSE),
         ("rollout.a_knob_of_yesterday", Kind.FREE),
     ],
 )

@@ -1,0 +1,72 @@
+"""Distillation by the real command: one teacher on a server that slime starts, one on the actor's ranks, each for its own prompts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from slime.rollout.dump import read_rollout
+from slime.types import Batch
+from tests.launch import Launched, launch
+from tests.tiny import load_hf_model, make_tiny
+
+pytestmark = pytest.mark.e2e
+SERVED, HELD = 0, 1
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student and two teachers with other weights, and prompts of two sources."""
+    folder = tmp_path_factory.mktemp("inputs")
+    make_tiny(folder / "model")
+    make_tiny(folder / "served", layers=3, seed=1)
+    make_tiny(folder / "held", seed=2)
+    rows = [{"prompt": f"{i}+1=", "label": str(i + 1), "source": "odd" if i % 2 else "even"} for i in range(64)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(inputs: Path) -> Launched:
+    """Samples of up to 20 tokens, so that the served teacher reads some in two chunks, and its cache holds prompts."""
+    return launch(
+        inputs,
+        "teachers",
+        *("run.steps=2", "rollout.sglang.chunked_prefill_size=16", "rollout.dump=true", "algorithm.name=opd", "algorithm.distill=sampled"),
+        *(f"algorithm.teachers.even.path={inputs}/served", "algorithm.teachers.even.sources=[even]"),
+        *(f"algorithm.teachers.odd.path={inputs}/held", "algorithm.teachers.odd.sources=[odd]"),
+        *("cluster.roles.teacher/even.devices=1", "cluster.cpus_per_rank=0.5", "cluster.cpus_per_engine=0.5"),
+    )
+
+
+def logprobs(batch: Batch, model: Path) -> np.ndarray:
+    """float64 [T] of every token in its sequence, by transformers; 0 for first tokens."""
+    reference, found = load_hf_model(model), np.zeros(len(batch.tokens))
+    for begin, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+        ids = torch.tensor(batch.tokens[begin:end], dtype=torch.long)
+        with torch.no_grad():
+            said = reference(ids[None]).logits[0].double().log_softmax(-1)
+        found[begin + 1 : end] = said[:-1].gather(1, ids[1:, None])[:, 0].numpy()
+    return found
+
+
+def test_a_served_and_a_held_teacher_say_what_their_models_think(run: Launched, inputs: Path) -> None:
+    assert run.code == 0, run.out + run.err
+    assert run.err == "" and run.offspring.left() == []
+    assert (run.run_dir / "logs" / "teacher_even_0.log").stat().st_size > 0
+    for step in range(2):
+        batch, _ = read_rollout(run.run_dir, step)
+        line = run.metrics[step + 1]
+        assert batch.teacher is not None and batch.teacher_logprobs is not None
+        for position, name, model in ((SERVED, "even", "served"), (HELD, "odd", "held")):
+            mine = batch.loss_mask & (batch.teacher == position)[batch.sample_of_token]
+            expected = logprobs(batch, inputs / model)
+            if position == SERVED:
+                np.testing.assert_allclose(batch.teacher_logprobs[mine], expected[mine], atol=1e-4)
+            else:
+                assert not batch.teacher_logprobs[mine].any(), "its ranks have not spoken yet"
+            ahead = (batch.rollout_logprobs - expected)[mine].mean()
+            assert mine.any() and line[f"distill/{name}/reverse_kl"] == pytest.approx(ahead, abs=1e-3)
+        assert line["rollout/teacher_s"] > 0 and line["train/grad_norm"] > 0
