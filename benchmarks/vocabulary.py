@@ -8,7 +8,7 @@ The obvious way is logits.float().log_softmax(-1) and plain torch behind it. Eac
 taken beside the logits (two of them for the last): the peak of the first pass, by VmHWM on the CPU and by torch on a GPU; no way can take
 less than the gradient, which is bf16 and as large as the logits. Time is that of the fastest round after it, by
 the clock and, where others use the machine too, by what the process got of its cores. Both ways must agree.
-Prints a table and writes benchmarks/results/vocabulary.json (vocabulary_gpu.json with --device cuda). On the CPU, 2048 tokens want 12 GB of
+Prints a table and writes benchmarks/results/vocabulary.json (vocabulary_gpu.json with --device cuda). On the CPU, 2048 tokens want 16 GB of
 memory and some minutes; a GPU does 8192 by default.
 """
 
