@@ -1,10 +1,10 @@
-"""Does every recipe learn? Each of the family on three seeds, from a warm start of its own; a table, the curves, and what distillation saves.
+"""Does every recipe learn? Each of the family on three seeds, from one warm start a seed; a table, curves, what distillation saves.
 
     python -m benchmarks.learning [--only ppo opd_full] [--seeds 0 1 2] [--folder runs/learning]
 
 A run is the recipe as it is, with an evaluation after every update, in a folder of its seed; what has ended is not run again, what was
-interrupted goes on. Held-out accuracy must rise by the margin of the recipe on every seed. Student tokens until 95 % of the teacher's accuracy
-are shown for the recipes that have the same warm start and the same prompts: to be reported, whatever they are.
+interrupted goes on. Held-out accuracy must rise by the margin of the recipe on every seed. Student tokens until 95 % of the teacher's
+accuracy are shown for the recipes that have the same warm start and the same prompts: to be reported, whatever they are.
 
 Writes benchmarks/learning.json (commit, seeds, curves) and, where all recipes and seeds were run, the table in docs/algorithms.md. Exit
 code 1 where a recipe misses its margin. All of it takes about two hours on two cores.
@@ -189,7 +189,15 @@ def write(found: list[Learned], teachers: dict[int, float]) -> None:
     RESULTS.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     lines = [f"| {' | '.join(row)} |" for row in (HEADINGS, ["---"] * len(HEADINGS), *rows(found))]
     counted = [f"| {recipe} | {', '.join(str(n or 'never') for n in numbers)} |" for recipe, numbers in tokens.items()]
-    part = [BEGIN, "", *lines, "", f"| recipe | student tokens until {OF_TEACHER:.0%} of the teacher's accuracy |", "| --- | --- |", *counted]
+    part = [
+        BEGIN,
+        "",
+        *lines,
+        "",
+        f"| recipe | student tokens until {OF_TEACHER:.0%} of the teacher's accuracy |",
+        "| --- | --- |",
+        *counted,
+    ]
     before, _, rest = PAGE.read_text().partition(BEGIN)
     PAGE.write_text(before + "\n".join([*part, "", END]) + rest.partition(END)[2])
 

@@ -23,7 +23,11 @@ MODELS = {
     "warm": ["quickstart_sft"],
     "teacher": ["sft"],
     "turn_teacher": ["sft", "data.train=[{path: data/quickstart/turn_careful.jsonl}]"],
-    "both": ["quickstart_sft", "data.train=[{path: data/quickstart/demos.jsonl}, {path: data/quickstart/turn_demos.jsonl}]", "run.steps=300"],
+    "both": [
+        "quickstart_sft",
+        "data.train=[{path: data/quickstart/demos.jsonl}, {path: data/quickstart/turn_demos.jsonl}]",
+        "run.steps=300",
+    ],
 }
 
 

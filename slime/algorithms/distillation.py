@@ -18,6 +18,11 @@ LEAST_LOGPROB = -1e4  # exp() of it is 0 in every float type, and it passes grad
 LEAST_TAIL = 1e-7  # of a probability: what fp32 knows of 1 - (a sum near 1)
 
 
+def kind_of(beta: float) -> str:
+    """The divergence that algorithm.distill_beta names: GKD's family from the forward KL at 0 to the reverse one at 1."""
+    return "reverse" if beta == 1 else "forward" if beta == 0 else "jsd"
+
+
 def sampled_reverse_kl(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
     """log student - log teacher of the token that the student drew, [t]: an estimate of the reverse KL at this position without bias.
     Subtracted from the advantage, its gradient is the reverse KL's (Thinking Machines, "On-Policy Distillation", 2025)."""

@@ -1,6 +1,6 @@
 """GRPO: advantages relative to the other answers to the same prompt, and PPO's clipped loss (arXiv 2402.03300).
 
-With normalize_std=false and aggregation=constant it is Dr.GRPO (arXiv 2503.20783); with clip_high above clip_low, aggregation=token and
+With normalize=false and aggregation=constant it is Dr.GRPO (arXiv 2503.20783); with clip_high above clip_low, aggregation=token and
 rollout.filter that drops groups of equal rewards, DAPO (arXiv 2503.14476).
 """
 
@@ -19,7 +19,7 @@ def build(cfg: AlgorithmConfig) -> Algorithm:
 
 def targets(step: Step, cfg: AlgorithmConfig) -> Targets:
     """(reward - group mean) / (group std + 1e-6) on every trainable token."""
-    compare = group_relative.standardised if cfg.normalize_std else group_relative.centred
+    compare = group_relative.standardised if cfg.normalize else group_relative.centred
     return Targets(per_token(step.batch, compare(step.batch.rewards, step.batch.group)) + from_teacher(step, cfg))
 
 

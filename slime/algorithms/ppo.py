@@ -21,4 +21,4 @@ def targets(step: Step, cfg: AlgorithmConfig) -> Targets:
     rewards_T = terminal(step.batch.rewards, mask, cu_seqlens) - kl_in_reward(step, cfg)
     advantages_T, returns_T = gae(rewards_T, step.values.astype(float), mask, cu_seqlens, cfg.gamma, cfg.lam)
     advantages_T += from_teacher(step, cfg)
-    return Targets(whiten(advantages_T, mask) if cfg.whiten else advantages_T, returns_T)
+    return Targets(whiten(advantages_T, mask) if cfg.normalize else advantages_T, returns_T)

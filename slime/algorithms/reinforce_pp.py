@@ -33,4 +33,4 @@ def targets_with_baseline(step: Step, cfg: AlgorithmConfig) -> Targets:
 
 def _whitened(advantages_T, step: Step, cfg: AlgorithmConfig) -> Targets:
     advantages_T = advantages_T + from_teacher(step, cfg)
-    return Targets(whiten(advantages_T, step.batch.loss_mask) if cfg.whiten else advantages_T)
+    return Targets(whiten(advantages_T, step.batch.loss_mask) if cfg.normalize else advantages_T)

@@ -58,8 +58,10 @@ def with_common_terms(inputs: LossInputs, cfg: AlgorithmConfig, outputs: LossOut
         loss = loss - cfg.entropy_coef * inputs.entropy
     if cfg.kl_loss_coef:
         assert inputs.ref_logprobs is not None, "asked for by the algorithm"
-        estimate = kl.ESTIMATORS[cfg.kl_estimator](inputs.logprobs, inputs.ref_logprobs)
-        estimate = kl.unbiased(estimate, inputs.logprobs, inputs.old_logprobs) if cfg.kl_unbiased else estimate
+        if cfg.kl_estimator == "unbiased":
+            estimate = kl.unbiased(kl.k3(inputs.logprobs, inputs.ref_logprobs), inputs.logprobs, inputs.old_logprobs)
+        else:
+            estimate = kl.ESTIMATORS[cfg.kl_estimator](inputs.logprobs, inputs.ref_logprobs)
         loss, metrics = loss + cfg.kl_loss_coef * estimate, {**metrics, "ref_kl": estimate.detach()}
     if cfg.distill in ("topk", "full"):
         assert inputs.distillation is not None, "asked for by the algorithm"

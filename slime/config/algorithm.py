@@ -12,8 +12,6 @@ from slime.config.fields import choice, number
 class TeacherConfig:
     path: str = "???"
     """Hugging Face directory, or a name on the hub. Held on the actor's ranks, unless it has a url or cluster.roles.teacher/<name>."""
-    family: str = "auto"
-    """As model.family."""
     url: str | None = None
     """SGLang server of yours that serves it, at rollout.temperature=1 only. A request that fails three times ends the run."""
     key_env: str | None = None
@@ -31,14 +29,12 @@ class AlgorithmConfig:
     aggregation: str = choice("token", "sequence", "constant")
     """Mean over tokens, mean of sequence means, or sum over a constant length (Dr.GRPO); always over the whole update."""
     # Advantages
-    normalize_std: bool = True
-    """Divide group-centred rewards by the group's standard deviation (Dr.GRPO: false)."""
+    normalize: bool = True
+    """Divide advantages by the standard deviation of their group (Dr.GRPO: false); reinforce_pp and ppo whiten over the batch's tokens."""
     gamma: float = number(1.0, low=0, high=1)
     """What a reward one token later counts."""
     lam: float = number(1.0, low=0, high=1)
     """ppo: GAE's lambda: 1 trusts returns, 0 the critic."""
-    whiten: bool = True
-    """Bring advantages to mean 0 and standard deviation 1 over the batch's tokens."""
     # Policy loss
     clip_low: float | None = number(None, low=0, high=1)
     """The ratio counts from 1 - clip_low on. By default 0.2; gspo 0.0003; cispo 1."""
@@ -55,10 +51,8 @@ class AlgorithmConfig:
     """Weight of the KL to the reference policy in the loss."""
     kl_reward_coef: float = number(0.0, low=0)
     """Weight of the KL to the reference policy in every token's reward."""
-    kl_estimator: str = choice("k2", "k1", "k3")
-    """Estimate of the KL from the tokens drawn. As a loss k2 has the reverse KL's gradient, k3 the forward one's, k1 none."""
-    kl_unbiased: bool = False
-    """In the loss, weigh the KL by the ratio and differentiate that too (DeepSeek-V3.2): exact for tokens of older weights."""
+    kl_estimator: str = choice("k2", "k1", "k3", "unbiased")
+    """From the tokens drawn. As a loss k2 has the reverse KL's gradient, k3 the forward one's; unbiased, k3 weighed by the ratio, both."""
     # Tokens that another policy drew
     importance: str = choice("none", "token", "sequence", "geometric")
     """Weigh tokens by the trainer's over the engine's probability: of the token, of its sequence, or its sequence's geometric mean."""
@@ -75,9 +69,7 @@ class AlgorithmConfig:
     """From teachers: the reverse KL at the tokens drawn, as an advantage; or, as a loss, a divergence over their top tokens or all."""
     distill_coef: float = number(1.0, above=0)
     """Its weight."""
-    distill_divergence: str = choice("reverse", "forward", "jsd")
-    """topk and full: KL(student || teacher), KL(teacher || student), or the Jensen-Shannon divergence between."""
-    distill_beta: float = number(0.5, above=0, below=1)
-    """jsd: weight of the teacher in the mixture."""
+    distill_beta: float = number(1.0, low=0, high=1)
+    """topk and full: 1 is KL(student || teacher), 0 KL(teacher || student), between them GKD's Jensen-Shannon divergence."""
     distill_top_k: int = number(16, low=1)
     """topk: tokens of the teacher's distribution; all others together are one more."""

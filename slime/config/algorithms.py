@@ -21,19 +21,19 @@ def _reads(*parts: str) -> frozenset[str]:
 ALWAYS = "name aggregation"
 LOSS = "clip_low clip_high clip_dual"
 TERMS = (
-    "entropy_coef kl_loss_coef kl_estimator kl_unbiased reference_every importance importance_bound importance_low importance_high "
-    "teachers distill distill_coef distill_divergence distill_beta distill_top_k"
+    "entropy_coef kl_loss_coef kl_estimator reference_every importance importance_bound importance_low importance_high "
+    "teachers distill distill_coef distill_beta distill_top_k"
 )
-REWARDED = "kl_reward_coef whiten"
+REWARDED = "kl_reward_coef normalize"
 
 ALGORITHMS = {
-    "grpo": Traits(_reads(ALWAYS, TERMS, LOSS, "normalize_std"), compares=True),
+    "grpo": Traits(_reads(ALWAYS, TERMS, LOSS, "normalize"), compares=True),
     "rloo": Traits(_reads(ALWAYS, TERMS, LOSS), compares=True),
     "reinforce_pp": Traits(_reads(ALWAYS, TERMS, LOSS, REWARDED, "gamma")),
     "reinforce_pp_baseline": Traits(_reads(ALWAYS, TERMS, LOSS, REWARDED), compares=True),
     "ppo": Traits(_reads(ALWAYS, TERMS, LOSS, REWARDED, "gamma lam"), critic=True),
-    "gspo": Traits(_reads(ALWAYS, TERMS, LOSS, "normalize_std"), compares=True),
-    "cispo": Traits(_reads(ALWAYS, TERMS, "clip_low clip_high normalize_std"), compares=True),
+    "gspo": Traits(_reads(ALWAYS, TERMS, LOSS, "normalize"), compares=True),
+    "cispo": Traits(_reads(ALWAYS, TERMS, "clip_low clip_high normalize"), compares=True),
     "opd": Traits(_reads(ALWAYS, TERMS, LOSS), rewarded=False),
     "sft": Traits(_reads(ALWAYS), needs_rollouts=False, rewarded=False),
 }

@@ -11,8 +11,7 @@ from slime.config.exits import ConfigError
 # Knobs that another one switches on: knob -> (the other, what it must not be)
 SWITCHES = {
     **dict.fromkeys(("importance_bound", "importance_low", "importance_high"), ("importance", "none")),
-    **dict.fromkeys(("distill_coef", "distill_divergence", "distill_beta", "distill_top_k"), ("distill", "none")),
-    "kl_unbiased": ("kl_loss_coef", 0.0),
+    **dict.fromkeys(("distill_coef", "distill_beta", "distill_top_k"), ("distill", "none")),
 }
 
 
@@ -42,10 +41,10 @@ def _check_kl(cfg: AlgorithmConfig) -> None:
         _refuse(cfg, "kl_estimator", "has no effect without algorithm.kl_loss_coef or algorithm.kl_reward_coef")
     if cfg.kl_loss_coef and cfg.kl_reward_coef:
         _refuse(cfg, "kl_loss_coef", f"counts the KL twice beside algorithm.kl_reward_coef={cfg.kl_reward_coef:g}: set one of them to 0")
-    if cfg.kl_loss_coef and cfg.kl_estimator == "k1" and not cfg.kl_unbiased:
-        _refuse(cfg, "kl_estimator", "as a loss has a gradient of expectation 0: choose k2 or k3, or set algorithm.kl_unbiased=true")
-    if cfg.kl_unbiased and cfg.kl_estimator == "k2":
-        _refuse(cfg, "kl_unbiased", "gives k2 neither the value nor the gradient of the KL: choose algorithm.kl_estimator=k1 or k3")
+    if cfg.kl_loss_coef and cfg.kl_estimator == "k1":
+        _refuse(cfg, "kl_estimator", "as a loss has a gradient of expectation 0: choose k2, k3 or unbiased")
+    if cfg.kl_reward_coef and cfg.kl_estimator == "unbiased":
+        _refuse(cfg, "kl_estimator", "is of a loss, algorithm.kl_loss_coef: choose k1, k2 or k3 for a KL in the reward")
 
 
 def _check_distill(cfg: AlgorithmConfig) -> None:
@@ -54,14 +53,10 @@ def _check_distill(cfg: AlgorithmConfig) -> None:
             _refuse(cfg, knob, f"has no effect with algorithm.distill={cfg.distill}, whose loss has no ratio: remove it")
     if cfg.name == "opd" and cfg.distill == "none":
         _refuse(cfg, "distill", "leaves algorithm.name=opd nothing to learn: choose sampled, topk or full")
-    if cfg.distill == "sampled" and changed(cfg, "distill_divergence"):
+    if cfg.distill == "sampled" and changed(cfg, "distill_beta"):
         _refuse(
-            cfg,
-            "distill_divergence",
-            "has no effect with algorithm.distill=sampled, which is the reverse KL: remove it, or choose topk or full",
+            cfg, "distill_beta", "has no effect with algorithm.distill=sampled, which is the reverse KL: remove it, or choose topk or full"
         )
-    if changed(cfg, "distill_beta") and cfg.distill_divergence != "jsd":
-        _refuse(cfg, "distill_beta", "has no effect without algorithm.distill_divergence=jsd")
     if changed(cfg, "distill_top_k") and cfg.distill != "topk":
         _refuse(cfg, "distill_top_k", "has no effect without algorithm.distill=topk")
 

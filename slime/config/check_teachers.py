@@ -66,8 +66,6 @@ def _check_one(cfg: SlimeConfig, at: str, name: str, teacher: TeacherConfig) -> 
         _check_url(cfg, at, teacher)
     by = f"{at}.url={teacher.url}" if teacher.url is not None else f"cluster.roles.{teacher_role(name)}"
     away = by.partition("=")[0]
-    if changed(teacher, "family"):
-        raise ConfigError(f"{at}.family={teacher.family} has no effect with {by}, whose server knows its model: remove it")
     if cfg.algorithm.distill == "full":
         raise ConfigError(
             f"{by} with algorithm.distill=full: a server does not give the whole distribution of every token; "

@@ -43,7 +43,8 @@ def _unknown_flag(word: str, options: list[str]) -> str:
         return f"{flag}: no such flag; a recipe is named by --config-name"
     if near:
         return f"{flag}: no such flag; did you mean {near[0]}?"
-    meant = [knob for knob in knobs() if knob.path in (key, *elsewhere(key))]
+    known = {knob.path for knob in knobs()}
+    meant = [knob for knob in knobs() if knob.path in ({key} if key in known else elsewhere(key))]
     if meant:
         written = " or ".join(f"{knob.path}={value or ('true' if knob.type is bool else '...')}" for knob in meant[:3])
         return f"{flag}: no such flag; a knob is set by key=value, {written}"

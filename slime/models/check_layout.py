@@ -32,7 +32,7 @@ def check_model(cfg: SlimeConfig, headers: bool = True) -> None:
 def check_teacher(cfg: SlimeConfig, name: str) -> None:
     """Read a teacher that the actor's ranks hold, and check that their layout divides it too. Raises ValueError naming it."""
     teacher, trainer, at = cfg.algorithm.teachers[name], cfg.trainer, f"algorithm.teachers.{name}"
-    model = _divided(teacher.path, teacher.family, trainer, at)
+    model = _divided(teacher.path, "auto", trainer, at)
     student = load_map(cfg.model.path, cfg.model.family, trainer.tensor_parallel)
     if cfg.algorithm.distill == "full" and trainer.tensor_parallel > 1 and model.gpt["vocab_size"] != student.gpt["vocab_size"]:
         raise ValueError(

@@ -26,7 +26,7 @@ def build_trainer(cfg: SlimeConfig, device: Device, parallel: Parallel, tracer: 
         tracer=tracer,
         reference=build_frozen(cfg.model.path, cfg.model.family, cfg, parallel) if algorithm.uses_reference else None,
         teachers={
-            position: build_frozen(teacher.path, teacher.family, cfg, parallel)
+            position: build_frozen(teacher.path, "auto", cfg, parallel)
             for position, (name, teacher) in enumerate(cfg.algorithm.teachers.items())
             if name not in served_teachers(cfg)
         },

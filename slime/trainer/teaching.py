@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slime.algorithms.distillation import divergence, with_tail
+from slime.algorithms.distillation import divergence, kind_of, with_tail
 from slime.trainer.forward import output_of
 from slime.trainer.frozen import Frozen
 from slime.trainer.full_divergence import full_divergence
@@ -108,7 +108,7 @@ def divergence_from(trainer: Trainer, part: Batch, said: Said, micro_batch: Micr
     vocab_size, tp = trainer.model.map.vocab_size, trainer.parallel.tp
     own = known_logprobs(logits, rows, ids, trainer.temperature, vocab_size, tp)
     theirs = torch.from_numpy(said.known[micro_batch.trained]).to(logits.device)
-    return divergence(own, theirs, cfg.distill_divergence, cfg.distill_beta)
+    return divergence(own, theirs, kind_of(cfg.distill_beta), cfg.distill_beta)
 
 
 def _whole(trainer: Trainer, part: Batch, micro_batch: MicroBatch, logits: Tensor) -> Tensor:
@@ -131,8 +131,8 @@ def _whole(trainer: Trainer, part: Batch, micro_batch: MicroBatch, logits: Tenso
             torch.from_numpy(x).to(logits.device) for x in (of_student, micro_batch.rows[of_student], own.rows[of_teacher])
         )
         common = min(teacher.map.vocab_size, trainer.model.map.vocab_size)
-        kind, beta = cfg.distill_divergence, cfg.distill_beta
-        values = full_divergence(logits, theirs, rows, teacher_rows, trainer.temperature, common, parallel.tp, kind, beta)
+        beta = cfg.distill_beta
+        values = full_divergence(logits, theirs, rows, teacher_rows, trainer.temperature, common, parallel.tp, kind_of(beta), beta)
         found = found.index_add(0, at, values)
     return found
 

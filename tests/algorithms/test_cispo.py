@@ -23,7 +23,7 @@ def bounded(x, low: float, high: float) -> list[float]:
 
 def test_targets_are_grpos():
     step = make_step()
-    for cfg in (AlgorithmConfig("cispo"), AlgorithmConfig("cispo", normalize_std=False), AlgorithmConfig("cispo", distill="sampled")):
+    for cfg in (AlgorithmConfig("cispo"), AlgorithmConfig("cispo", normalize=False), AlgorithmConfig("cispo", distill="sampled")):
         np.testing.assert_array_equal(cispo.build(cfg).targets(step).advantages, grpo.targets(step, cfg).advantages)
 
 

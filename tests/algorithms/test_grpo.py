@@ -23,23 +23,23 @@ from tests.algorithms.test_terms import (
 )
 
 
-def reference_advantages(batch, normalize_std: bool) -> list[float]:
+def reference_advantages(batch, normalize: bool) -> list[float]:
     """Section 4.1.2 of arXiv 2402.03300 (outcome supervision); without the division, arXiv 2503.20783."""
     out = []
     for n in range(len(batch)):
         rewards = others(batch, n, itself=True)
         mean = sum(rewards) / len(rewards)
         std = (sum((r - mean) ** 2 for r in rewards) / max(len(rewards) - 1, 1)) ** 0.5
-        out.append((float(batch.rewards[n]) - mean) / (std + 1e-6 if normalize_std else 1.0))
+        out.append((float(batch.rewards[n]) - mean) / (std + 1e-6 if normalize else 1.0))
     return spread(batch, out)
 
 
-@pytest.mark.parametrize("normalize_std", [True, False])
-def test_targets_of_a_worked_example(normalize_std):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_targets_of_a_worked_example(normalize):
     step = make_step()
-    got = grpo.build(AlgorithmConfig(normalize_std=normalize_std)).targets(step)
+    got = grpo.build(AlgorithmConfig(normalize=normalize)).targets(step)
     assert got.advantages.dtype == np.float64 and got.returns is None
-    np.testing.assert_allclose(got.advantages, reference_advantages(step.batch, normalize_std), rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(got.advantages, reference_advantages(step.batch, normalize), rtol=1e-6, atol=1e-12)
 
 
 def test_targets_by_hand():

@@ -22,7 +22,7 @@ def sequence_ratios(x: LossInputs) -> list[float]:
 
 def test_targets_are_grpos():
     step = make_step()
-    for cfg in (AlgorithmConfig("gspo"), AlgorithmConfig("gspo", normalize_std=False), AlgorithmConfig("gspo", distill="sampled")):
+    for cfg in (AlgorithmConfig("gspo"), AlgorithmConfig("gspo", normalize=False), AlgorithmConfig("gspo", distill="sampled")):
         np.testing.assert_array_equal(gspo.build(cfg).targets(step).advantages, grpo.targets(step, cfg).advantages)
 
 

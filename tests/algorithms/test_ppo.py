@@ -51,7 +51,7 @@ def reference_gae(step, cfg: AlgorithmConfig) -> tuple[list[float], list[float]]
     ids=str,
 )
 def test_targets_of_a_worked_example(knobs, whiten):
-    step, cfg = make_step(), AlgorithmConfig("ppo", whiten=whiten, **knobs)
+    step, cfg = make_step(), AlgorithmConfig("ppo", normalize=whiten, **knobs)
     advantages, returns = reference_gae(step, cfg)
     if cfg.distill == "sampled":
         advantages = [a + b for a, b in zip(advantages, teaching(step, cfg.distill_coef), strict=True)]

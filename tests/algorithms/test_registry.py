@@ -23,18 +23,16 @@ KNOBS = {field.name: field for field in fields(AlgorithmConfig)}
 
 KL = {"kl_loss_coef": 0.3}
 KL_REWARD = {"kl_reward_coef": 0.3}
-K3_UNBIASED = {"kl_loss_coef": 0.3, "kl_unbiased": True, "kl_estimator": "k3"}
 WEIGHED = {"importance": "token"}
-SAMPLED, TOPK, JSD = {"distill": "sampled"}, {"distill": "topk"}, {"distill": "full", "distill_divergence": "jsd"}
+SAMPLED, TOPK, JSD = {"distill": "sampled"}, {"distill": "topk"}, {"distill": "full", "distill_beta": 0.5}
 
 # knob -> (what else a recipe says, another value than it has there), all of which act where an algorithm reads them
 CHANGES = {
     "name": [({}, "rloo"), ({}, "gspo")],
     "aggregation": [({}, "sequence"), ({}, "constant")],
-    "normalize_std": [({}, False)],
+    "normalize": [({}, False)],
     "gamma": [({}, 0.9)],
     "lam": [({}, 0.5)],
-    "whiten": [({}, False)],
     "clip_low": [({"clip_high": 0.3}, 0.05)],
     "clip_high": [({}, 0.9)],
     "clip_dual": [({}, 1.5)],
@@ -42,8 +40,7 @@ CHANGES = {
     "kl_loss_coef": [({}, 0.3)],
     "reference_every": [(KL, 5), (KL_REWARD, 5)],
     "kl_reward_coef": [({}, 0.3)],
-    "kl_estimator": [(KL, "k3"), (K3_UNBIASED, "k1"), (KL_REWARD, "k1"), (KL_REWARD, "k3")],
-    "kl_unbiased": [({**KL, "kl_estimator": "k3"}, True)],
+    "kl_estimator": [(KL, "k3"), (KL, "unbiased"), (KL_REWARD, "k1"), (KL_REWARD, "k3")],
     "importance": [({}, "token"), ({}, "sequence"), ({}, "geometric")],
     "importance_bound": [(WEIGHED, "mask")],
     "importance_low": [(WEIGHED, 0.9)],
@@ -51,12 +48,11 @@ CHANGES = {
     "teachers": [(SAMPLED, {"a": TeacherConfig("a")})],
     "distill": [({}, "sampled"), ({}, "topk"), ({}, "full")],
     "distill_coef": [(SAMPLED, 0.5), (TOPK, 0.5), (JSD, 0.5)],
-    "distill_divergence": [(TOPK, "forward"), (JSD | {"distill_divergence": "reverse"}, "jsd")],
-    "distill_beta": [(JSD, 0.2)],
+    "distill_beta": [(TOPK, 0.0), (JSD, 0.2)],
     "distill_top_k": [(TOPK, 4)],
 }
 # What the trainer does with them: tests/trainer/test_teaching.py, test_reference.py
-OUTSIDE = {"teachers", "reference_every", "distill_divergence", "distill_beta", "distill_top_k"}
+OUTSIDE = {"teachers", "reference_every", "distill_beta", "distill_top_k"}
 
 # The least that an algorithm must be told
 LEAST = {name: SAMPLED if name == "opd" else {} for name in ALGORITHMS}

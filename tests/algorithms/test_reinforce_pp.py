@@ -67,7 +67,7 @@ REFERENCE = {"reinforce_pp": reference_returns, "reinforce_pp_baseline": referen
 )
 @pytest.mark.parametrize("name", BUILD)
 def test_targets_of_a_worked_example(name, knobs, whiten):
-    step, cfg = make_step(), AlgorithmConfig(name, whiten=whiten, **knobs)
+    step, cfg = make_step(), AlgorithmConfig(name, normalize=whiten, **knobs)
     expected = REFERENCE[name](step, cfg)
     if cfg.distill == "sampled":
         expected = [a + b for a, b in zip(expected, teaching(step, cfg.distill_coef), strict=True)]
@@ -81,7 +81,7 @@ def test_the_kl_is_subtracted_once():
     step = make_step(make_batch([[0, 1, 0, 1], [0, 0, 1]], [2.0, 1.0], [0, 0]))
     step.old_logprobs = np.float32([0, -1, 0, -1, 0, 0, -1])
     step.ref_logprobs = np.float32([0, -1.5, 0, -1.25, 0, 0, -1])
-    knobs = {"kl_reward_coef": 0.5, "kl_estimator": "k1", "whiten": False}
+    knobs = {"kl_reward_coef": 0.5, "kl_estimator": "k1", "normalize": False}
     np.testing.assert_allclose(built("reinforce_pp", **knobs).targets(step).advantages, [0, 1.625, 0, 1.875, 0, 0, 1])
     np.testing.assert_allclose(built("reinforce_pp_baseline", **knobs).targets(step).advantages, [0, 0.25, 0, 0.375, 0, 0, -0.5])
 

@@ -190,8 +190,9 @@ def reference_loss(x: LossInputs, cfg: AlgorithmConfig, policy: list[float]) -> 
     for t, own in enumerate(policy):
         total = own if cfg.importance == "none" else reference_weight(x, cfg, t) * own
         total -= cfg.entropy_coef * float(x.entropy[t])
-        kl = estimate(cfg.kl_estimator, float(x.logprobs[t]), float(x.ref_logprobs[t]))
-        total += cfg.kl_loss_coef * kl * (ratios(x)[t] if cfg.kl_unbiased else 1.0)
+        unbiased = cfg.kl_estimator == "unbiased"
+        kl = estimate("k3" if unbiased else cfg.kl_estimator, float(x.logprobs[t]), float(x.ref_logprobs[t]))
+        total += cfg.kl_loss_coef * kl * (ratios(x)[t] if unbiased else 1.0)
         out.append(total + (cfg.distill_coef * float(x.distillation[t]) if cfg.distill in ("topk", "full") else 0.0))
     return out
 
@@ -201,8 +202,7 @@ TERMS = [
     {"entropy_coef": 0.1},
     {"kl_loss_coef": 0.3},
     {"kl_loss_coef": 0.3, "kl_estimator": "k3"},
-    {"kl_loss_coef": 0.3, "kl_estimator": "k3", "kl_unbiased": True},
-    {"kl_loss_coef": 0.3, "kl_estimator": "k1", "kl_unbiased": True},
+    {"kl_loss_coef": 0.3, "kl_estimator": "unbiased"},
     {"distill": "topk", "distill_coef": 0.6},
     {"distill": "full", "distill_coef": 0.6},
     {"distill": "sampled", "distill_coef": 0.6},
@@ -210,7 +210,7 @@ TERMS = [
     {"importance": "sequence", "importance_low": 0.9, "importance_high": 1.1},
     {"importance": "geometric", "importance_bound": "mask", "importance_low": 0.9, "importance_high": 1.1},
     {"importance": "token", "importance_bound": "mask", "importance_low": 0.9, "importance_high": 1.1, "entropy_coef": 0.1}
-    | {"kl_loss_coef": 0.3, "kl_estimator": "k3", "kl_unbiased": True, "distill": "full", "distill_coef": 0.6},
+    | {"kl_loss_coef": 0.3, "kl_estimator": "unbiased", "distill": "full", "distill_coef": 0.6},
 ]
 
 

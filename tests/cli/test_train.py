@@ -14,6 +14,10 @@ from slime.cli.main import main
 from slime.config import SlimeConfig
 from slime.config.exits import ConfigError, GateStopped, NothingToDo, PreflightError, SavedRunAgain
 
+RECIPES = (
+    "cispo, dapo, grpo, gspo, opd_full, opd_multi_teacher, opd_sampled, opd_topk, ppo, quickstart, quickstart_bf16, quickstart_sft, "
+    "reinforce_pp, rloo, sft"
+)
 GOOD = ["model.path=model", "data.train=[{path: p.jsonl}]", "data.max_prompt_tokens=24", "rollout.max_response_tokens=8"]
 MODEL = {
     "model_type": "qwen3",
@@ -146,7 +150,7 @@ def test_help_lists_every_knob(slime: Slime, runs: list) -> None:
     ("argv", "text"),
     [
         (["trian"], "slime trian: no such command; there are train, convert, report, sync; did you mean train?"),
-        (["train"], "--config-name is missing: name a recipe; there are quickstart, quickstart_bf16, quickstart_sft"),
+        (["train"], f"--config-name is missing: name a recipe; there are {RECIPES}"),
         (["train", "--dry-run", *GOOD], "--dry-run: no such flag; a knob is set by key=value, run.dry_run=true"),
         (["train", "--trainer.lr=1", *GOOD], "--trainer.lr: no such flag; a knob is set by key=value, trainer.lr=1"),
         (["train", "--recipe", "x"], "--recipe: no such flag; a recipe is named by --config-name"),
@@ -161,7 +165,7 @@ def test_help_lists_every_knob(slime: Slime, runs: list) -> None:
         (["train", "--cfg", "job", "trainer.lr=fast"], "trainer.lr=fast: takes a number, >= 0. Peak learning rate of Adam."),
         (
             ["train", "--cfg", "job", "--config-name", "nope"],
-            "no recipe nope; there are base, quickstart, quickstart_bf16, quickstart_sft",
+            f"no recipe nope; there are base, {RECIPES}",
         ),
         (
             ["train", *GOOD, "hydra.jobx=1"],

@@ -24,7 +24,6 @@ REFUSED = {
     "algorithm.teachers.math.key_env=KEY has no effect without algorithm.teachers.math.url: remove it": [
         "algorithm.teachers={math: {path: a, key_env: KEY}}"
     ],
-    "algorithm.teachers.math.family=llama has no effect with algorithm.teachers.math.url": [SERVED, "algorithm.teachers.math.family=llama"],
     "with algorithm.distill=full: a server does not give the whole distribution": [SERVED, "algorithm.distill=full"],
     "with rollout.temperature=0.7: SGLang gives log-probs of given tokens at temperature 1 alone": [SERVED, "rollout.temperature=0.7"],
     "algorithm.distill=full with trainer.pipeline_parallel=2": [ONE, "algorithm.distill=full", "trainer.pipeline_parallel=2"],

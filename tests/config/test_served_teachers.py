@@ -70,7 +70,7 @@ REFUSED = {
     ): "algorithm.teachers.math.key_env=HOME has no effect without algorithm.teachers.math.url: remove it",
     (ONE, URL, ROLE): "cluster.roles.teacher/math has no effect with algorithm.teachers.math.url=http://h:1: remove one of them",
     (ONE, "cluster.roles.teacher/meth.devices=1"): "cluster.roles.teacher/meth: there is no algorithm.teachers.meth; did you mean math?",
-    (ONE, "cluster.roles.teachers/math.devices=1"): "cluster.roles.teachers/math: no such role; there are actor, rollout",
+    (ONE, "cluster.roles.teachers/math.devices=1"): "cluster.roles.teachers/math: no such role; there are actor, critic, rollout",
     (ONE, ROLE, "algorithm.teachers.math.tensor_parallel=4"): "cluster.roles.teacher/math.devices=2 does not divide by "
     "algorithm.teachers.math.tensor_parallel=4: make the devices a multiple of it",
     (
@@ -93,11 +93,6 @@ REFUSED = {
     "cluster.roles",
     (ONE, ROLE, "algorithm.distill=full"): "cluster.roles.teacher/math with algorithm.distill=full: a server does not give the whole "
     "distribution of every token; choose topk or sampled, or remove cluster.roles.teacher/math so that the actor's ranks hold the teacher",
-    (
-        ONE,
-        ROLE,
-        "algorithm.teachers.math.family=qwen3",
-    ): "algorithm.teachers.math.family=qwen3 has no effect with cluster.roles.teacher/math, whose server knows its model: remove it",
     (
         ONE,
         ROLE,

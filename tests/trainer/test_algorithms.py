@@ -1,4 +1,4 @@
-"""Every algorithm: the gradient of an update does not depend on how it is cut into micro-batches, packed, ordered and laid out over ranks."""
+"""Every algorithm: an update's gradient does not depend on how it is cut into micro-batches, packed, ordered and laid out."""
 
 from dataclasses import replace
 
@@ -22,9 +22,9 @@ CASES = {
     "cispo": {"name": "cispo", "clip_high": 0.5},
     "sft": {"name": "sft", "aggregation": "sequence"},
     "opd": {**TAUGHT, "distill": "sampled"},
-    "opd_topk": {**TAUGHT, "distill": "topk", "distill_divergence": "jsd", "distill_top_k": 5},
-    "opd_full": {**TAUGHT, "distill": "full", "distill_divergence": "reverse"},
-    "grpo_full": {"name": "grpo", "distill": "full", "distill_divergence": "forward", "distill_coef": 0.3},
+    "opd_topk": {**TAUGHT, "distill": "topk", "distill_beta": 0.5, "distill_top_k": 5},
+    "opd_full": {**TAUGHT, "distill": "full"},
+    "grpo_full": {"name": "grpo", "distill": "full", "distill_beta": 0.0, "distill_coef": 0.3},
 }
 LAYOUTS = {
     "DP2 x PP2": (4, {"pipeline_parallel": 2}),

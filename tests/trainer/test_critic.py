@@ -272,7 +272,7 @@ def test_the_policy_stays_while_the_critic_warms_up(ranks, models):
 def test_advantages_come_from_the_values(ranks, models):
     """With gamma = lam = 1 an advantage is the reward less the value: of values that are 0, the reward itself."""
     cfg, batch = ppo_cfg(models["qwen3"]), make_batch(vocab=77)
-    cfg.algorithm.whiten = False
+    cfg.algorithm.normalize = False
     _, (report,), _ = ranks.run(beside, 1, cfg, [batch], [True])[0]
     of_tokens = batch.rewards[batch.sample_of_token][batch.loss_mask]
     assert report["advantage/mean"] == pytest.approx(of_tokens.mean()) and report["advantage/std"] == pytest.approx(of_tokens.std())
