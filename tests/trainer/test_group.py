@@ -21,7 +21,7 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(num_cpus=5, include_dashboard=False, logging_level="error", object_store_memory=100 << 20)
+    ray.init(num_cpus=8, include_dashboard=False, logging_level="error", object_store_memory=100 << 20)
     yield
     ray.shutdown()
 
