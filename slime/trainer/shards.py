@@ -20,7 +20,6 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
-from slime.observe.hashed import File
 from slime.trainer.distributed import Parallel
 from slime.trainer.gather_state import gather_state
 from slime.trainer.host_buffers import HostBuffers
@@ -40,12 +39,6 @@ def snapshot(trainer: Trainer, directory: Path, buffers: HostBuffers) -> Snapsho
     return hold(_state(trainer, buffers, with_rng=True), directory, trainer.parallel.saves, buffers)
 
 
-def save(trainer: Trainer, directory: Path) -> dict[str, File]:
-    """Write this rank's share into `directory`, which all ranks see. All ranks call it together and return when the bytes of all are on
-    disk. Returns the files of this rank. Raises OSError on every rank where the disk refuses on one."""
-    return snapshot(trainer, directory, HostBuffers(pinned=trainer.device.torch.type == "cuda")).write()
-
-
 def load(trainer: Trainer, directory: Path) -> None:
     """Continue from `directory`. All ranks call it together. Raises ValueError where there is no checkpoint, OSError on every rank
     where one cannot read its share."""
@@ -63,13 +56,14 @@ def load(trainer: Trainer, directory: Path) -> None:
 
 
 def save_weights(gpt: GPTModel, parallel: Parallel, directory: Path) -> None:
-    """Write a model without anything that training needs, as `save` does. All ranks call it together. Raises OSError like `save`."""
+    """Write a model without anything that training needs. All ranks call it together; raises what `Snapshot.write` raises."""
     state = {"model": gpt.sharded_state_dict(metadata=_metadata(parallel))}
     hold(state, directory, parallel.saves, None).write()
 
 
 def load_weights(gpt: GPTModel, parallel: Parallel, directory: Path) -> None:
-    """Fill a model from what `save` or `save_weights` wrote, in whatever layout. All ranks call it together. Raises OSError like `load`."""
+    """Fill a model from what a `snapshot` or `save_weights` wrote, in whatever layout. All ranks call it together. Raises OSError like
+    `load`."""
     with _failing_together(f"the weights could not be read from {directory}"):
         state = dist_checkpointing.load({"model": gpt.sharded_state_dict(metadata=_metadata(parallel))}, str(directory))
     gpt.load_state_dict(state["model"])
