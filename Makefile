@@ -10,7 +10,7 @@ EXTRA_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
 INSTALLED := $(VENV)/.installed
-UNIT := $(BIN)/python -m pytest tests -m "not e2e and not slow" --numprocesses=auto
+UNIT := $(BIN)/python -m pytest tests -m "not e2e and not slow" --numprocesses=auto --maxprocesses=8
 
 .PHONY: quickstart quickstart-bf16 test test-slow test-kills test-gpu unit lint install clean
 

@@ -20,7 +20,6 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
-from slime.observe.hashed import File
 from slime.trainer.distributed import Parallel
 from slime.trainer.gather_state import gather_state
 from slime.trainer.host_buffers import HostBuffers
@@ -39,12 +38,6 @@ def snapshot(trained: Trained, directory: Path, buffers: HostBuffers) -> Snapsho
     bytes with bf16 weights), the others nothing. With data parallelism each needs one more number a parameter on its device meanwhile.
     """
     return hold(_state(trained, buffers, with_rng=True), directory, trained.parallel.saves, buffers)
-
-
-def save(trained: Trained, directory: Path) -> dict[str, File]:
-    """Write this rank's share into `directory`, which all ranks see. All ranks call it together and return when the bytes of all are on
-    disk. Returns the files of this rank. Raises OSError on every rank where the disk refuses on one."""
-    return snapshot(trained, directory, HostBuffers(pinned=trained.device.torch.type == "cuda")).write()
 
 
 def load(trained: Trained, directory: Path) -> None:
@@ -69,13 +62,14 @@ def load(trained: Trained, directory: Path) -> None:
 
 
 def save_weights(gpt: GPTModel, parallel: Parallel, directory: Path) -> None:
-    """Write a model without anything that training needs, as `save` does. All ranks call it together. Raises OSError like `save`."""
+    """Write a model without anything that training needs. All ranks call it together; raises what `Snapshot.write` raises."""
     state = {"model": gpt.sharded_state_dict(metadata=_metadata(parallel))}
     hold(state, directory, parallel.saves, None).write()
 
 
 def load_weights(gpt: GPTModel, parallel: Parallel, directory: Path) -> None:
-    """Fill a model from what `save` or `save_weights` wrote, in whatever layout. All ranks call it together. Raises OSError like `load`."""
+    """Fill a model from what a `snapshot` or `save_weights` wrote, in whatever layout. All ranks call it together. Raises OSError like
+    `load`."""
     with _failing_together(f"the weights could not be read from {directory}"):
         state = dist_checkpointing.load({"model": gpt.sharded_state_dict(metadata=_metadata(parallel))}, str(directory))
     gpt.load_state_dict(state["model"])

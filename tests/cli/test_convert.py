@@ -23,7 +23,7 @@ from slime.config.exits import ConfigError
 from slime.observe.console import Console
 from slime.types import WeightVersion
 from tests.tiny import make_tiny
-from tests.trainer.ranks import Ranks, make_batch, make_cfg, weights
+from tests.trainer.ranks import Ranks, make_batch, make_cfg, save, weights
 
 MTP = {
     "model.layers.2.eh_proj.weight": (64, 128),
@@ -130,11 +130,11 @@ def test_a_duplicate_of_tied_weights_is_named_and_left_out(ranks: Ranks, models:
 
 
 def trained(place: Any, cfg: Any, trainer: Path) -> dict[str, torch.Tensor]:
-    from slime.trainer import shards, step
+    from slime.trainer import step
 
     made = place.trainer(cfg)
     step.train_batch(made, make_batch(vocab=77))
-    shards.save(made, trainer)
+    save(made, trainer)
     return weights(made)
 
 

@@ -177,6 +177,14 @@ def weights(trained: Any) -> dict[str, torch.Tensor]:
     return dict(tensor for bucket in gather_all(trained.model, atlas, 1 << 16) for tensor in bucket)
 
 
+def save(trainer: Any, directory: Path) -> None:
+    """A checkpoint's shards, written before anything else goes on."""
+    from slime.trainer import shards
+    from slime.trainer.host_buffers import HostBuffers
+
+    shards.snapshot(trainer, directory, HostBuffers(pinned=KIND == "cuda")).write()
+
+
 def gradients(trainer: Any) -> dict[str, torch.Tensor]:
     """The accumulated gradients as HF tensors, on the leader; nothing elsewhere."""
     from slime.trainer.export import gather_hf, make_atlas

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.trainer.ranks import make_batch, make_cfg
+from tests.trainer.ranks import make_batch, make_cfg, save
 
 pytestmark = pytest.mark.e2e
 
@@ -48,7 +48,7 @@ def resumed(place, cfg, batch, directory, other):
     trainer = place.trainer(cfg)
     for _ in range(3):
         step.train_batch(trainer, batch)
-    shards.save(trainer, directory)
+    save(trainer, directory)
     moved = trainer.reference_moved
     own = passes.log_probs(trainer, batch, trainer.reference)
     after = step.train_batch(trainer, batch)["train/grad_norm"]

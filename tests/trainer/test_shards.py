@@ -5,7 +5,7 @@ import torch
 
 from slime.models.hf_files import HFReader
 from tests.tiny import make_tiny
-from tests.trainer.ranks import make_batch, make_cfg, weights
+from tests.trainer.ranks import make_batch, make_cfg, save, weights
 
 pytestmark = pytest.mark.e2e
 
@@ -40,7 +40,7 @@ def continued(place, cfg, batches, directory):
     trainer = with_dropout(place.trainer(cfg))
     for batch in batches[:2]:
         step.train_batch(trainer, batch)
-    shards.save(trainer, directory)
+    save(trainer, directory)
     for batch in batches[2:]:
         step.train_batch(trainer, batch)
     straight = weights(trainer), torch.get_rng_state()
@@ -68,11 +68,11 @@ def test_resume_is_equal_to_the_bit(ranks, models, tmp_path, world, tp, dtype):
 
 
 def saved(place, cfg, batch, directory):
-    from slime.trainer import shards, step
+    from slime.trainer import step
 
     trainer = place.trainer(cfg)
     step.train_batch(trainer, batch)
-    shards.save(trainer, directory)
+    save(trainer, directory)
     return weights(trainer)
 
 
@@ -148,10 +148,8 @@ def test_no_checkpoint_is_an_error(ranks, models, tmp_path):
 def children(place, cfg, directory):
     import psutil
 
-    from slime.trainer import shards
-
     trainer = place.trainer(cfg)
-    shards.save(trainer, directory)
+    save(trainer, directory)
     return [child.name() for child in psutil.Process().children()]
 
 
@@ -161,14 +159,12 @@ def test_a_save_leaves_no_process_behind(ranks, models, tmp_path):
 
 def fail_to_write(place, cfg, directory):
     """Rank 1 cannot write: its file's name is taken by a folder."""
-    from slime.trainer import shards
-
     trainer = place.trainer(cfg)
     if place.rank == 0:
         (directory / "__1_0.distcp").mkdir(parents=True)
     torch.distributed.barrier()
     with pytest.raises(OSError, match=r"could not be written to.*: rank 1: .*Is a directory"):
-        shards.save(trainer, directory)
+        save(trainer, directory)
     assert not (directory / "metadata.json").exists()
 
 
@@ -219,7 +215,7 @@ def load_torn(place, cfg, directory):
     from slime.trainer import shards
 
     trainer = place.trainer(cfg)
-    shards.save(trainer, directory)
+    save(trainer, directory)
     for file in directory.glob(f"__{place.rank}_*.distcp"):
         file.write_bytes(file.read_bytes()[:100])
     torch.distributed.barrier()
@@ -245,7 +241,7 @@ def judged(place, cfg, batches, resume=None, keep=None):
     for left, batch in zip(range(len(batches), 0, -1), batches, strict=True):
         if left == 2 and keep is not None:
             for name, trained in both.items():
-                shards.save(trained, keep / name)
+                save(trained, keep / name)
         values = critic.values(judge, batch)
         _, returns = step.train_beside(trainer, batch, values, judge.version >= cfg.critic.warmup_steps)
         reports.append(critic.learn(judge, batch, values, returns))
@@ -284,7 +280,7 @@ def judge_saved(place, cfg, batch, directory, load=False):
         shards.load(judge, directory)
     else:
         critic.learn(judge, batch, critic.values(judge, batch), returns)
-        shards.save(judge, directory)
+        save(judge, directory)
     before = {name: tensor.clone() for name, tensor in weights(judge).items()}
     return before, critic.learn(judge, batch, critic.values(judge, batch), returns)
 
