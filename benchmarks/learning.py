@@ -6,7 +6,7 @@ A run is the recipe as it is, with an evaluation after every update, in a folder
 interrupted goes on. Held-out accuracy must rise by the margin of the recipe on every seed. Student tokens until 95 % of the teacher's
 accuracy are shown for the recipes that have the same warm start and the same prompts: to be reported, whatever they are.
 
-Writes benchmarks/learning.json (commit, seeds, curves) and, where all recipes and seeds were run, the table in docs/algorithms.md. Exit
+Writes benchmarks/learning.json (seeds, commits, curves) and, where all recipes and seeds were run, the tables in docs/algorithms.md. Exit
 code 1 where a recipe misses its margin. All of it takes about two hours on two cores.
 """
 
@@ -43,6 +43,7 @@ class Learned:
 
     recipe: str
     seed: int
+    commit: str  # at which it ended
     wall_s: float
     before: dict[str, float]  # accuracy by evaluation set
     after: dict[str, float]
@@ -87,12 +88,14 @@ def main() -> int:
 def learn(recipe: str, seed: int, folder: Path) -> Learned:
     """Run a recipe to its end, unless it has been, and read what it learned."""
     directory = folder / "runs" / recipe
+    commit = folder / f"{recipe}.commit"
     if not ended(directory):
         evaluating = [] if recipe in ALONE else ["run.eval_every=1"]
         train(folder, ["--config-name", recipe, f"run.name={recipe}", f"run.seed={seed}", *evaluating])
+        commit.write_text(described())
     summary = json.loads((directory / "summary.json").read_text())
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()][1:]
-    learned = Learned(recipe, seed, summary["wall_s"], summary["eval_before"], summary["eval_after"])
+    learned = Learned(recipe, seed, commit.read_text(), summary["wall_s"], summary["eval_before"], summary["eval_after"])
     total = 0
     for line in lines:
         learned.tokens.append(total := total + int(line["train/tokens"]))
@@ -119,6 +122,11 @@ def ended(directory: Path) -> bool:
 
 def train(folder: Path, arguments: list[str]) -> None:
     run([sys.executable, "-m", "slime.cli.main", "train", *arguments], folder)
+
+
+def described() -> str:
+    """The commit of this tree, with -dirty where files differ from it."""
+    return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, check=True, text=True).stdout.strip()
 
 
 def run(command: list[str], folder: Path) -> None:
@@ -175,17 +183,15 @@ def comparison(found: list[Learned], teachers: dict[int, float]) -> Table:
 
 def write(found: list[Learned], teachers: dict[int, float]) -> None:
     """The curves, and the page's tables where nothing was left out."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     tokens = compared(found, teachers)
     content: dict[str, Any] = {
-        "commit": commit,
         "seeds": sorted({learned.seed for learned in found}),
         "teacher_accuracy": {str(seed): accuracy for seed, accuracy in teachers.items()},
         "tokens_to_95_percent_of_teacher": tokens,
         "runs": [asdict(learned) | {"rise": learned.rise} for learned in found],
     }
     if {learned.recipe for learned in found} != MARGINS.keys() or content["seeds"] != list(SEEDS):
-        return
+        return  # a part of the whole
     RESULTS.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     lines = [f"| {' | '.join(row)} |" for row in (HEADINGS, ["---"] * len(HEADINGS), *rows(found))]
     counted = [f"| {recipe} | {', '.join(str(n or 'never') for n in numbers)} |" for recipe, numbers in tokens.items()]
