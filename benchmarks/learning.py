@@ -110,7 +110,15 @@ def evaluated(folder: Path, name: str, model: str, seed: int) -> float:
     """Held-out accuracy of a model."""
     directory = folder / "runs" / f"evaluated_{name}"
     if not ended(directory):
-        asked = ["run.only=rollout", "rollout.dump=true", "run.steps=1", f"run.name=evaluated_{name}", f"run.seed={seed}", f"model.path={model}"]
+        asked = [
+            "run.only=rollout",
+            "rollout.dump=true",
+            "run.steps=1",
+            "trainer.warmup_steps=0",
+            f"run.name=evaluated_{name}",
+            f"run.seed={seed}",
+            f"model.path={model}",
+        ]
         train(folder, ["--config-name", "quickstart", *asked])
     return json.loads((directory / "metrics.jsonl").read_text().splitlines()[0])["eval/heldout/accuracy"]
 
