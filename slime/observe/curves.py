@@ -32,7 +32,7 @@ RESPONSES = (
 )
 OPTIMISATION = (
     Curve("Entropy", (("train/entropy", "nats a token"),)),
-    Curve("Policy loss", (("train/pg_loss", "loss"),)),
+    Curve("Policy loss", (("train/pg_loss", "loss"),), if_any=True),
     Curve("Loss", (("train/loss", "loss"),), unless_as="train/pg_loss"),
     Curve("Gradient norm", (("train/grad_norm", "before clipping"),), bounds=FROM_0),
     Curve("Advantages", (("advantage/mean", "mean"), ("advantage/std", "standard deviation")), note="of trained tokens", if_any=True),
