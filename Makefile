@@ -6,19 +6,25 @@ VENV ?= .venv
 # A further wheel index, where the default one serves a CUDA build of torch:
 #   make quickstart EXTRA_INDEX=https://download.pytorch.org/whl/cpu
 EXTRA_INDEX ?=
+LEARN ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
 INSTALLED := $(VENV)/.installed
 UNIT := $(BIN)/python -m pytest tests -m "not e2e and not slow" --numprocesses=auto --maxprocesses=8
 
-.PHONY: quickstart quickstart-bf16 test test-slow test-kills test-gpu unit lint install clean
+.PHONY: quickstart quickstart-bf16 learn test test-slow test-kills test-gpu unit lint install clean
 
 quickstart: install
 	$(BIN)/python -m examples.quickstart
 
 quickstart-bf16: install
 	$(BIN)/python -m examples.quickstart --recipe quickstart_bf16
+
+# Every recipe on three seeds: about two hours on two cores; what was interrupted goes on. A part of it:
+#   make learn LEARN="--only grpo opd_full --seeds 0"
+learn: install
+	$(BIN)/python -m benchmarks.learning $(LEARN)
 
 test: install
 	$(UNIT)

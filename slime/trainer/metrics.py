@@ -76,7 +76,7 @@ def teachers(known: Step, names: list[str]) -> dict[str, float]:
 
 
 def advantage_stats(advantages: np.ndarray) -> dict[str, float]:
-    """Mean and standard deviation over samples (float64 [N])."""
+    """Mean and standard deviation over the trained tokens (float64 [t])."""
     return {"advantage/mean": float(advantages.mean()), "advantage/std": float(advantages.std())}
 
 
