@@ -35,7 +35,7 @@ from slime.observe.summary import Summary, before_and_after
 from slime.observe.trace import Span, TraceFile, Tracer, idle_fraction
 from slime.observe.trackers import Trackers
 from slime.rollout.dump import replay_command, write_stopped
-from slime.rollout.handle import BatchSource, Evaluated, Pending, RolloutResult
+from slime.rollout.handle import BatchSource, Evaluated, Pending, Ready, RolloutResult
 from slime.sync.channel import Channel, EnginesLost
 from slime.trainer.group import TrainerGroup
 from slime.types import Batch, WeightVersion
@@ -171,9 +171,20 @@ class Run:
         """Train on a batch; returns the update's metrics. Raises NotFinite, with the batch kept for run.replay."""
         with self.console.bar(f"update {self.step + 1}", None):
             try:
-                return self.trainer.update(batch.ref, self._look_beside)
+                probe = self._probe(batch)
+                metrics = self.trainer.update(batch.ref, self._look_beside)
+                while not probe.wait(POLL_S):
+                    self._look_beside()
+                return {**probe.result(), **metrics}
             except NotFinite as error:
                 raise NotFinite(f"{error}. {self._keep_stopped(self.step, batch, str(error))}") from error
+
+    def _probe(self, batch: RolloutResult) -> Pending[dict[str, float]]:
+        """One step off, trainer and engines hold the same weights before an update, and the batch, from older ones, cannot show whether
+        they agree: both are asked about its first tokens."""
+        if self.cfg.rollout.mode == "sync" or self.fleet is None:
+            return Ready(self.step, {})
+        return self.rollout.probe(self.step, batch.ref, self.trainer.probe_logprobs(batch.ref, self._look_beside))
 
     def record(self, step: int, batch: RolloutResult, metrics: dict[str, float]) -> None:
         """Everything that is kept of update `step`: metrics with the evaluation after it, samples, trace, ledger. Raises GateStopped, and

@@ -217,6 +217,10 @@ class Batch:
         """int64 [T], which sample a token belongs to."""
         return np.repeat(np.arange(len(self)), self.lengths)
 
+    def first(self, tokens: int) -> "Batch":
+        """Its first samples, of `tokens` tokens at most; at least one."""
+        return self.select(np.arange(max(1, int(np.searchsorted(self.cu_seqlens[1:], tokens, "right")))))
+
     def columns(self) -> dict[str, np.ndarray]:
         """The arrays by name, those that there are."""
         columns = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -80,6 +80,7 @@ class World:
     metrics: dict[str, float] = field(default_factory=dict)
     on_wait: Callable[[int], None] = lambda step: None
     held: int = -1
+    apart: float = 0.0  # trainer and engines, for the tokens of a probe
     fails_at: int | None = None  # update
     refuses: OSError | None = None  # of the disk
 
@@ -104,6 +105,13 @@ class World:
         assert self.held == step
         self.events.append(f"evaluate {step}")
         return Ready(step, ([], []))
+
+    def probe_logprobs(self, ref: Any, meanwhile: Callable[[], None]) -> list[float]:
+        return [-1.0]
+
+    def probe(self, step: int, ref: Any, logprobs: list[float]) -> Ready:
+        assert self.held == step == self.events.count("update") and logprobs == [-1.0], "engines and trainer hold the same weights"
+        return Ready(step, {"mismatch/logprob_abs_diff": self.apart})
 
     def update(self, ref: Any, meanwhile: Callable[[], None]) -> dict[str, float]:
         meanwhile()
@@ -235,6 +243,13 @@ def test_a_mismatch_that_is_too_large_or_no_number_stops_the_run(tmp_path: Path,
         train.train(run)
     assert len(read(tmp_path / "metrics.jsonl")) == 1 + (1 if stops else 3)
     assert (tmp_path / "stopped" / "step_0000000.npz").exists() == stops
+
+
+def test_one_step_off_a_probe_shows_whether_trainer_and_engines_agree(tmp_path: Path):
+    """Batches come from older weights, and would never tell."""
+    run = make_run(tmp_path, World(apart=0.6), "one_step_off")
+    with pytest.raises(GateStopped, match=r"update 1: trainer and engine log-probs differ by 0\.6 on average"):
+        train.train(run)
 
 
 def test_a_step_that_is_not_finite_stops_the_run_and_its_batch_is_kept(tmp_path: Path):

@@ -109,6 +109,7 @@ def test_a_run_that_is_stopped_saves_and_the_same_command_goes_on(inputs: Path, 
     assert all("eval/heldout/accuracy" in line for line in second.metrics)
     stale = 1 if mode == "one_step_off" else 0
     assert [line["staleness/max"] for line in second.metrics[1:]] == [0] + [stale] * (steps - 1)
+    assert all(line["mismatch/logprob_abs_diff"] < 1e-4 for line in second.metrics[1:])
     assert account(read(run_dir / "ledger.jsonl")).trained == 4 * steps
     third = launch(inputs, mode, *overrides, f"run.steps={steps}")
     assert third.code == 4 and "has completed" in third.err

@@ -193,9 +193,10 @@ class EngineClient:
         rid: str | None = None,
         session: int | None = None,
         routing: Routing | None = None,
+        scored: int = 0,
     ) -> Generation:
         """One answer. Requests of one `session` go to one engine, whose cache holds what they have in common. With `routing`, the answer
-        says which experts every token went to.
+        says which experts every token went to; with `scored`, what the engine thinks of that many last tokens of the prompt, not the first.
 
         `rid` is 32 hexadecimal digits, made here by default. Raises ValueError for ids outside the vocabulary, EngineError for a refusal,
         EngineLost where no engine is ready in time, and what the last of three answers that failed came to: TimeoutError naming
@@ -208,13 +209,16 @@ class EngineClient:
         body = {"rid": rid, "input_ids": list(prompt_ids), "sampling_params": sampling.to_sglang(), "return_logprob": True}
         if routing is not None:
             body["return_routed_experts"] = True
+        if scored:
+            assert scored < len(prompt_ids), "nothing comes before the first token"
+            body["logprob_start_len"] = len(prompt_ids) - scored - 1
         failed: list[str] = []
         async with self._slots:
             while True:
                 engine = await self._acquire(session)
                 life = self.router.slots[engine].life
                 try:
-                    answer = await self._ask(engine, body, routing)
+                    answer = await self._ask(engine, body, routing, scored)
                     check_answer(answer, self._vocab_size, sampling.max_new_tokens)
                     return answer
                 except (Garbage, Aborted, StaleWeights, EngineLost, TimeoutError) as error:
@@ -251,7 +255,7 @@ class EngineClient:
                 raise EngineLost(f"no engine can answer {waited}: {self.router.said()}") from None
         return self.router.acquire(session)
 
-    async def _ask(self, engine: int, body: dict[str, Any], routing: Routing | None) -> Generation:
+    async def _ask(self, engine: int, body: dict[str, Any], routing: Routing | None, scored: int) -> Generation:
         endpoint, started_s, since = self.endpoints[engine], time.time(), self._expected
         body = body | ({"extra_key": since} if self._pause == "in_place" and since else {})  # prefixes of older weights stay in the cache
         spans = self._facts[engine].version_spans
@@ -273,7 +277,7 @@ class EngineClient:
                 raise EngineLost(f"{endpoint.name} was given up while it generated: {self.router.slots[engine].reason}") from error
             await self._abort(endpoint, body["rid"])
             raise TimeoutError(f"{endpoint.name} gave no answer after {self._timeout_s:g} s (rollout.request_timeout_s)") from error
-        generation = parse(answer, spans or streams, endpoint.name, started_s, time.time(), routing)
+        generation = parse(answer, spans or streams, endpoint.name, started_s, time.time(), routing, scored)
         if generation.finish_reason == "abort":
             raise Aborted(f"{endpoint.name} aborted a request after {len(generation.output_ids)} tokens; its log says why")
         self._check_versions(engine, generation, since)

@@ -49,6 +49,7 @@ class Generation:
     engine_s: float  # what the engine says it took, see `parse`
     response_sent_s: float  # when the engine says it sent the answer; of a streamed one it does not say, and this is finished_s
     experts: np.ndarray | None = None  # int16 [P + R - 1, layers, chosen], where asked for: the last token went nowhere
+    scores: list[float] | None = None  # where asked for: log-probs of prompt tokens, each given all before it, at temperature 1
 
     @property
     def e2e_s(self) -> float:
@@ -66,9 +67,16 @@ def check_ids(prompt_ids: Sequence[int], vocab_size: int) -> None:
 
 
 def parse(
-    answer: dict[str, Any], has_spans: bool, engine: str, started_s: float, finished_s: float, routing: Routing | None = None
+    answer: dict[str, Any],
+    has_spans: bool,
+    engine: str,
+    started_s: float,
+    finished_s: float,
+    routing: Routing | None = None,
+    scored: int = 0,
 ) -> Generation:
-    """SGLang's answer of /generate with return_logprob, and return_routed_experts where `routing` is given.
+    """SGLang's answer of /generate with return_logprob; with return_routed_experts where `routing` is given, and with logprob_start_len
+    where the last `scored` tokens of the prompt are asked about.
 
     `engine_s` is the time from the request's arrival to the answer, less what it waited in SGLang's queue, which SGLang tells only with
     rollout.sglang.enable_metrics=true (`queue_time`); without it the wait counts as work.
@@ -77,26 +85,24 @@ def parse(
     experts that are not those of the model; EngineError where experts are missing.
     """
     try:
-        return _parsed(answer, has_spans, engine, started_s, finished_s, routing)
+        return _parsed(answer, has_spans, engine, started_s, finished_s, routing, scored)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise Garbage(f"{engine} returned what is no answer: {type(error).__name__}: {error}") from error
 
 
 def _parsed(
-    answer: dict[str, Any], has_spans: bool, engine: str, started_s: float, finished_s: float, routing: Routing | None
+    answer: dict[str, Any], has_spans: bool, engine: str, started_s: float, finished_s: float, routing: Routing | None, scored: int
 ) -> Generation:
     meta, ids = answer["meta_info"], answer["output_ids"]
     triples = meta["output_token_logprobs"]
     if [t[1] for t in triples] != ids:
         raise Garbage(f"{engine} returned {len(ids)} token ids and log-probs of {len(triples)} others")
-    logprobs = [t[0] for t in triples]
-    at = bad_logprob(logprobs)
-    if at is not None:
-        value = "NaN" if logprobs[at] is None else logprobs[at]
-        raise Garbage(
-            f"{engine} returned the log-prob {value} for token {at} of {len(ids)}, which no probability has: its logits overflowed or its "
-            f"weights are broken; try model.dtype=fp32, or another attention_backend under rollout.sglang"
-        )
+    logprobs = _checked([t[0] for t in triples], engine)
+    scores = None
+    if scored:
+        scores = _checked([t[0] for t in meta["input_token_logprobs"][1:]], engine)  # of the first SGLang says null
+        if len(scores) != scored:
+            raise Garbage(f"{engine} was asked about {scored} tokens and returned the log-probs of {len(scores)}")
     spans = meta["weight_versions"] if has_spans else [{"version": meta["weight_version"], "start": 0, "end": len(ids)}]
     return Generation(
         output_ids=ids,
@@ -112,7 +118,19 @@ def _parsed(
         engine_s=max(0.0, meta["e2e_latency"] - meta.get("queue_time", 0.0)),
         response_sent_s=meta.get("response_sent_to_client_ts", finished_s),
         experts=_experts(meta, len(ids), routing, engine) if routing and meta["finish_reason"]["type"] != "abort" else None,
+        scores=scores,
     )
+
+
+def _checked(logprobs: list[float], engine: str) -> list[float]:
+    at = bad_logprob(logprobs)
+    if at is not None:
+        value = "NaN" if logprobs[at] is None else logprobs[at]
+        raise Garbage(
+            f"{engine} returned the log-prob {value} for token {at} of {len(logprobs)}, which no probability has: its logits overflowed or "
+            f"its weights are broken; try model.dtype=fp32, or another attention_backend under rollout.sglang"
+        )
+    return logprobs
 
 
 def check_answer(answer: Generation, vocab_size: int, longest: int) -> None:

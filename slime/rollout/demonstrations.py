@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import ray
 
 from slime.config import SlimeConfig
@@ -56,6 +57,9 @@ class Demonstrations:
 
     def evaluate(self, step: int) -> Pending[Evaluated]:
         return Ready(step, ([], []))
+
+    def probe(self, step: int, batch: "ray.ObjectRef", logprobs: np.ndarray) -> Pending[dict[str, float]]:
+        raise AssertionError("no engine answers")
 
     def stop(self) -> None:
         pass

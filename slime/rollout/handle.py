@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -94,6 +95,11 @@ class BatchSource(Protocol):
         """Every evaluation set with the weights that are expected."""
         ...
 
+    def probe(self, step: int, batch: "ray.ObjectRef", logprobs: np.ndarray) -> Pending[dict[str, float]]:
+        """mismatch/* between the engines and the trainer, whose log-probs of the batch's first tokens these are, see
+        `RolloutManager.probe`. Both must hold the expected weights; those that drew the batch may have been others."""
+        ...
+
     def stop(self) -> None: ...
 
 
@@ -123,7 +129,7 @@ class Working(Generic[T]):
 
     step: int
     _what: str
-    _kind: str  # rollout or evaluation
+    _kind: str  # rollout, evaluation or probe
     _ref: "ray.ObjectRef"
     _made: Callable[[Any], T]  # of what the manager returns
     _manager: Any
@@ -227,6 +233,9 @@ class Rollout:
 
     def evaluate(self, step: int) -> Pending[Evaluated]:
         return self._working(step, f"evaluation at step {step}", "evaluation", self._manager.evaluate.remote(step), _evaluation_of)
+
+    def probe(self, step: int, batch: "ray.ObjectRef", logprobs: np.ndarray) -> Pending[dict[str, float]]:
+        return self._working(step, f"the probe of update {step + 1}", "probe", self._manager.probe.remote(batch, logprobs), dict)
 
     def _working(self, step: int, what: str, kind: str, ref: "ray.ObjectRef", made: Callable[[Any], T]) -> Working[T]:
         timeout_s = self._cfg.cluster.step_timeout_s

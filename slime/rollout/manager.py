@@ -23,13 +23,14 @@ from slime.engine.client import EngineClient, Sampling
 from slime.engine.endpoint import Endpoint
 from slime.engine.health import Trouble, Turn
 from slime.models.map import Routing
+from slime.observe.mismatch import PROBED, mismatch
 from slime.observe.stacks import awaits
 from slime.observe.trace import Span
 from slime.rollout.client import RolloutClient
 from slime.rollout.draw import Draw
 from slime.rollout.dump import write_failed_rewards, write_rollout
 from slime.rollout.evaluate import evaluate_set
-from slime.rollout.groups import GroupMaker
+from slime.rollout.groups import GroupMaker, together
 from slime.rollout.metrics import busy_spans, error_frac, examples, rollout_metrics, teacher_metrics
 from slime.rollout.rewards.judge import Judge
 from slime.rollout.shaping import shape, teaches
@@ -39,6 +40,8 @@ from slime.types import Batch, EvalResult, Group, RolloutSummary
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ONE_TOKEN = Sampling(max_new_tokens=1, temperature=0.0)  # of those that are only to read: SGLang says of none what it would have drawn
+SPARE = 8  # tokens; SGLang's max_req_input_len is 6 below its context
 LOOKED_AT = 32  # prompts, the first of which that is not too long is shown to teachers
 
 
@@ -56,7 +59,7 @@ class RolloutManager:
 
     def __init__(self, cfg: SlimeConfig, run_dir: str) -> None:
         self.cfg, self.run_dir = cfg, Path(run_dir)
-        self._progress = {"rollout": (0, 0), "evaluation": (0, 0)}  # prompts finished, and of how many
+        self._progress = {"rollout": (0, 0), "evaluation": (0, 0), "probe": (0, 0)}  # prompts finished, and of how many
         self._step = 0  # of the rollout or evaluation under way
 
     async def open(self) -> None:
@@ -158,6 +161,27 @@ class RolloutManager:
             self._check_errors(maker)
             spans += busy_spans(maker.client.generations, maker.judging)
         return results, spans
+
+    async def probe(self, batch: Batch, logprobs: np.ndarray) -> dict[str, float]:
+        """mismatch/* of the trainer, whose log-probs of `batch.first(PROBED)` these are (float32), and of the engines, which are given the
+        same tokens. Raises what `EngineClient.generate` raises."""
+        part = batch.first(PROBED)
+        found = await together(self._scores(part, number) for number in range(len(part)))
+        return mismatch(np.concatenate([logprobs[at].astype(np.float64) - scores for at, scores in found]))
+
+    async def _scores(self, batch: Batch, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(positions, engine's log-probs) of the trained tokens of a sample, but for the last of one that fills its budget: an engine takes
+        a little less than it can hold."""
+        longest = self.cfg.data.max_prompt_tokens + self.cfg.rollout.max_response_tokens - SPARE
+        begin = int(batch.cu_seqlens[number])
+        end = min(int(batch.cu_seqlens[number + 1]), begin + longest)
+        at = begin + np.flatnonzero(batch.loss_mask[begin:end])
+        if not len(at):
+            return at, np.zeros(0)
+        ids, scored = batch.tokens[begin:end].tolist(), end - int(at[0])
+        answer = await self.engines.generate(ids, ONE_TOKEN, session=int(batch.group[number]), scored=scored)
+        assert answer.scores is not None, "asked for"
+        return at, np.array(answer.scores)[at - at[0]]
 
     def _finished(self) -> None:
         """One more prompt."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import ray
 
 from slime.engine.endpoint import Endpoint
@@ -56,6 +57,9 @@ class Replay:
 
     def evaluate(self, step: int) -> Pending[Evaluated]:
         return Ready(step, ([], []))
+
+    def probe(self, step: int, batch: "ray.ObjectRef", logprobs: np.ndarray) -> Pending[dict[str, float]]:
+        raise AssertionError("no engine answers")
 
     def stop(self) -> None:
         pass

@@ -114,6 +114,11 @@ class TrainerGroup(Ranks):
         ref = _as_ref(batch)
         return self.together([rank.log_probs.remote(ref) for rank in self.ranks], "the trainer's log-probs")[0]
 
+    def probe_logprobs(self, batch: "ray.ObjectRef", meanwhile: Callable[[], None]) -> np.ndarray:
+        """What `BatchSource.probe` compares with the engines. See `Rank.probe_logprobs`."""
+        refs = [rank.probe_logprobs.remote(batch) for rank in self.ranks]
+        return self.together(refs, "the trainer's log-probs of a probe", meanwhile=meanwhile)[0]
+
     def weights(self, version: WeightVersion, bucket_bytes: int) -> "Iterator[ray.ObjectRef]":
         """The current weights, labelled `version` in errors: references to buckets list[(HF name, torch.Tensor)] of at most about
         `bucket_bytes`, in a fixed order. A bucket is gathered when it is asked for and lives as long as its reference."""

@@ -3,25 +3,15 @@
 import numpy as np
 
 from slime.algorithms.base import Step
+from slime.observe.mismatch import k3
+from slime.observe.mismatch import mismatch as of_differences
 from slime.types import NO_VERSION, Batch
 
 
 def mismatch(logprobs: np.ndarray, batch: Batch, version: int) -> dict[str, float]:
-    """How far the trainer's log-probs are from the engines' for the same weights: a fault of one of them, never a change of the policy.
-
-    logprobs float32 [T], under the weights `version` that the trainer holds; read are the trained tokens of samples that were drawn from
-    `version` alone. With d = trainer - engine: mismatch/logprob_abs_diff and _max are the mean and largest |d|, mismatch/kl the k3 estimate
-    of KL(engine || trainer), the mean of exp(d) - 1 - d (joschu.net/blog/kl-approx.html). Absent where there is no such token. What is not
-    finite stays so.
-    """
-    d = _log_ratio(logprobs, batch, batch.version == version)
-    if not len(d):
-        return {}
-    return {
-        "mismatch/logprob_abs_diff": float(np.abs(d).mean()),
-        "mismatch/logprob_abs_diff_max": float(np.abs(d).max()),
-        "mismatch/kl": _k3(d),
-    }
+    """See `slime.observe.mismatch`. logprobs float32 [T], under the weights `version` that the trainer holds; read are the trained tokens
+    of samples that were drawn from `version` alone."""
+    return of_differences(_log_ratio(logprobs, batch, batch.version == version))
 
 
 def off_policy(logprobs: np.ndarray, batch: Batch) -> dict[str, float]:
@@ -38,7 +28,7 @@ def off_policy(logprobs: np.ndarray, batch: Batch) -> dict[str, float]:
         return {}
     w, scaled = np.exp(d), np.exp(d - d.max())  # a common factor cancels in the sample size
     return {
-        "offpolicy/kl": _k3(d),
+        "offpolicy/kl": k3(d),
         "offpolicy/ess": float(scaled.sum() ** 2 / (len(w) * (scaled**2).sum())),
         "offpolicy/ratio_mean": float(w.mean()),
         "offpolicy/ratio_max": float(w.max()),
@@ -56,10 +46,6 @@ def _log_ratio(logprobs: np.ndarray, batch: Batch, chosen: np.ndarray) -> np.nda
     """float64, trainer's minus engine's log-prob of each trained token of the chosen samples (bool [N])."""
     at = batch.loss_mask & chosen[batch.sample_of_token]
     return logprobs[at].astype(np.float64) - batch.rollout_logprobs[at].astype(np.float64)
-
-
-def _k3(d: np.ndarray) -> float:
-    return float(np.mean(np.expm1(d) - d))
 
 
 def teachers(known: Step, names: list[str]) -> dict[str, float]:

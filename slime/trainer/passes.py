@@ -16,16 +16,16 @@ from slime.trainer.state import Trained, Trainer
 from slime.types import Batch
 
 
-def log_probs(trainer: Trainer, batch: Batch, frozen: Frozen | None = None) -> np.ndarray:
-    """Log-probs of the trained tokens at `trainer.temperature`, under the current weights or those of a frozen model, which chooses its own
-    experts: float32 [T], 0 outside loss_mask.
+def log_probs(trainer: Trainer, batch: Batch, frozen: Frozen | None = None, temperature: float | None = None) -> np.ndarray:
+    """Log-probs of the trained tokens at `temperature`, by default the trainer's, under the current weights or those of a frozen model,
+    which chooses its own experts: float32 [T], 0 outside loss_mask.
 
     Every rank computes its share and gets all of it.
     """
     model_map = trainer.model.map if frozen is None else frozen.map
 
     def keep(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, tuple[np.ndarray, Tensor]]:
-        logprobs, _ = of_labels(trainer, micro_batch, logits, model_map)
+        logprobs, _ = of_labels(trainer, micro_batch, logits, model_map, temperature)
         return logprobs.sum(), (micro_batch.trained, logprobs)
 
     return gather(trainer, look(trainer, batch, keep, frozen), len(batch.tokens))
@@ -56,10 +56,13 @@ def run(
     )
 
 
-def of_labels(trainer: Trainer, micro_batch: MicroBatch, logits: Tensor, model_map: ModelMap) -> tuple[Tensor, Tensor]:
-    """(log-probs, entropy) of the trained tokens, fp32 [t] each."""
+def of_labels(
+    trainer: Trainer, micro_batch: MicroBatch, logits: Tensor, model_map: ModelMap, temperature: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """(log-probs, entropy) of the trained tokens, fp32 [t] each; at the trainer's temperature where none is given."""
+    at = trainer.temperature if temperature is None else temperature
     rows, labels = (torch.from_numpy(x).to(logits.device) for x in (micro_batch.rows, micro_batch.labels))
-    return token_logprobs(logits, rows, labels, trainer.temperature, model_map.vocab_size, trainer.parallel.tp)
+    return token_logprobs(logits, rows, labels, at, model_map.vocab_size, trainer.parallel.tp)
 
 
 def gather(

@@ -7,6 +7,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
@@ -15,6 +16,7 @@ import ray
 
 from slime.config import SlimeConfig
 from slime.observe.hashed import File
+from slime.observe.mismatch import PROBED
 from slime.observe.stacks import Stacks
 from slime.observe.trace import Span, Tracer
 from slime.sync.diff import Summary
@@ -125,6 +127,14 @@ class Rank:
         from slime.trainer import passes
 
         return passes.log_probs(self.trainer, batch)
+
+    @on_device
+    def probe_logprobs(self, batch: Batch) -> np.ndarray:
+        """Log-probs of `batch.first(PROBED)`, as SGLang gives them of tokens that are given: at temperature 1, by experts that the model
+        chooses. float32, 0 outside loss_mask."""
+        from slime.trainer import passes
+
+        return passes.log_probs(self.trainer, replace(batch.first(PROBED), experts=None), temperature=1.0)
 
     def spans(self) -> list[Span]:
         """What this rank did since the last call. Of one rank alone."""

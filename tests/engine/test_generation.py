@@ -15,7 +15,7 @@ from slime.types import LOGPROB_SLACK
 ROUTING = Routing(layers=3, chosen=2, experts=8)
 
 
-def parsed(logprobs: list[Any], ids: list[int] | None = None, routing: Routing | None = None, **meta: Any) -> Generation:
+def parsed(logprobs: list[Any], ids: list[int] | None = None, routing: Routing | None = None, scored: int = 0, **meta: Any) -> Generation:
     ids = ids or [5, 6, 1]
     known = {
         "finish_reason": {"type": "stop"},
@@ -26,7 +26,7 @@ def parsed(logprobs: list[Any], ids: list[int] | None = None, routing: Routing |
         "e2e_latency": 2.0,
         "response_sent_to_client_ts": 100.0,
     }
-    return parse({"output_ids": [5, 6, 1], "text": "ab", "meta_info": known | meta}, True, "engine 3", 97.0, 101.0, routing)
+    return parse({"output_ids": [5, 6, 1], "text": "ab", "meta_info": known | meta}, True, "engine 3", 97.0, 101.0, routing, scored)
 
 
 @pytest.mark.parametrize(("value", "shown"), [(None, "NaN"), (math.nan, "nan"), (-math.inf, "-inf"), (2 * LOGPROB_SLACK, "0.002")])
@@ -45,6 +45,19 @@ def test_rounding_may_lift_a_log_prob_above_0() -> None:
 def test_ids_and_log_probs_belong_together() -> None:
     with pytest.raises(EngineError, match="engine 3 returned 3 token ids and log-probs of 3 others"):
         parsed([-0.1, -0.2, -0.3], ids=[5, 7, 1])
+
+
+def test_scores_of_the_last_tokens_of_the_prompt() -> None:
+    """Of the one before them SGLang says nothing."""
+    said = [[None, 3, None], [-0.5, 4, None], [-0.25, 5, None]]
+    assert parsed([-0.1] * 3).scores is None
+    assert parsed([-0.1] * 3, scored=2, input_token_logprobs=said).scores == [-0.5, -0.25]
+    with pytest.raises(EngineError, match="engine 3 was asked about 3 tokens and returned the log-probs of 2"):
+        parsed([-0.1] * 3, scored=3, input_token_logprobs=said)
+    with pytest.raises(EngineError, match="engine 3 returned the log-prob NaN for token 0 of 1"):
+        parsed([-0.1] * 3, scored=1, input_token_logprobs=[said[1], said[0]])
+    with pytest.raises(EngineError, match="engine 3 returned what is no answer: KeyError"):
+        parsed([-0.1] * 3, scored=1)
 
 
 def test_time_in_the_queue_is_left_out_where_it_is_told() -> None:

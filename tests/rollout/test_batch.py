@@ -55,6 +55,11 @@ def test_versions_follow_their_samples_to_disk_and_into_a_selection(tmp_path: Pa
     assert made.select(np.array([2, 0])).version.tolist() == [7, 5]
 
 
+@pytest.mark.parametrize(("tokens", "samples"), [(0, 1), (5, 1), (6, 1), (11, 1), (12, 2), (99, 3)])
+def test_the_first_samples_of_so_many_tokens(tokens: int, samples: int):
+    assert len(batch(sample(), sample(), sample()).first(tokens)) == samples
+
+
 def test_groups_packed_one_by_one_make_the_batch_of_all():
     groups = [
         Group(

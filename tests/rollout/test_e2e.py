@@ -14,6 +14,7 @@ import torch
 from slime.cluster.session import connect
 from slime.config import DataFile, EvalSet, SlimeConfig
 from slime.engine.server import Server
+from slime.observe.mismatch import PROBED
 from slime.rollout.dump import read_rollout
 from slime.rollout.handle import Rollout, RolloutResult
 from slime.rollout.replay import Replay
@@ -135,6 +136,18 @@ def test_rollout_logprobs_are_those_of_the_model(batch: Batch, model: Path):
         expected = logprobs[:-1].gather(1, tokens[1:, None])[:, 0].numpy()
         worst = max(worst, np.abs(expected - batch.rollout_logprobs[span][1:])[mask[1:]].max())
     assert worst < 1e-4
+
+
+def test_a_probe_asks_engines_of_given_tokens_what_they_said_when_they_drew_them(rollout: Rollout, result: RolloutResult, batch: Batch):
+    """As it compares engines with the trainer one step off; beside a rollout. A shift of the trainer's is seen to the digit."""
+    mine = batch.first(PROBED).rollout_logprobs
+    pending = rollout.start(3, 6)
+    found = rollout.probe(0, result.ref, mine).result()
+    assert 0 < found["mismatch/logprob_abs_diff_max"] < 1e-4 and found["mismatch/kl"] < 1e-8
+    off = rollout.probe(0, result.ref, mine + np.float32(0.25)).result()
+    assert off["mismatch/logprob_abs_diff"] == pytest.approx(0.25, abs=1e-4)
+    assert rollout.probe(0, result.ref, mine).result() == found, "the same tokens, the same bits"
+    pending.result()
 
 
 def test_the_same_ordinals_give_the_same_bits(rollout: Rollout, batch: Batch):
