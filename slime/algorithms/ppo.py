@@ -18,7 +18,8 @@ def targets(step: Step, cfg: AlgorithmConfig) -> Targets:
     """GAE of -kl a token and the sample's reward on its last trainable one; the critic learns the returns, which are not whitened."""
     mask, cu_seqlens = step.batch.loss_mask, step.batch.cu_seqlens
     assert step.values is not None, "asked for"
-    rewards_T = terminal(step.batch.rewards, mask, cu_seqlens) - kl_in_reward(step, cfg)
+    kl_T, metrics = kl_in_reward(step, cfg)
+    rewards_T = terminal(step.batch.rewards, mask, cu_seqlens) - kl_T
     advantages_T, returns_T = gae(rewards_T, step.values.astype(float), mask, cu_seqlens, cfg.gamma, cfg.lam)
     advantages_T += from_teacher(step, cfg)
-    return Targets(whiten(advantages_T, mask) if cfg.normalize else advantages_T, returns_T)
+    return Targets(whiten(advantages_T, mask) if cfg.normalize else advantages_T, returns_T, metrics)

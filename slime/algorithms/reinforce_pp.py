@@ -2,6 +2,8 @@
 
 from functools import partial
 
+import numpy as np
+
 from slime.algorithms import grpo
 from slime.algorithms.base import Algorithm, Step, Targets
 from slime.algorithms.group_relative import centred
@@ -22,15 +24,17 @@ def build_with_baseline(cfg: AlgorithmConfig) -> Algorithm:
 def targets(step: Step, cfg: AlgorithmConfig) -> Targets:
     """The discounted sum of a token's rewards to come: -kl of each, and the sample's reward on the last."""
     mask, cu_seqlens = step.batch.loss_mask, step.batch.cu_seqlens
-    rewards_T = terminal(step.batch.rewards, mask, cu_seqlens) - kl_in_reward(step, cfg)
-    return _whitened(discounted(rewards_T, mask, cu_seqlens, cfg.gamma), step, cfg)
+    kl_T, metrics = kl_in_reward(step, cfg)
+    rewards_T = terminal(step.batch.rewards, mask, cu_seqlens) - kl_T
+    return _whitened(discounted(rewards_T, mask, cu_seqlens, cfg.gamma), metrics, step, cfg)
 
 
 def targets_with_baseline(step: Step, cfg: AlgorithmConfig) -> Targets:
     """reward - group mean - kl of the token."""
-    return _whitened(per_token(step.batch, centred(step.batch.rewards, step.batch.group)) - kl_in_reward(step, cfg), step, cfg)
+    kl_T, metrics = kl_in_reward(step, cfg)
+    return _whitened(per_token(step.batch, centred(step.batch.rewards, step.batch.group)) - kl_T, metrics, step, cfg)
 
 
-def _whitened(advantages_T, step: Step, cfg: AlgorithmConfig) -> Targets:
+def _whitened(advantages_T: np.ndarray, metrics: dict[str, float], step: Step, cfg: AlgorithmConfig) -> Targets:
     advantages_T = advantages_T + from_teacher(step, cfg)
-    return Targets(whiten(advantages_T, step.batch.loss_mask) if cfg.normalize else advantages_T)
+    return Targets(whiten(advantages_T, step.batch.loss_mask) if cfg.normalize else advantages_T, metrics=metrics)

@@ -23,14 +23,21 @@ def per_token(batch: Batch, values_N: np.ndarray) -> np.ndarray:
     return np.where(batch.loss_mask, values_N[batch.sample_of_token], 0.0)
 
 
-def kl_in_reward(step: Step, cfg: AlgorithmConfig) -> np.ndarray:
-    """kl_reward_coef times the KL to the reference of every trainable token, [T]; to be subtracted from its reward."""
+def kl_in_reward(step: Step, cfg: AlgorithmConfig) -> tuple[np.ndarray, dict[str, float]]:
+    """(kl_reward_coef times the KL to the reference of every trainable token, [T], to be subtracted from its reward; its metric)."""
     if not cfg.kl_reward_coef:
-        return np.zeros(len(step.batch.tokens))
+        return np.zeros(len(step.batch.tokens)), {}
     assert step.old_logprobs is not None and step.ref_logprobs is not None, "asked for by the algorithm"
     policy, reference = (torch.from_numpy(x.astype(np.float64)) for x in (step.old_logprobs, step.ref_logprobs))
-    estimate = kl.ESTIMATORS[cfg.kl_estimator](policy, reference).numpy()
-    return np.where(step.batch.loss_mask, cfg.kl_reward_coef * estimate, 0.0)
+    estimate, mask = kl.ESTIMATORS[estimator(cfg)](policy, reference).numpy(), step.batch.loss_mask
+    return np.where(mask, cfg.kl_reward_coef * estimate, 0.0), {"train/ref_kl": float(estimate[mask].mean())}
+
+
+def estimator(cfg: AlgorithmConfig) -> str:
+    """Which one of slime.algorithms.kl the recipe means: it has its KL in the reward or in the loss, not in both."""
+    if cfg.kl_estimator == "auto":
+        return "k1" if cfg.kl_reward_coef else "k2"
+    return cfg.kl_estimator
 
 
 def from_teacher(step: Step, cfg: AlgorithmConfig) -> np.ndarray:
@@ -58,10 +65,10 @@ def with_common_terms(inputs: LossInputs, cfg: AlgorithmConfig, outputs: LossOut
         loss = loss - cfg.entropy_coef * inputs.entropy
     if cfg.kl_loss_coef:
         assert inputs.ref_logprobs is not None, "asked for by the algorithm"
-        if cfg.kl_estimator == "unbiased":
+        if estimator(cfg) == "unbiased":
             estimate = kl.unbiased(kl.k3(inputs.logprobs, inputs.ref_logprobs), inputs.logprobs, inputs.old_logprobs)
         else:
-            estimate = kl.ESTIMATORS[cfg.kl_estimator](inputs.logprobs, inputs.ref_logprobs)
+            estimate = kl.ESTIMATORS[estimator(cfg)](inputs.logprobs, inputs.ref_logprobs)
         loss, metrics = loss + cfg.kl_loss_coef * estimate, {**metrics, "ref_kl": estimate.detach()}
     if cfg.distill in ("topk", "full"):
         assert inputs.distillation is not None, "asked for by the algorithm"

@@ -51,8 +51,8 @@ class AlgorithmConfig:
     """Weight of the KL to the reference policy in the loss."""
     kl_reward_coef: float = number(0.0, low=0)
     """Weight of the KL to the reference policy in every token's reward."""
-    kl_estimator: str = choice("k2", "k1", "k3", "unbiased")
-    """From the tokens drawn. As a loss k2 has the reverse KL's gradient, k3 the forward one's; unbiased, k3 weighed by the ratio, both."""
+    kl_estimator: str = choice("auto", "k1", "k2", "k3", "unbiased")
+    """auto has the reverse KL's gradient: k1 in the reward, k2 in the loss; there k3 has the forward KL's. unbiased: k3 times the ratio."""
     # Tokens that another policy drew
     importance: str = choice("none", "token", "sequence", "geometric")
     """Weigh tokens by the trainer's over the engine's probability: of the token, of its sequence, or its sequence's geometric mean."""

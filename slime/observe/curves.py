@@ -38,7 +38,7 @@ OPTIMISATION = (
     Curve("Advantages", (("advantage/mean", "mean"), ("advantage/std", "standard deviation")), note="of trained tokens", if_any=True),
     Curve("Clipped tokens", (("train/clip_frac", "share"),), bounds=FROM_0, write=percent),
     Curve("KL of the update", (("train/kl", "k3 estimate"),), if_any=True),
-    Curve("KL(policy, reference)", (("train/ref_kl", "the recipe's estimate"),), note="of the loss"),
+    Curve("KL(policy, reference)", (("train/ref_kl", "the recipe's estimate"),), note="of the loss or the reward"),
     Curve("Learning rate", (("train/lr", "lr"),), bounds=FROM_0),
 )
 CRITIC = (

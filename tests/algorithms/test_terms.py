@@ -81,13 +81,18 @@ def estimate(kind: str, policy: float, other: float) -> float:
     return {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[kind]
 
 
+def kind_of(cfg: AlgorithmConfig) -> str:
+    """What `auto` stands for."""
+    return ("k1" if cfg.kl_reward_coef else "k2") if cfg.kl_estimator == "auto" else cfg.kl_estimator
+
+
 def token_rewards(step: Step, cfg: AlgorithmConfig) -> list[float]:
     """-coef * kl of every trainable token, and the sample's reward on the last one."""
     out = [0.0] * len(step.batch.tokens)
     for n in range(len(step.batch)):
         at = trained(step.batch, n)
         for t in at:
-            out[t] = -cfg.kl_reward_coef * estimate(cfg.kl_estimator, float(step.old_logprobs[t]), float(step.ref_logprobs[t]))
+            out[t] = -cfg.kl_reward_coef * estimate(kind_of(cfg), float(step.old_logprobs[t]), float(step.ref_logprobs[t]))
         if at:
             out[at[-1]] += float(step.batch.rewards[n])
     return out
@@ -141,12 +146,14 @@ def test_a_samples_value_lies_on_its_trainable_tokens():
     assert per_token(batch, np.arange(1.0, 8.0)).tolist() == spread(batch, list(range(1, 8)))
 
 
-@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3", "auto"])
 def test_the_kl_in_the_reward_is_the_estimate_times_its_coefficient(kind):
     step, cfg = make_step(), AlgorithmConfig(kl_reward_coef=0.3, kl_estimator=kind)
     pairs = zip(step.old_logprobs.tolist(), step.ref_logprobs.tolist(), step.batch.loss_mask, strict=True)
-    expected = [0.3 * estimate(kind, policy, reference) if m else 0.0 for policy, reference, m in pairs]
-    np.testing.assert_allclose(kl_in_reward(step, cfg), expected, rtol=1e-9, atol=1e-12)
+    expected = [0.3 * estimate(kind_of(cfg), policy, reference) if m else 0.0 for policy, reference, m in pairs]
+    found, metrics = kl_in_reward(step, cfg)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+    assert metrics == {"train/ref_kl": pytest.approx(sum(expected) / 0.3 / step.batch.loss_mask.sum())}
 
 
 def test_the_teacher_adds_what_it_prefers_to_the_student():
@@ -159,7 +166,7 @@ def test_only_sampled_distillation_is_an_advantage(distill):
     assert not from_teacher(Step(make_batch()), AlgorithmConfig(distill=distill)).any()
 
 
-@pytest.mark.parametrize("term", [kl_in_reward, from_teacher])
+@pytest.mark.parametrize("term", [lambda step, cfg: kl_in_reward(step, cfg)[0], from_teacher], ids=["kl", "teacher"])
 def test_tokens_outside_the_mask_have_no_term(term):
     cfg = AlgorithmConfig(kl_reward_coef=0.3, distill="sampled")
     got = term(spoilt(make_step()), cfg)
@@ -168,7 +175,8 @@ def test_tokens_outside_the_mask_have_no_term(term):
 
 
 def test_without_a_coefficient_no_reference_is_read():
-    assert not kl_in_reward(Step(make_batch()), AlgorithmConfig()).any()
+    found, metrics = kl_in_reward(Step(make_batch()), AlgorithmConfig())
+    assert not found.any() and not metrics
 
 
 # The loss
@@ -191,7 +199,7 @@ def reference_loss(x: LossInputs, cfg: AlgorithmConfig, policy: list[float]) -> 
         total = own if cfg.importance == "none" else reference_weight(x, cfg, t) * own
         total -= cfg.entropy_coef * float(x.entropy[t])
         unbiased = cfg.kl_estimator == "unbiased"
-        kl = estimate("k3" if unbiased else cfg.kl_estimator, float(x.logprobs[t]), float(x.ref_logprobs[t]))
+        kl = estimate("k3" if unbiased else kind_of(cfg), float(x.logprobs[t]), float(x.ref_logprobs[t]))
         total += cfg.kl_loss_coef * kl * (ratios(x)[t] if unbiased else 1.0)
         out.append(total + (cfg.distill_coef * float(x.distillation[t]) if cfg.distill in ("topk", "full") else 0.0))
     return out
