@@ -47,7 +47,7 @@ class Learned:
     wall_s: float
     before: dict[str, float]  # accuracy by evaluation set
     after: dict[str, float]
-    tokens: list[int] = field(default_factory=list)  # that the student was trained on, until each update
+    tokens: list[int] = field(default_factory=list)  # that the policy was trained on, until each update: 0 while a critic warms up
     curves: dict[str, list[float]] = field(default_factory=dict)  # accuracy after each update
 
     @property
@@ -98,7 +98,7 @@ def learn(recipe: str, seed: int, folder: Path) -> Learned:
     learned = Learned(recipe, seed, commit.read_text(), summary["wall_s"], summary["eval_before"], summary["eval_after"])
     total = 0
     for line in lines:
-        learned.tokens.append(total := total + int(line["train/tokens"]))
+        learned.tokens.append(total := total + int(line.get("train/tokens", 0)))
     learned.curves = {name: [line[f"eval/{name}/accuracy"] for line in lines] for name in learned.after}
     if recipe in ALONE:
         paths = {"before": "data/quickstart/model", "after": f"runs/{recipe}/hf"}
