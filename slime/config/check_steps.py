@@ -19,6 +19,6 @@ def check_steps(cfg: SlimeConfig) -> None:
     if found:
         verb, them = ("has", "it") if len(found) == 1 else ("have", "them")
         raise ConfigError(
-            f"{', '.join(found)} {verb} no effect with trainer.updates_per_batch=1 and trainer.epochs_per_batch=1: a batch's only optimizer "
-            f"step begins where ratios are 1 and values have not moved; raise one of the two, or remove {them}"
+            f"{', '.join(found)} {verb} no effect with trainer.updates_per_batch=1 and trainer.epochs_per_batch=1: a batch's only "
+            f"optimizer step begins where ratios are 1 and values have not moved; raise one of the two, or remove {them}"
         )
