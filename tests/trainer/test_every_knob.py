@@ -115,6 +115,13 @@ def test_a_change_shows(run, group, knob, given, value, what) -> None:
     assert different(before[what], after[what])
 
 
+def test_without_a_change_nothing_shows(ranks, models) -> None:
+    cfg = make_cfg(models["qwen3"])
+    cfg.run.steps = STEPS
+    first, second = (ranks.run(seen, 1, cfg)[0] for _ in range(2))
+    assert not [what for what in first if different(first[what], second[what])]
+
+
 def test_every_knob_is_changed() -> None:
     assert TRAINER.keys() == {field.name for field in fields(TrainerConfig)}
     assert CRITIC.keys() == {field.name for field in fields(CriticConfig)}
