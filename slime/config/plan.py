@@ -6,6 +6,7 @@ from pathlib import Path
 
 from slime.config import SlimeConfig
 from slime.config.check_files import model_config
+from slime.config.exits import ConfigError
 from slime.config.of_critic import of_critic
 from slime.config.parallel import parallel_sizes
 from slime.config.plan_memory import Beside, EngineMemory, Model, RankMemory, count_parameters, engine_memory, longest, rank_memory
@@ -96,7 +97,8 @@ def memory_plan(cfg: SlimeConfig, roles: dict[str, RoleNeed], batch: BatchPlan) 
     if batch.update is not None:
         model = Model(config, parameters, roles["actor"].devices)
         critic = _critic(cfg, roles) if uses_critic(cfg.algorithm) else None
-        teachers = [_held(cfg, cfg.algorithm.teachers[name].path, model.devices) for name in held_teachers(cfg)]
+        paths = {f"algorithm.teachers.{name}.path": cfg.algorithm.teachers[name].path for name in held_teachers(cfg)}
+        teachers = [_held(cfg, knob, path, model.devices) for knob, path in paths.items()]
         if (uses_critic(cfg.algorithm) and critic is None) or None in teachers:
             return None
         if critic is not None and "critic" in roles:
@@ -115,11 +117,16 @@ def memory_plan(cfg: SlimeConfig, roles: dict[str, RoleNeed], batch: BatchPlan) 
 def _critic(cfg: SlimeConfig, roles: dict[str, RoleNeed]) -> Model | None:
     """None for a critic.path that is still on the hub."""
     own = of_critic(cfg)
-    model = _held(own, own.model.path, roles.get("critic", roles["actor"]).devices)
+    knob = "model.path" if cfg.critic.path is None else "critic.path"
+    model = _held(own, knob, own.model.path, roles.get("critic", roles["actor"]).devices)
     return None if model is None else Model.critic(own, model.config, model.parameters, model.devices)
 
 
-def _held(cfg: SlimeConfig, path: str, devices: int) -> Model | None:
-    """The model of another directory than the policy's, on as many devices; None for one that is still on the hub."""
-    config = model_config(replace(cfg, model=replace(cfg.model, path=path)))
+def _held(cfg: SlimeConfig, knob: str, path: str, devices: int) -> Model | None:
+    """The model of another directory than the policy's, which `knob` names, on as many devices; None for one that is still on the hub.
+    Raises ConfigError where there is none."""
+    try:
+        config = model_config(replace(cfg, model=replace(cfg.model, path=path)))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.path", knob)) from error
     return None if config is None else Model(config, count_parameters(Path(path), config), devices)

@@ -355,6 +355,10 @@ def test_teachers_that_are_served_elsewhere_take_no_memory(workdir) -> None:
     write_two(workdir)
     urls = ["algorithm.teachers.big.url=http://h:1", "algorithm.teachers.same.url=http://h:2"]
     assert rank_of(*TEACHERS, "algorithm.distill=topk", *urls).frozen == 0
+    with pytest.raises(
+        ConfigError, match=r"^algorithm\.teachers\.big\.path=no: no config\.json there; give a Hugging Face model directory$"
+    ):
+        rank_of(*TEACHERS, "algorithm.distill=topk", "algorithm.teachers.big.path=no")
     on_hub = ["algorithm.teachers.big.path=Qwen/Qwen3-0.6B", "algorithm.distill=topk"]
     assert plan(compose(overrides=[*GOOD, *TEACHERS, *on_hub]).cfg).memory is None
 
