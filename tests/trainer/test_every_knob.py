@@ -115,9 +115,10 @@ def test_a_change_shows(run, group, knob, given, value, what) -> None:
     assert different(before[what], after[what])
 
 
-def test_without_a_change_nothing_shows(ranks, models) -> None:
-    cfg = make_cfg(models["qwen3"])
-    cfg.run.steps = STEPS
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_without_a_change_nothing_shows(ranks, models, name) -> None:
+    cfg = make_cfg(models["qwen3"], **SEVERAL)
+    cfg.run.steps, cfg.algorithm.name = STEPS, name
     first, second = (ranks.run(seen, 1, cfg)[0] for _ in range(2))
     assert not [what for what in first if different(first[what], second[what])]
 
