@@ -2,8 +2,7 @@
 
 With d = log policy - log reference of a token, held within +-20:
 
-    k1   d                   no bias, may be negative. As a loss it teaches nothing: its gradient has the expectation 0. As a penalty in the
-                             reward its policy gradient is that of the reverse KL, and no other one's is
+    k1   d                   no bias, may be negative. As a loss it teaches nothing: its gradient has the expectation 0
     k2   d^2 / 2             biased in value; as a loss its gradient is that of the reverse KL
     k3   exp(-d) - 1 + d     no bias, >= 0; as a loss its gradient is that of the forward KL
 """

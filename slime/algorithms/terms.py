@@ -24,13 +24,13 @@ def per_token(batch: Batch, values_N: np.ndarray) -> np.ndarray:
 
 
 def kl_in_reward(step: Step, cfg: AlgorithmConfig) -> np.ndarray:
-    """kl_reward_coef times the k1 estimate of the KL to the reference of every trainable token, [T]; to be subtracted from its reward. The
-    policy gradient of a reward of -k1 is that of -KL; of -k2 or -k3 it vanishes near the reference, and drives unlikely tokens away."""
+    """kl_reward_coef times the KL to the reference of every trainable token, [T]; to be subtracted from its reward."""
     if not cfg.kl_reward_coef:
         return np.zeros(len(step.batch.tokens))
     assert step.old_logprobs is not None and step.ref_logprobs is not None, "asked for by the algorithm"
     policy, reference = (torch.from_numpy(x.astype(np.float64)) for x in (step.old_logprobs, step.ref_logprobs))
-    return np.where(step.batch.loss_mask, cfg.kl_reward_coef * kl.k1(policy, reference).numpy(), 0.0)
+    estimate = kl.ESTIMATORS[cfg.kl_estimator](policy, reference).numpy()
+    return np.where(step.batch.loss_mask, cfg.kl_reward_coef * estimate, 0.0)
 
 
 def from_teacher(step: Step, cfg: AlgorithmConfig) -> np.ndarray:

@@ -50,9 +50,9 @@ class AlgorithmConfig:
     kl_loss_coef: float = number(0.0, low=0)
     """Weight of the KL to the reference policy in the loss."""
     kl_reward_coef: float = number(0.0, low=0)
-    """Weight of the KL to the reference policy in every token's reward: log policy - log reference of the token drawn."""
-    kl_estimator: str = choice("k2", "k3", "unbiased")
-    """Of kl_loss_coef: k2 has the reverse KL's gradient, k3 the forward one's; unbiased, k3 weighed by the ratio, the reverse one's."""
+    """Weight of the KL to the reference policy in every token's reward."""
+    kl_estimator: str = choice("k2", "k1", "k3", "unbiased")
+    """From the tokens drawn. As a loss k2 has the reverse KL's gradient, k3 the forward one's; unbiased, k3 weighed by the ratio, both."""
     # Tokens that another policy drew
     importance: str = choice("none", "token", "sequence", "geometric")
     """Weigh tokens by the trainer's over the engine's probability: of the token, of its sequence, or its sequence's geometric mean."""

@@ -37,11 +37,14 @@ def check_algorithm(cfg: AlgorithmConfig) -> None:
 def _check_kl(cfg: AlgorithmConfig) -> None:
     if changed(cfg, "reference_every") and not (cfg.kl_loss_coef or cfg.kl_reward_coef):
         _refuse(cfg, "reference_every", "has no effect without algorithm.kl_loss_coef or algorithm.kl_reward_coef: there is no reference")
-    if changed(cfg, "kl_estimator") and not cfg.kl_loss_coef:
-        of_reward = "; in the reward the KL is k1, with which alone a policy gradient is the KL's" if cfg.kl_reward_coef else ""
-        _refuse(cfg, "kl_estimator", f"has no effect without algorithm.kl_loss_coef: remove it{of_reward}")
+    if changed(cfg, "kl_estimator") and not (cfg.kl_loss_coef or cfg.kl_reward_coef):
+        _refuse(cfg, "kl_estimator", "has no effect without algorithm.kl_loss_coef or algorithm.kl_reward_coef")
     if cfg.kl_loss_coef and cfg.kl_reward_coef:
         _refuse(cfg, "kl_loss_coef", f"counts the KL twice beside algorithm.kl_reward_coef={cfg.kl_reward_coef:g}: set one of them to 0")
+    if cfg.kl_loss_coef and cfg.kl_estimator == "k1":
+        _refuse(cfg, "kl_estimator", "as a loss has a gradient of expectation 0: choose k2, k3 or unbiased")
+    if cfg.kl_reward_coef and cfg.kl_estimator == "unbiased":
+        _refuse(cfg, "kl_estimator", "is of a loss, algorithm.kl_loss_coef: choose k1, k2 or k3 for a KL in the reward")
 
 
 def _check_distill(cfg: AlgorithmConfig) -> None:

@@ -45,7 +45,7 @@ def reference_gae(step, cfg: AlgorithmConfig) -> tuple[list[float], list[float]]
         {"lam": 0.0},
         {"gamma": 0.9, "lam": 0.7},
         {"kl_reward_coef": 0.3, "lam": 0.7},
-        {"kl_reward_coef": 0.3, "gamma": 0.9},
+        {"kl_reward_coef": 0.3, "kl_estimator": "k1", "gamma": 0.9},
         {"distill": "sampled", "distill_coef": 0.4, "lam": 0.7},
     ],
     ids=str,

@@ -41,7 +41,7 @@ CHANGES = {
     "kl_loss_coef": [({}, 0.3)],
     "reference_every": [(KL, 5), (KL_REWARD, 5)],
     "kl_reward_coef": [({}, 0.3)],
-    "kl_estimator": [(KL, "k3"), (KL, "unbiased")],
+    "kl_estimator": [(KL, "k3"), (KL, "unbiased"), (KL_REWARD, "k1"), (KL_REWARD, "k3")],
     "importance": [({}, "token"), ({}, "sequence"), ({}, "geometric")],
     "importance_bound": [(WEIGHED, "mask")],
     "importance_low": [(WEIGHED, 0.9)],

@@ -59,7 +59,8 @@ REFERENCE = {"reinforce_pp": reference_returns, "reinforce_pp_baseline": referen
     [
         {},
         {"kl_reward_coef": 0.3},
-        {"kl_reward_coef": 0.3, "gamma": 0.9},
+        {"kl_reward_coef": 0.3, "kl_estimator": "k1"},
+        {"kl_reward_coef": 0.3, "kl_estimator": "k3", "gamma": 0.9},
         {"distill": "sampled", "distill_coef": 0.4, "gamma": 0.5},
     ],
     ids=str,
@@ -80,7 +81,7 @@ def test_the_kl_is_subtracted_once():
     step = make_step(make_batch([[0, 1, 0, 1], [0, 0, 1]], [2.0, 1.0], [0, 0]))
     step.old_logprobs = np.float32([0, -1, 0, -1, 0, 0, -1])
     step.ref_logprobs = np.float32([0, -1.5, 0, -1.25, 0, 0, -1])
-    knobs = {"kl_reward_coef": 0.5, "normalize": False}
+    knobs = {"kl_reward_coef": 0.5, "kl_estimator": "k1", "normalize": False}
     np.testing.assert_allclose(built("reinforce_pp", **knobs).targets(step).advantages, [0, 1.625, 0, 1.875, 0, 0, 1])
     np.testing.assert_allclose(built("reinforce_pp_baseline", **knobs).targets(step).advantages, [0, 0.25, 0, 0.375, 0, 0, -0.5])
 

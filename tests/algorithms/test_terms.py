@@ -83,12 +83,12 @@ def estimate(kind: str, policy: float, other: float) -> float:
 
 
 def token_rewards(step: Step, cfg: AlgorithmConfig) -> list[float]:
-    """-coef * k1 of every trainable token, and the sample's reward on the last one."""
+    """-coef * kl of every trainable token, and the sample's reward on the last one."""
     out = [0.0] * len(step.batch.tokens)
     for n in range(len(step.batch)):
         at = trained(step.batch, n)
         for t in at:
-            out[t] = -cfg.kl_reward_coef * estimate("k1", float(step.old_logprobs[t]), float(step.ref_logprobs[t]))
+            out[t] = -cfg.kl_reward_coef * estimate(cfg.kl_estimator, float(step.old_logprobs[t]), float(step.ref_logprobs[t]))
         if at:
             out[at[-1]] += float(step.batch.rewards[n])
     return out
@@ -142,10 +142,11 @@ def test_a_samples_value_lies_on_its_trainable_tokens():
     assert per_token(batch, np.arange(1.0, 8.0)).tolist() == spread(batch, list(range(1, 8)))
 
 
-def test_the_kl_in_the_reward_is_k1_times_its_coefficient():
-    step, cfg = make_step(), AlgorithmConfig(kl_reward_coef=0.3)
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_the_kl_in_the_reward_is_the_estimate_times_its_coefficient(kind):
+    step, cfg = make_step(), AlgorithmConfig(kl_reward_coef=0.3, kl_estimator=kind)
     pairs = zip(step.old_logprobs.tolist(), step.ref_logprobs.tolist(), step.batch.loss_mask, strict=True)
-    expected = [0.3 * estimate("k1", policy, reference) if m else 0.0 for policy, reference, m in pairs]
+    expected = [0.3 * estimate(kind, policy, reference) if m else 0.0 for policy, reference, m in pairs]
     np.testing.assert_allclose(kl_in_reward(step, cfg), expected, rtol=1e-9, atol=1e-12)
 
 
@@ -217,9 +218,10 @@ TERMS = [
 
 
 def test_every_choice_of_a_term_is_among_them():
-    for knob in ("kl_estimator", "importance", "importance_bound", "distill"):
+    """But for k1, which is refused as a loss."""
+    for knob, besides in (("kl_estimator", {"k1"}), ("importance", set()), ("importance_bound", set()), ("distill", set())):
         field = next(field for field in fields(AlgorithmConfig) if field.name == knob)
-        assert {terms.get(knob, field.default) for terms in TERMS} == set(field.metadata["choices"])
+        assert {terms.get(knob, field.default) for terms in TERMS} == set(field.metadata["choices"]) - besides
 
 
 def away_from_the_engine() -> LossInputs:

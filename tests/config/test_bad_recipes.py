@@ -110,7 +110,6 @@ BAD_VALUES = {
     "rollout.external_urls=[localhost]": "rollout.external_urls: 'localhost' is not http://host:port",
     "rollout.stop=['']": "rollout.stop has an empty string, which would end every answer at once: remove it",
     "cluster.roles.actr.devices=1": "cluster.roles.actr: no such role; there are actor, critic, rollout; did you mean actor?",
-    "algorithm.kl_estimator=k1": "algorithm.kl_estimator=k1: takes k2, k3, unbiased",
     "critic.value_clip=0": "critic.value_clip=0: must be above 0",
 }
 

@@ -76,16 +76,19 @@ SWITCHED_OFF = [
 CONTRADICTORY = [
     (
         {"name": "grpo", "kl_estimator": "k3"},
-        "algorithm.kl_estimator=k3 has no effect without algorithm.kl_loss_coef: remove it",
+        "algorithm.kl_estimator=k3 has no effect without algorithm.kl_loss_coef or algorithm.kl_reward_coef",
     ),
     (
         {"name": "ppo", "kl_loss_coef": 0.1, "kl_reward_coef": 0.2},
         "algorithm.kl_loss_coef=0.1 counts the KL twice beside algorithm.kl_reward_coef=0.2: set one of them to 0",
     ),
     (
+        {"name": "grpo", "kl_loss_coef": 0.1, "kl_estimator": "k1"},
+        "algorithm.kl_estimator=k1 as a loss has a gradient of expectation 0: choose k2, k3 or unbiased",
+    ),
+    (
         {"name": "ppo", "kl_reward_coef": 0.1, "kl_estimator": "unbiased"},
-        "algorithm.kl_estimator=unbiased has no effect without algorithm.kl_loss_coef: remove it; in the reward the KL is k1, with which "
-        "alone a policy gradient is the KL's",
+        "algorithm.kl_estimator=unbiased is of a loss, algorithm.kl_loss_coef: choose k1, k2 or k3 for a KL in the reward",
     ),
     ({"name": "opd"}, "algorithm.distill=none leaves algorithm.name=opd nothing to learn: choose sampled, topk or full"),
     (
@@ -144,7 +147,7 @@ def test_every_knob_with_a_switch_is_refused_without_it():
         {"kl_loss_coef": 0.1},
         {"kl_loss_coef": 0.1, "kl_estimator": "k3"},
         {"kl_loss_coef": 0.1, "kl_estimator": "unbiased"},
-        {"name": "ppo", "kl_reward_coef": 0.1, "gamma": 0.99, "lam": 0.95},
+        {"name": "ppo", "kl_reward_coef": 0.1, "kl_estimator": "k1", "gamma": 0.99, "lam": 0.95},
         {"distill": "sampled", "distill_coef": 0.5},
         {"distill": "topk", "distill_top_k": 4, "distill_beta": 0.1},
         {"distill": "full", "distill_beta": 0.0},

@@ -21,7 +21,7 @@ CASES = {
     "reinforce_pp_baseline": {"name": "reinforce_pp_baseline", "kl_reward_coef": 0.1, "aggregation": "constant"},
     "gspo": {"name": "gspo", "clip_low": 0.05, "clip_high": 0.05},
     "cispo": {"name": "cispo", "clip_high": 0.5, "kl_loss_coef": 0.1, "kl_estimator": "unbiased"},
-    "ppo": {"name": "ppo", "kl_reward_coef": 0.1, "lam": 0.8, "clip_dual": 1.1},
+    "ppo": {"name": "ppo", "kl_reward_coef": 0.1, "kl_estimator": "k3", "lam": 0.8, "clip_dual": 1.1},
     "sft": {"name": "sft", "aggregation": "sequence"},
     "opd": {**TAUGHT, "distill": "sampled"},
     "opd_topk": {**TAUGHT, "distill": "topk", "distill_beta": 0.5, "distill_top_k": 5},
