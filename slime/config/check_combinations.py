@@ -8,6 +8,7 @@ from slime.config.algorithms import ALGORITHMS
 from slime.config.check_algorithm import check_algorithm
 from slime.config.check_critic import check_critic
 from slime.config.check_inert import changed, check_inert
+from slime.config.check_steps import check_steps
 from slime.config.check_sync import check_sync
 from slime.config.check_teachers import check_teachers
 from slime.config.exits import ConfigError
@@ -105,6 +106,7 @@ def _algorithm(cfg: SlimeConfig) -> None:
     check_algorithm(cfg.algorithm)
     check_teachers(cfg)
     check_critic(cfg)
+    check_steps(cfg)
     traits = ALGORITHMS.get(cfg.algorithm.name)
     if traits and traits.compares and cfg.rollout.samples_per_prompt < 2 and cfg.run.only != "rollout":
         raise ConfigError(
@@ -201,8 +203,9 @@ def _schedule(cfg: SlimeConfig) -> None:
                     "trainer.schedule=constant",
                     "set trainer.schedule to cosine or wsd, or remove it",
                 )
-    if trainer.decay_steps is not None and trainer.decay_steps < 1:
-        raise ConfigError(f"trainer.decay_steps={trainer.decay_steps}: must be at least 1")
+    least = 2 if trainer.schedule == "wsd" else 1  # a decay begins at trainer.lr, and one step of it would be none
+    if trainer.decay_steps is not None and trainer.decay_steps < least:
+        raise ConfigError(f"trainer.decay_steps={trainer.decay_steps}: must be at least {least}")
     if trainer.min_lr > trainer.lr:
         raise ConfigError(f"trainer.min_lr={trainer.min_lr:g} is above trainer.lr={trainer.lr:g}, the peak: lower it")
     if trainer.warmup_steps >= updates:

@@ -1,15 +1,16 @@
 """What a recipe will occupy, by arithmetic alone: devices by role, the batch, memory of a rank and of an engine (`plan_memory`)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slime.config import SlimeConfig
 from slime.config.check_files import model_config
+from slime.config.exits import ConfigError
 from slime.config.of_critic import of_critic
 from slime.config.parallel import parallel_sizes
-from slime.config.plan_memory import EngineMemory, Model, RankMemory, count_parameters, engine_memory, longest, rank_memory
-from slime.config.roles import RoleNeed, role_needs, samples_per_prompt, uses_critic
+from slime.config.plan_memory import Beside, EngineMemory, Model, RankMemory, count_parameters, engine_memory, longest, rank_memory
+from slime.config.roles import RoleNeed, generates, held_teachers, role_needs, samples_per_prompt, uses_critic, uses_reference
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The resource plan of a recipe. `memory` is None for a model that is still on the hub."""
+    """The resource plan of a recipe. `memory` is None where a model is still on the hub."""
 
     roles: dict[str, RoleNeed]
     batch: BatchPlan
@@ -86,23 +87,29 @@ def update_plan(cfg: SlimeConfig, samples: int, devices: int) -> UpdatePlan:
 
 
 def memory_plan(cfg: SlimeConfig, roles: dict[str, RoleNeed], batch: BatchPlan) -> MemoryPlan | None:
-    """The formulas of `plan_memory`, for the model in model.path and the critic's."""
+    """The formulas of `plan_memory`, for the model in model.path, the critic's, the reference and the teachers that ranks hold. None where
+    one of them is still on the hub."""
     config = model_config(cfg)
     if config is None:
         return None
     parameters = count_parameters(Path(cfg.model.path), config)
     rank = own = None
     if batch.update is not None:
-        beside = None
-        if uses_critic(cfg.algorithm):
-            critic = _critic(cfg, roles)
-            if critic is None:
-                return None
-            if "critic" in roles:
-                own = rank_memory(of_critic(cfg), critic, update_plan(cfg, batch.samples, critic.devices).micro_batches)
-            else:
-                beside = critic
-        rank = rank_memory(cfg, Model(config, parameters, roles["actor"].devices), batch.update.micro_batches, beside)
+        model = Model(config, parameters, roles["actor"].devices)
+        critic = _critic(cfg, roles) if uses_critic(cfg.algorithm) else None
+        paths = {f"algorithm.teachers.{name}.path": cfg.algorithm.teachers[name].path for name in held_teachers(cfg)}
+        teachers = [_held(cfg, knob, path, model.devices) for knob, path in paths.items()]
+        if (uses_critic(cfg.algorithm) and critic is None) or None in teachers:
+            return None
+        if critic is not None and "critic" in roles:
+            own, critic = rank_memory(of_critic(cfg), critic, update_plan(cfg, batch.samples, critic.devices).micro_batches), None
+        beside = Beside(
+            critic=critic,
+            reference=model if uses_reference(cfg.algorithm) else None,
+            teachers=tuple(teacher for teacher in teachers if teacher is not None),
+            snapshot=generates(cfg) and cfg.sync.mode == "delta" and cfg.sync.snapshot == "device",
+        )
+        rank = rank_memory(cfg, model, batch.update.micro_batches, beside)
     engine = engine_memory(cfg, config, parameters.total, batch.samples) if "rollout" in roles else None
     return MemoryPlan(parameters.total, rank, own, engine)
 
@@ -110,7 +117,16 @@ def memory_plan(cfg: SlimeConfig, roles: dict[str, RoleNeed], batch: BatchPlan) 
 def _critic(cfg: SlimeConfig, roles: dict[str, RoleNeed]) -> Model | None:
     """None for a critic.path that is still on the hub."""
     own = of_critic(cfg)
-    config = model_config(own)
-    if config is None:
-        return None
-    return Model.critic(own, config, count_parameters(Path(own.model.path), config), roles.get("critic", roles["actor"]).devices)
+    knob = "model.path" if cfg.critic.path is None else "critic.path"
+    model = _held(own, knob, own.model.path, roles.get("critic", roles["actor"]).devices)
+    return None if model is None else Model.critic(own, model.config, model.parameters, model.devices)
+
+
+def _held(cfg: SlimeConfig, knob: str, path: str, devices: int) -> Model | None:
+    """The model of another directory than the policy's, which `knob` names, on as many devices; None for one that is still on the hub.
+    Raises ConfigError where there is none."""
+    try:
+        config = model_config(replace(cfg, model=replace(cfg.model, path=path)))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.path", knob)) from error
+    return None if config is None else Model(config, count_parameters(Path(path), config), devices)

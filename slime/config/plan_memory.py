@@ -19,11 +19,14 @@ section 4, without attention scores, which are never stored); an estimate, recom
 A rank has at most max_tokens_per_rank tokens of a micro-batch, or its 1 / context of one longer sequence. Of p stages, stage s holds
 p - s micro-batches at once (one-forward-one-backward); v-fold interleaved, (2 (p - s - 1) + (v - 1) p + 1) / v (ibid., appendix C).
 
-Logits of one micro-batch and their gradient, on the last stage: 2 x tokens x vocabulary / t, in the model's dtype. Log-probs are
-computed from them in fp32, a chunk of at most 2^24 values at a time; the backward pass holds at most three such chunks.
+Logits of one micro-batch and their gradient, on the last stage: 2 x tokens x vocabulary / t, in the model's dtype. With a divergence as a
+loss (algorithm.distill=topk or full) its gradient is one more, and with full the teacher's logits are there too. Log-probs are computed
+from logits in fp32, a chunk of at most 2^24 values at a time; the backward pass holds at most three such chunks.
 
 A critic has a head of one output in place of the output layer, and no logits. On the actor's ranks it adds its parameters, gradients and
-optimizer state; its activations are never there together with the actor's, which are taken to be as large.
+optimizer state; its activations are never there together with the actor's, which are taken to be as large. The reference of a KL and every
+teacher that the actor's ranks hold add their parameters, in the actor's layout; they keep no activations. With sync.snapshot=device the
+weights that engines have lie beside the model, divided over the ranks that hold the same parameters.
 
 An engine's device holds its share of the weights (with rollout.quantization=fp8 a byte for all but embedding and head) and, a token and
 layer, 2 x kv_heads x head_dim values of KV cache over its tensor-parallel ranks; with latent attention kv_lora_rank + qk_rope_head_dim
@@ -79,11 +82,13 @@ class RankMemory:
     logprobs: int  # fp32 chunks
     stage: int  # its pipeline stage, from 0
     critic: int = 0  # weights, gradients and optimizer state of a critic that it holds beside
+    frozen: int = 0  # weights of the reference and of teachers
+    snapshot: int = 0  # of the weights that engines have
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.held + self.critic + self.activations + self.logits + self.logprobs
+        return self.held + self.critic + self.frozen + self.snapshot + self.activations + self.logits + self.logprobs
 
     @property
     def held(self) -> int:
@@ -143,13 +148,39 @@ class Model:
         return cls(config, replace(parameters, output=size_of(cfg, config, "hidden_size")), devices, logits=False)
 
 
-def rank_memory(cfg: SlimeConfig, model: Model, micro_batches: int, critic: Model | None = None) -> RankMemory:
-    """What a rank of the largest pipeline stage holds, a critic beside its model included. Raises ConfigError for layers that do not divide
+@dataclass(frozen=True)
+class Beside:
+    """What ranks hold beside the model that they train."""
+
+    critic: Model | None = None
+    reference: Model | None = None
+    teachers: tuple[Model, ...] = ()
+    snapshot: bool = False  # of the weights that engines have, on the device
+
+    @property
+    def frozen(self) -> tuple[Model, ...]:
+        """The reference and the teachers."""
+        return self.teachers if self.reference is None else (self.reference, *self.teachers)
+
+
+def rank_memory(cfg: SlimeConfig, model: Model, micro_batches: int, beside: Beside = Beside()) -> RankMemory:
+    """What a rank of the largest pipeline stage holds, with what lies beside its model. Raises ConfigError for layers that do not divide
     into stages."""
     stages = _of_stages(cfg, model, micro_batches)
-    if critic is not None:
-        beside = _of_stages(cfg, critic, micro_batches)
-        stages = [replace(memory, critic=other.held) for memory, other in zip(stages, beside, strict=True)]
+    if beside.snapshot:  # of every element as many bytes as its weight, and optimizer state is divided alike
+        width = ADAM_BYTES[cfg.model.dtype] // BYTES[cfg.model.dtype]
+        stages = [replace(memory, snapshot=memory.optimizer // width) for memory in stages]
+    if cfg.algorithm.distill in ("topk", "full"):
+        stages = [replace(memory, logits=memory.logits // 2 * 3) for memory in stages]
+    if beside.critic is not None:
+        others = _of_stages(cfg, beside.critic, micro_batches)
+        stages = [replace(memory, critic=other.held) for memory, other in zip(stages, others, strict=True)]
+    for frozen in beside.frozen:
+        others = _of_stages(cfg, frozen, micro_batches)
+        stages = [replace(memory, frozen=memory.frozen + other.weights) for memory, other in zip(stages, others, strict=True)]
+    if beside.teachers and cfg.algorithm.distill == "full":
+        widest = max(_of_stages(cfg, teacher, micro_batches)[-1].logits // 2 for teacher in beside.teachers)
+        stages[-1] = replace(stages[-1], logits=stages[-1].logits + widest)
     return max(stages, key=lambda memory: memory.total)
 
 

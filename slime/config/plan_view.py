@@ -15,7 +15,7 @@ def show(cfg: SlimeConfig, plan: Plan, console: Console) -> None:
     _print(console, f"roles (cluster.device={cfg.cluster.device})", _roles(cfg, plan))
     _print(console, "one step", _batch(plan.batch))
     if plan.memory is None:
-        console.print(f"\nmemory: known once {cfg.model.path} is downloaded", highlight=False)
+        console.print("\nmemory: known once every model is downloaded", highlight=False)
     else:
         title = f"memory of one device, estimated ({plan.memory.parameters:,} parameters, {cfg.model.dtype})"
         _print(console, title, _memory(plan.memory, cfg.trainer.pipeline_parallel))
@@ -103,6 +103,10 @@ def _rank(table: Table, name: str, rank: RankMemory, stages: int) -> None:
     table.add_row(f"{name}: optimizer state", size(rank.optimizer))
     if rank.critic:
         table.add_row(f"{name}: weights, gradients and optimizer state of the critic", size(rank.critic))
+    if rank.frozen:
+        table.add_row(f"{name}: weights of the reference and of teachers", size(rank.frozen))
+    if rank.snapshot:
+        table.add_row(f"{name}: snapshot of the weights that engines have", size(rank.snapshot))
     table.add_row(f"{name}: activations of {'a micro-batch' if stages == 1 else 'micro-batches in flight'}", size(rank.activations))
     if rank.logits:
         table.add_row(f"{name}: logits of a micro-batch and their gradient", size(rank.logits))

@@ -35,6 +35,13 @@ def uses_critic(algorithm: AlgorithmConfig) -> bool:
     return known.critic if known else _says(algorithm, "uses_critic")
 
 
+def uses_reference(algorithm: AlgorithmConfig) -> bool:
+    """Whether it compares the policy with a reference that ranks hold. As `needs_rollouts`."""
+    if algorithm.name in ALGORITHMS:
+        return bool(algorithm.kl_loss_coef or algorithm.kl_reward_coef)
+    return _says(algorithm, "uses_reference")
+
+
 def _says(algorithm: AlgorithmConfig, what: str) -> bool:
     """A field of a user's own algorithm."""
     name = algorithm.name
@@ -74,6 +81,12 @@ def teacher_role(name: str) -> str:
 def served_teachers(cfg: SlimeConfig) -> set[str]:
     """Names of the teachers that SGLang serves, the user's servers or slime's own; the actor's ranks hold the others."""
     return {name for name, teacher in cfg.algorithm.teachers.items() if teacher.url is not None or teacher_role(name) in cfg.cluster.roles}
+
+
+def held_teachers(cfg: SlimeConfig) -> list[str]:
+    """Names of the teachers that the actor's ranks hold."""
+    served = served_teachers(cfg)
+    return [name for name in cfg.algorithm.teachers if name not in served]
 
 
 def tensor_parallel(cfg: SlimeConfig, role: str) -> tuple[str, int]:

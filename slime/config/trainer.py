@@ -49,8 +49,10 @@ class TrainerConfig:
 def decay_length(trainer: TrainerConfig, steps: int) -> int:
     """Optimizer steps of the final decay of a run of `steps` in all: trainer.decay_steps, or what it is by default.
 
-    wsd: a tenth of all steps, at least one. cosine: all that follow the warm-up.
+    wsd: a tenth of all steps, at least two, the first of which is still at trainer.lr. cosine: all that follow the warm-up.
     """
     if trainer.decay_steps is not None:
         return trainer.decay_steps
-    return max(1, steps // 10 if trainer.schedule == "wsd" else steps - trainer.warmup_steps)
+    if trainer.schedule == "wsd":
+        return max(min(2, steps - trainer.warmup_steps), steps // 10, 1)
+    return max(1, steps - trainer.warmup_steps)

@@ -25,6 +25,8 @@ def check_model(cfg: SlimeConfig, headers: bool = True) -> None:
             f"model.path={cfg.model.path}: {model.family} can be trained but not served ({model.unserved}): train on demonstrations "
             "(algorithm.name=sft), or take a later model of its line"
         )
+    if not (cfg.rollout.replay_experts or model.has_experts):
+        raise ValueError(f"rollout.replay_experts=false has no effect: {model.family} has no experts; remove it")
     if trains:
         check_layout(model, parallel_sizes(cfg.trainer), cfg.trainer)
 

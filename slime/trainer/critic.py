@@ -21,7 +21,7 @@ from slime.trainer.distributed import Parallel
 from slime.trainer.metrics import of_values
 from slime.trainer.model import build_value_model
 from slime.trainer.optimize import accumulate, take_step, weighted_sums
-from slime.trainer.packing import MicroBatch, split_groups
+from slime.trainer.packing import MicroBatch, updates_of
 from slime.trainer.passes import gather, look, tokens_of
 from slime.trainer.state import Trained
 from slime.types import Batch
@@ -62,7 +62,7 @@ def learn(critic: Critic, batch: Batch, old: np.ndarray, returns: np.ndarray) ->
     cfg, batch = critic.cfg.trainer, _own(batch)
     updates: list[dict[str, float]] = []
     for _ in range(cfg.epochs_per_batch):
-        for samples in split_groups(batch.group, cfg.updates_per_batch):
+        for samples in updates_of(batch, cfg.updates_per_batch):
             part, at = (batch.select(samples), tokens_of(batch, samples)) if critic.steps_per_batch > 1 else (batch, slice(None))
             updates.append(_update(critic, part, old[at], returns[at], taken=len(updates)))
     critic.version += 1

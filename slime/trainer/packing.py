@@ -135,6 +135,20 @@ def share(length: int, cp_rank: int, cp_size: int) -> np.ndarray:
     return np.concatenate([front, length - front[::-1] - 1])
 
 
+def updates_of(batch: Batch, parts: int) -> list[np.ndarray]:
+    """The samples of each optimizer step, see `split_groups`. Raises ValueError where nothing is trained in one of them: momentum and
+    weight decay would move the weights all the same. Rollouts drop groups of which nothing is trained: such a batch is from elsewhere."""
+    split = split_groups(batch.group, parts)
+    trained_N = batch.trained_lengths
+    for number, samples in enumerate(split, 1):
+        if not trained_N[samples].any():
+            raise ValueError(
+                f"optimizer step {number} of {parts} has {len(samples)} samples and no token that is trained: momentum and weight decay "
+                "alone would move the weights; lower trainer.updates_per_batch, or leave groups without a trained token out of the batch"
+            )
+    return split
+
+
 def split_groups(group: np.ndarray, parts: int) -> list[np.ndarray]:
     """Divide samples (group int64 [N]) into `parts` of whole groups, in order of first appearance: int64 positions, ascending.
 

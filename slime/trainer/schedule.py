@@ -13,7 +13,7 @@ def learning_rate(cfg: TrainerConfig, step: int, steps: int) -> float:
 
         constant   cfg.lr
         cosine     half a cosine from cfg.lr to cfg.min_lr over decay_steps (by default all that follow the warm-up), min_lr after
-        wsd        cfg.lr, and over the last decay_steps (by default a tenth of all, at least one) linearly to cfg.min_lr
+        wsd        cfg.lr, and over the last decay_steps (by default a tenth of all, at least two) linearly to cfg.min_lr
                    (warm-up, stable, decay; arXiv 2404.06395)
 
     A decay begins at cfg.lr and would reach min_lr one step after its last, so that no step is spent at a rate of 0.

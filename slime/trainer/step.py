@@ -17,7 +17,7 @@ from slime.algorithms.aggregation import token_weights
 from slime.algorithms.base import LossInputs, Step, Targets
 from slime.trainer import metrics, performance, routing
 from slime.trainer.optimize import accumulate, take_step, weighted_sums
-from slime.trainer.packing import MicroBatch, split_groups
+from slime.trainer.packing import MicroBatch, updates_of
 from slime.trainer.passes import log_probs, of_labels, tokens_of
 from slime.trainer.sequences import SequencesOfRanks
 from slime.trainer.state import Trainer
@@ -58,7 +58,8 @@ def train_beside(trainer: Trainer, batch: Batch, values: np.ndarray | None, lear
 
     Metrics that the algorithm reports are means with the loss's own weights. mismatch/* and offpolicy/* compare log-probs from before the
     first optimizer step: of the whole batch with one update or where the algorithm reads old log-probs, else of the first update's samples.
-    Raises NotFinite, on every rank alike, for a loss or gradient that is not finite: that optimizer step and those after it are not taken.
+    Raises NotFinite, on every rank alike, for a loss or gradient that is not finite: that optimizer step and those after it are not taken;
+    ValueError before the first step for a batch of which one has nothing to train on.
     """
     begun = time.perf_counter()
     cfg, algorithm, version = trainer.cfg.trainer, trainer.algorithm, trainer.version
@@ -71,7 +72,7 @@ def train_beside(trainer: Trainer, batch: Batch, values: np.ndarray | None, lear
     before = None if known.old_logprobs is None else (known.old_logprobs, batch)
     updates: list[dict[str, float]] = []
     for _ in range(cfg.epochs_per_batch if learns else 0):
-        for samples in split_groups(batch.group, cfg.updates_per_batch):
+        for samples in updates_of(batch, cfg.updates_per_batch):
             part = batch.select(samples) if several else batch
             report, logprobs = _update(trainer, part, columns.at(tokens_of(batch, samples)), taken=len(updates))
             updates.append(report)

@@ -7,7 +7,7 @@ import torch
 from slime.algorithms import cispo, grpo
 from slime.config import AlgorithmConfig
 from tests.algorithms.local import make_inputs
-from tests.algorithms.test_terms import after_updates, make_step, ratios, slope
+from tests.algorithms.test_terms import after_updates, make_step, ratios, replaced, slope
 
 CLIPS = [
     ({}, (1.0, 4.0)),
@@ -30,7 +30,8 @@ def test_targets_are_grpos():
 @pytest.mark.parametrize("far", [False, True], ids=["after several updates", "far"])
 @pytest.mark.parametrize(("given", "bounds"), CLIPS, ids=str)
 def test_loss_and_gradient_follow_the_paper(given, bounds, far):
-    """Equation 4 of arXiv 2506.13585, negated: -sg(clip(r)) A log p. Finite differences would differentiate the ratio too."""
+    """Equation 4 of arXiv 2506.13585, negated: -sg(clip(r)) A log p. Finite differences would differentiate the ratio too; for those that
+    hold it see below."""
     loss = cispo.build(AlgorithmConfig("cispo", **given)).loss
     x = make_inputs(24, shift=1.5) if far else after_updates(loss)
     out, advantages = loss(x), x.advantages.tolist()
@@ -39,6 +40,22 @@ def test_loss_and_gradient_follow_the_paper(given, bounds, far):
     np.testing.assert_allclose(slope(out.loss.sum(), x.logprobs).tolist(), slopes, rtol=1e-9)
     held = [float(not 1 - bounds[0] <= ratio <= 1 + bounds[1]) for ratio in ratios(x)]
     assert out.metrics["clip_frac"].tolist() == held
+
+
+@pytest.mark.parametrize("far", [False, True], ids=["after several updates", "far"])
+@pytest.mark.parametrize(("given", "bounds"), CLIPS, ids=str)
+def test_gradients_agree_with_finite_differences_that_hold_the_ratio(given, bounds, far):
+    """The old log-probs go along with the current ones, so that no ratio moves: what is left is the slope of A log p times sg(clip(r)). Of
+    one log-prob at a time, as each token's loss is its own; with importance weights, which the step holds likewise."""
+    loss = cispo.build(AlgorithmConfig("cispo", **given, importance="token", importance_low=0.9, importance_high=1.1)).loss
+    x, h = make_inputs(24, shift=1.5) if far else after_updates(loss), 1e-6
+
+    def moved(by: float) -> torch.Tensor:
+        columns = {name: getattr(x, name) + by for name in ("logprobs", "old_logprobs", "rollout_logprobs")}
+        return loss(replaced(x, **columns)).loss.detach()
+
+    difference = (moved(h) - moved(-h)) / (2 * h)
+    torch.testing.assert_close(slope(loss(x).loss.sum(), x.logprobs), difference, rtol=1e-6, atol=1e-9)
 
 
 def test_gradients_of_the_other_terms_are_added():

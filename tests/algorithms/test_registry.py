@@ -15,6 +15,7 @@ from slime.config.algorithm import TeacherConfig
 from slime.config.algorithms import ALGORITHMS
 from slime.config.check_algorithm import check_algorithm
 from slime.config.exits import ConfigError
+from slime.config.roles import uses_reference
 from tests.algorithms.local import LocalSequences
 from tests.algorithms.test_terms import make_batch, make_step
 
@@ -219,6 +220,14 @@ def test_without_a_policy_loss_its_knobs_act_or_are_refused(knob, distill):
 def test_every_name_builds_what_its_traits_say(name):
     algorithm, traits = build_algorithm(recipe(name)), ALGORITHMS[name]
     assert (algorithm.needs_rollouts, algorithm.uses_critic) == (traits.needs_rollouts, traits.critic)
+
+
+@pytest.mark.parametrize("coef", [{}, KL, KL_REWARD], ids=str)
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_plan_knows_who_has_a_reference(name, coef):
+    cfg = recipe(name, coef)
+    if accepted(cfg):
+        assert uses_reference(cfg) == build_algorithm(cfg).uses_reference == bool(coef)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

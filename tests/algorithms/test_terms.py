@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -214,12 +215,21 @@ TERMS = [
     {"distill": "topk", "distill_coef": 0.6},
     {"distill": "full", "distill_coef": 0.6},
     {"distill": "sampled", "distill_coef": 0.6},
-    {"importance": "token", "importance_low": 0.9, "importance_high": 1.1},
-    {"importance": "sequence", "importance_low": 0.9, "importance_high": 1.1},
-    {"importance": "geometric", "importance_bound": "mask", "importance_low": 0.9, "importance_high": 1.1},
+    *(
+        {"importance": level, "importance_bound": bound, "importance_low": 0.9, "importance_high": 1.1}
+        for level in ("token", "sequence", "geometric")
+        for bound in ("truncate", "mask")
+    ),
     {"importance": "token", "importance_bound": "mask", "importance_low": 0.9, "importance_high": 1.1, "entropy_coef": 0.1}
     | {"kl_loss_coef": 0.3, "kl_estimator": "unbiased", "distill": "full", "distill_coef": 0.6},
 ]
+
+
+def test_every_choice_of_a_term_is_among_them():
+    """But for k1, which is refused as a loss."""
+    for knob, besides in (("kl_estimator", {"k1"}), ("importance", set()), ("importance_bound", set()), ("distill", set())):
+        field = next(field for field in fields(AlgorithmConfig) if field.name == knob)
+        assert {terms.get(knob, field.default) for terms in TERMS} == set(field.metadata["choices"]) - besides
 
 
 def away_from_the_engine() -> LossInputs:

@@ -67,6 +67,7 @@ def test_without_a_bound_it_is_the_squared_error():
     rows = zip(values.tolist(), returns.tolist(), strict=True)
     np.testing.assert_allclose(loss.tolist(), [(v - r) ** 2 for v, r in rows], rtol=1e-12)
     assert held.tolist() == [0] * 20
+    assert torch.autograd.gradcheck(lambda v: clipped_value_loss(v, old, returns, None)[0], values)
     assert torch.equal(torch.autograd.grad(loss.sum(), values)[0], 2 * (values - returns).detach())
 
 

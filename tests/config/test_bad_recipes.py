@@ -135,6 +135,10 @@ BAD_FILES = {
 
 TRAIN = "run.only=train run.replay=rollouts"
 REPLAYS = "no effect with run.only=train, which replays rollouts: remove"
+ONE_STEP = (
+    "no effect with trainer.updates_per_batch=1 and trainer.epochs_per_batch=1: a batch's only optimizer step begins where ratios are 1 and "
+    "values have not moved; raise one of the two"
+)
 DEMONSTRATIONS = "no effect with algorithm.name=sft, which learns from demonstrations: remove"
 
 INERT = {
@@ -195,6 +199,8 @@ BAD_COMBINATIONS = {
     "whose servers run already: remove rollout.sglang, or the urls",
     "trainer.decay_steps=5": "trainer.decay_steps=5 has no effect with trainer.schedule=constant: "
     "set trainer.schedule to cosine or wsd, or remove it",
+    "trainer.schedule=wsd trainer.decay_steps=1": "trainer.decay_steps=1: must be at least 2",
+    "trainer.schedule=cosine trainer.decay_steps=0": "trainer.decay_steps=0: must be at least 1",
     "trainer.schedule=cosine trainer.min_lr=1": "trainer.min_lr=1 is above trainer.lr=1e-06, the peak: lower it",
     "trainer.warmup_steps=100": f"trainer.warmup_steps=100 leaves nothing of the run's 100 optimizer steps{RUN}: lower it",
     "trainer.schedule=wsd trainer.warmup_steps=60 trainer.decay_steps=50": "trainer.warmup_steps=60 + trainer.decay_steps=50 exceed "
@@ -208,6 +214,11 @@ BAD_COMBINATIONS = {
     "that reads it (grpo, rloo, reinforce_pp, reinforce_pp_baseline, ppo, gspo, cispo, opd)",
     "algorithm.distill_coef=0.5": "algorithm.distill_coef=0.5 has no effect with algorithm.distill=none: remove it, or set algorithm.distill",
     "algorithm.name=opd": "algorithm.distill=none leaves algorithm.name=opd nothing to learn: choose sampled, topk or full",
+    "algorithm.clip_high=0.28": f"algorithm.clip_high=0.28 has {ONE_STEP}, or remove it",
+    "algorithm.name=gspo algorithm.clip_low=0.1 algorithm.clip_dual=3": f"algorithm.clip_low=0.1, algorithm.clip_dual=3 have {ONE_STEP}, or "
+    "remove them",
+    "algorithm.name=ppo critic.value_clip=0.5": f"critic.value_clip=0.5 has {ONE_STEP}, or remove it",
+    "algorithm.name=functions:judged critic.value_clip=0.5 algorithm.clip_low=0.1": f"critic.value_clip=0.5 has {ONE_STEP}, or remove it",
     "critic.lr=1e-4": "critic.lr=0.0001 has no effect with algorithm.name=grpo, which uses no critic: remove it, or choose ppo",
     "critic.value_clip=null critic.warmup_steps=3 cluster.roles.critic.devices=1": "critic.value_clip=None, critic.warmup_steps=3, "
     "cluster.roles.critic.devices=1 have no effect with algorithm.name=grpo, which uses no critic: remove them, or choose ppo",
@@ -315,7 +326,8 @@ def test_overrides_that_do_not_go_together(overrides: str, text: str, workdir) -
         "run.only=train run.replay=rollouts reward.fn=math sync.bucket_mb=8 data.eval.h.path=p.jsonl run.eval_every=2",
         "run.only=rollout rollout.dump=true rollout.temperature=0.7 reward.fn=math trainer.lr=1e-3 run.save_every=2",
         "run.deterministic=true rollout.mode=one_step_off",
-        "algorithm.name=ppo critic.lr=1e-4 critic.value_clip=null critic.warmup_steps=10 critic.path=model",
+        "algorithm.name=ppo critic.lr=1e-4 critic.value_clip=null critic.warmup_steps=10 critic.path=model trainer.updates_per_batch=2",
+        "algorithm.clip_low=0.2 algorithm.clip_high=0.28 trainer.epochs_per_batch=2",
         "algorithm.name=ppo rollout.samples_per_prompt=1",
         "algorithm.name=ppo cluster.roles.critic.devices=2",
         "algorithm.name=functions:judged critic.lr=1e-4",

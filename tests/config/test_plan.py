@@ -62,7 +62,8 @@ def test_memory_by_the_documented_formula(dtype: str, width: int, optimizer: int
     assert rank.activations == 17 * width * 64 * 2 * 100 // 2
     assert rank.logits == 2 * width * 50 * 100  # and their gradient; half of 100 ids
     assert rank.logprobs == 3 * 4 * 50 * 100  # one chunk holds all rows
-    assert rank.total == rank.weights + rank.gradients + rank.optimizer + rank.activations + rank.logits + rank.logprobs
+    assert rank.snapshot == 338 * width // 2 and rank.critic == rank.frozen == 0
+    assert rank.total == rank.weights + rank.gradients + rank.optimizer + rank.snapshot + rank.activations + rank.logits + rank.logprobs
     assert engine.weights == 338 * width
     assert engine.kv_per_token == 2 * 2 * 16 * width * 1  # two KV heads over two devices
     assert engine.kv_wanted == engine.kv_per_token * 128 * 32  # half of 256 samples, 32 tokens each
@@ -276,7 +277,7 @@ def test_memory_of_a_critic_on_the_actor_s_ranks(workdir) -> None:
         copies = 2  # of the layers and of the experts, which the tensor-parallel ranks divide
         bytes_of = {stage: 6 * held + 12 * held // copies for stage, held in ((0, first), (1, last))}
         assert rank.critic == bytes_of[rank.stage] and without.critic == 0
-        assert rank.total == rank.held + rank.critic + rank.activations + rank.logits + rank.logprobs
+        assert rank.total == rank.held + rank.critic + rank.snapshot + rank.activations + rank.logits + rank.logprobs
 
 
 def test_memory_of_a_critic_on_ranks_of_its_own(workdir) -> None:
@@ -309,3 +310,67 @@ def test_a_shown_critic(roles: list[str], words: str, workdir) -> None:
     cfg = compose(overrides=[*GOOD, "algorithm.name=ppo", *roles]).cfg
     show(cfg, plan(cfg), Console(file=shown, width=120))
     assert words in shown.getvalue() and ("2 data" in shown.getvalue()) == bool(roles)
+
+
+TEACHERS = ["algorithm.name=opd", "algorithm.teachers.big.path=big", "algorithm.teachers.big.sources=[a]",
+            "algorithm.teachers.same.path=model", "algorithm.teachers.same.sources=[b]"]  # fmt: skip
+
+
+def write_two(workdir: Path) -> None:
+    """model/, and big/ with 8 layers instead of 4 and twice the vocabulary."""
+    write_model(workdir, SPARSE)
+    (workdir / "model").rename(workdir / "small")
+    (workdir / "model").mkdir()
+    write_model(workdir, {**SPARSE, "num_hidden_layers": 8, "vocab_size": 200})
+    (workdir / "model").rename(workdir / "big")
+    (workdir / "small").rename(workdir / "model")
+
+
+@pytest.mark.parametrize("knobs", [["algorithm.kl_loss_coef=0.1"], ["algorithm.name=ppo", "algorithm.kl_reward_coef=0.1"]])
+def test_memory_of_a_reference(knobs: list[str], workdir) -> None:
+    """As much as the policy's own weights, on every stage."""
+    write_model(workdir, SPARSE)
+    rank, without = rank_of(*DIVIDED, *knobs), rank_of(*DIVIDED, *knobs[:-1])
+    assert rank.frozen == rank.weights and without.frozen == 0 and rank.total == without.total + rank.frozen
+
+
+@pytest.mark.parametrize("distill", ["sampled", "topk"])
+def test_memory_of_teachers_that_ranks_hold(distill: str, workdir) -> None:
+    """One of 5 layers of the file (the fifth, of the smaller model, is a head for further tokens), one as large as the student."""
+    write_two(workdir)
+    rank = rank_of("trainer.max_tokens_per_rank=100", *TEACHERS, f"algorithm.distill={distill}")
+    small, big = 4 * 4096 + 2 * 6400 + 3 * 4 * 2048, 5 * 4096 + 2 * 6400 + 4 * 4 * 2048
+    assert rank.frozen == 2 * (small + big)
+    assert rank.logits == (2 if distill == "sampled" else 3) * 2 * 100 * 100
+
+
+def test_memory_of_whole_distributions(workdir) -> None:
+    """The student's logits with two gradients, and those of the teacher with the larger vocabulary."""
+    write_two(workdir)
+    rank = rank_of("trainer.max_tokens_per_rank=100", *TEACHERS, "algorithm.distill=full")
+    assert rank.logits == 3 * 2 * 100 * 100 + 2 * 200 * 100
+
+
+def test_teachers_that_are_served_elsewhere_take_no_memory(workdir) -> None:
+    write_two(workdir)
+    urls = ["algorithm.teachers.big.url=http://h:1", "algorithm.teachers.same.url=http://h:2"]
+    assert rank_of(*TEACHERS, "algorithm.distill=topk", *urls).frozen == 0
+    with pytest.raises(
+        ConfigError, match=r"^algorithm\.teachers\.big\.path=no: no config\.json there; give a Hugging Face model directory$"
+    ):
+        rank_of(*TEACHERS, "algorithm.distill=topk", "algorithm.teachers.big.path=no")
+    on_hub = ["algorithm.teachers.big.path=Qwen/Qwen3-0.6B", "algorithm.distill=topk"]
+    assert plan(compose(overrides=[*GOOD, *TEACHERS, *on_hub]).cfg).memory is None
+
+
+@pytest.mark.parametrize("knob", ["sync.snapshot=host", "sync.mode=full", "algorithm.name=functions:imitate"])
+def test_a_snapshot_that_lies_elsewhere_or_is_none(knob: str, workdir) -> None:
+    assert rank_of().snapshot == 2 * 676 and rank_of(knob).snapshot == 0
+
+
+def test_frozen_models_and_the_snapshot_are_shown(workdir) -> None:
+    shown = io.StringIO()
+    cfg = compose(overrides=[*GOOD, "algorithm.kl_loss_coef=0.1"]).cfg
+    show(cfg, plan(cfg), Console(file=shown, width=120))
+    assert "rank: weights of the reference and of teachers" in shown.getvalue()
+    assert "rank: snapshot of the weights that engines have" in shown.getvalue()

@@ -24,7 +24,8 @@ def recipe(*overrides: str) -> SlimeConfig:
 
 def test_who_is_served(workdir) -> None:
     """By the user, by slime, or by nobody."""
-    three = [f"algorithm.teachers.{name}.{knob}" for name in ("math", "code", "chat") for knob in (f"path={name}", f"sources=[{name}]")]
+    paths = {"math": "math", "code": "code", "chat": "model"}  # of the last one memory is planned
+    three = [f"algorithm.teachers.{name}.{knob}" for name, path in paths.items() for knob in (f"path={path}", f"sources=[{name}]")]
     cfg = recipe(
         *three, URL, "cluster.roles.teacher/code.devices=4", "algorithm.teachers.code.tensor_parallel=2", "cluster.cpus_per_engine=3"
     )

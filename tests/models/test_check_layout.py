@@ -231,6 +231,15 @@ def test_only_what_trains_is_divided(tmp_path: Path) -> None:
         check_model(cfg)
 
 
+def test_replay_of_experts_is_of_models_that_have_some(tmp_path: Path) -> None:
+    cfg = SlimeConfig()
+    cfg.model.path, cfg.rollout.replay_experts = str(make_tiny(tmp_path / "dense", "qwen3")), False
+    with pytest.raises(ValueError, match=r"^rollout\.replay_experts=false has no effect: qwen3 has no experts; remove it$"):
+        check_model(cfg)
+    cfg.model.path = str(make_tiny(tmp_path / "sparse", "qwen3_moe"))
+    check_model(cfg)
+
+
 def test_a_family_that_no_engine_serves_learns_from_demonstrations_only(tmp_path: Path) -> None:
     cfg = SlimeConfig()
     cfg.model.path = str(make_tiny(tmp_path, "glm"))

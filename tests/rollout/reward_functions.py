@@ -56,6 +56,11 @@ async def behave_async(sample: Sample) -> Any:
     return behave(sample)
 
 
+def names_its_process(sample: Sample) -> float:
+    time.sleep(0.1)
+    return float(os.getpid())
+
+
 def longest_wins(samples: list[Sample]) -> list[Any]:
     best = max(len(s.text) for s in samples)
     return [{"score": float(len(s.text) == best), "length": len(s.text)} for s in samples]

@@ -81,6 +81,12 @@ def test_an_asynchronous_function_that_brings_down_its_worker_costs_itself_alone
     assert (got[8].reward_error or "").startswith("the reward function raised TimeoutError: upstream")
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_as_many_processes_judge_as_the_recipe_says(workers: int):
+    got = judged(["x"] * 9, fn=HERE + "names_its_process", workers=workers)
+    assert len({s.reward for s in got}) == workers
+
+
 def test_a_whole_group_at_once():
     got = judged(["a", "aaa", "aa"], fn=HERE + "longest_wins", signature="group")
     assert [(s.reward, s.metrics["length"]) for s in got] == [(0.0, 1.0), (1.0, 3.0), (0.0, 2.0)]

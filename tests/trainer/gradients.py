@@ -20,17 +20,23 @@ def log_probs(place, cfg, batch):
     return passes.log_probs(place.trainer(cfg), batch)
 
 
-def gradient(place, cfg, batch, old, reorder=None):
-    """(loss, HF-space gradient, its norm by the optimizer) of one update; `reorder` packs the sequences at random instead of by plan."""
+def gradient(place, cfg, batch, old, reorder=None, reference=None):
+    """(loss, HF-space gradient, its norm by the optimizer) of one update; `reorder` packs the sequences at random instead of by plan,
+    `reference` is the folder of another model than the policy's own: from that, whose KL is 0, no gradient would come. A critic's values
+    are numbers that go with the tokens."""
     from slime.trainer import step
+    from slime.trainer.frozen import build_frozen
     from slime.trainer.packing import pack
 
     trainer = place.trainer(cfg)
+    if trainer.reference is not None and reference is not None:
+        trainer.reference = build_frozen(str(reference), "auto", cfg, trainer.parallel)
     micro_batches = trainer.micro_batches(batch)
     if reorder is not None:
         parts = np.array_split(np.random.default_rng(reorder).permutation(len(batch)), 3)
         micro_batches = [pack(batch, part, trainer.parallel.tp.size()) for part in parts]
-    _, _, columns = step.prepare(trainer, batch)
+    values = np.sin(5 * old).astype(np.float32) if trainer.algorithm.uses_critic else None
+    _, _, columns = step.prepare(trainer, batch, values)
     sums, _ = step.accumulate_gradients(trainer, batch, micro_batches, replace(columns, old_logprobs=old))
     trainer.model.optimizer.prepare_grads()
     norm = trainer.model.optimizer.get_grad_norm()

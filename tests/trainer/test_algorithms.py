@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from slime.config.algorithm import TeacherConfig
 from slime.config.algorithms import ALGORITHMS
@@ -19,7 +20,8 @@ CASES = {
     "reinforce_pp": {"name": "reinforce_pp", "kl_reward_coef": 0.1, "gamma": 0.9},
     "reinforce_pp_baseline": {"name": "reinforce_pp_baseline", "kl_reward_coef": 0.1, "aggregation": "constant"},
     "gspo": {"name": "gspo", "clip_low": 0.05, "clip_high": 0.05},
-    "cispo": {"name": "cispo", "clip_high": 0.5},
+    "cispo": {"name": "cispo", "clip_high": 0.5, "kl_loss_coef": 0.1, "kl_estimator": "unbiased"},
+    "ppo": {"name": "ppo", "kl_reward_coef": 0.1, "kl_estimator": "k3", "lam": 0.8, "clip_dual": 1.1},
     "sft": {"name": "sft", "aggregation": "sequence"},
     "opd": {**TAUGHT, "distill": "sampled"},
     "opd_topk": {**TAUGHT, "distill": "topk", "distill_beta": 0.5, "distill_top_k": 5},
@@ -47,6 +49,11 @@ def recipe(models, case: str, **trainer):
     return cfg
 
 
+def update(ranks, models, case: str, batch, old, world: int = 1, reorder: int | None = None, **trainer):
+    """See `gradient`."""
+    return ranks.run(gradient, world, recipe(models, case, **trainer), batch, old, reorder, models["qwen3_tied"])[0]
+
+
 @pytest.fixture(scope="module")
 def batch(ranks, models):
     found = make_batch(samples=12, vocab=77)
@@ -64,25 +71,50 @@ def alone(ranks, models, batch):
     def of(case):
         if case not in found:
             old = noisy_old(batch, ranks.run(log_probs, 1, recipe(models, "sft"), batch)[0])
-            found[case] = (old, ranks.run(gradient, 1, recipe(models, case), batch, old)[0])
+            found[case] = (old, update(ranks, models, case, batch, old))
         return found[case]
 
     return of
 
 
 def test_every_algorithm_has_a_case() -> None:
-    assert {case["name"] for case in CASES.values()} == ALGORITHMS.keys() - {"ppo"}, "ppo is test_critic.py's"
+    """Of ppo the policy; the critic's own gradient is test_critic.py's."""
+    assert {case["name"] for case in CASES.values()} == ALGORITHMS.keys()
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_micro_batches_packing_and_order_do_not_matter(ranks, models, batch, alone, case) -> None:
     old, expected = alone(case)
     assert max(float(grad.abs().max()) for grad in expected[1].values()) > 1e-4, "there is a gradient"
-    assert_same(ranks.run(gradient, 1, recipe(models, case, max_tokens_per_rank=1), batch, old)[0], expected)
-    assert_same(ranks.run(gradient, 1, recipe(models, case), batch, old, 5)[0], expected)
+    assert_same(update(ranks, models, case, batch, old, max_tokens_per_rank=1), expected)
+    assert_same(update(ranks, models, case, batch, old, reorder=5), expected)
     order = np.random.default_rng(2).permutation(len(batch))  # which interleaves groups
     spans = np.concatenate([np.arange(batch.cu_seqlens[i], batch.cu_seqlens[i + 1]) for i in order])
-    assert_same(ranks.run(gradient, 1, recipe(models, case), batch.select(order), old[spans])[0], expected)
+    assert_same(update(ranks, models, case, batch.select(order), old[spans]), expected)
+
+
+TERMS_OF_REFERENCE = [(case, knob) for case, knobs in CASES.items() for knob in ("kl_loss_coef", "kl_reward_coef") if knob in knobs]
+
+
+@pytest.mark.parametrize(("case", "coef"), TERMS_OF_REFERENCE)
+def test_the_reference_is_felt(ranks, models, batch, alone, case, coef) -> None:
+    """Of a reference that is the policy itself nothing would be seen here, whatever the layout made of it."""
+    old, (_, expected, _) = alone(case)
+    cfg = recipe(models, case)
+    setattr(cfg.algorithm, coef, 0.0)
+    _, without, _ = ranks.run(gradient, 1, cfg, batch, old)[0]
+    apart = sum(float((without[name] - grad).square().sum()) for name, grad in expected.items()) ** 0.5
+    assert apart > 1e-3 * sum(float(grad.square().sum()) for grad in expected.values()) ** 0.5
+
+
+@pytest.mark.parametrize("case", ["grpo", "gspo", "ppo", "opd"])
+def test_tokens_outside_the_mask_have_no_say(ranks, models, batch, alone, case) -> None:
+    """Prompts and the answers of tools: nonsense in every column there, and the gradient is the same to the bit."""
+    old, expected = alone(case)
+    nonsense = np.where(batch.loss_mask, 0.0, 7.0).astype(np.float32)
+    spoilt = replace(batch, rollout_logprobs=batch.rollout_logprobs + nonsense)
+    found = update(ranks, models, case, spoilt, old + nonsense)
+    assert found[0] == expected[0] and all(torch.equal(grad, expected[1][name]) for name, grad in found[1].items())
 
 
 def layout_cases():
@@ -97,5 +129,5 @@ def layout_cases():
 def test_layouts_do_not_matter(ranks, models, batch, alone, case, layout, record_property) -> None:
     old, expected = alone(case)
     world, knobs = LAYOUTS[layout]
-    found = ranks.run(gradient, world, recipe(models, case, max_tokens_per_rank=60, **knobs), batch, old)
-    record_property("worst gradient", assert_same(found[0], expected))
+    found = update(ranks, models, case, batch, old, world, max_tokens_per_rank=60, **knobs)
+    record_property("worst gradient", assert_same(found, expected))

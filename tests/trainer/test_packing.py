@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slime.trainer.packing import pack, partition, split_groups
+from slime.trainer.packing import pack, partition, split_groups, updates_of
 from slime.types import Batch
 from tests.trainer.ranks import make_batch
 
@@ -87,6 +87,19 @@ def test_updates_hold_whole_groups(group, parts):
     assert len(split) == parts and all(len(s) for s in split)
     assert sorted(np.concatenate(split)) == list(range(len(group)))
     assert sum(len(set(group[s])) for s in split) == len(set(group))
+
+
+def test_an_optimizer_step_with_nothing_to_train_on_is_refused():
+    """A sample of which nothing is trained is none; nor is a whole group beside another one of its step."""
+    batch = make_batch(16)  # four groups of four
+    batch.loss_mask[: batch.cu_seqlens[4]] = False
+    assert [len(samples) for samples in updates_of(batch, 2)] == [8, 8]
+    says = r"^optimizer step 1 of 4 has 4 samples and no token that is trained: momentum .*; lower trainer\.updates_per_batch, or leave "
+    with pytest.raises(ValueError, match=says):
+        updates_of(batch, 4)
+    batch.loss_mask[:] = False
+    with pytest.raises(ValueError, match=r"^optimizer step 1 of 1 has 16 samples"):
+        updates_of(batch, 1)
 
 
 def test_batch_select_keeps_a_part_intact():

@@ -29,11 +29,17 @@ def test_wsd_is_flat_and_then_falls():
     assert tenth[:28] == [1.0] * 28 and tenth[28:] == pytest.approx([2 / 3, 1 / 3])
 
 
+def test_a_short_run_decays_too():
+    """A tenth of it would be a single step, which is at the peak still."""
+    assert rates(5, schedule="wsd") == [1.0, 1.0, 1.0, 1.0, 0.5]
+    assert rates(5, schedule="wsd", warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0], "nothing is left to decay"
+
+
 @pytest.mark.parametrize("warmup_steps", [0, 90])
 def test_the_default_decay_of_wsd_follows_the_warm_up_without_a_jump(warmup_steps):
     lr = [0.0, *rates(100, schedule="wsd", warmup_steps=warmup_steps)]
     assert max(abs(a - b) for a, b in pairwise(lr[1 if warmup_steps == 0 else 0 :])) < 0.11
-    assert decay_length(TrainerConfig(schedule="wsd"), 100) == 10 and decay_length(TrainerConfig(schedule="wsd"), 5) == 1
+    assert decay_length(TrainerConfig(schedule="wsd"), 100) == 10 and decay_length(TrainerConfig(schedule="wsd"), 5) == 2
     assert decay_length(TrainerConfig(schedule="cosine", warmup_steps=5), 100) == 95
 
 

@@ -210,6 +210,33 @@ def test_weight_decay_spares_norms(ranks, models):
         torch.testing.assert_close(after[name], old if old.ndim == 1 else old * (1 - 0.1 * 0.5), rtol=1e-6, atol=0)
 
 
+def nothing_to_train_on(place, cfg, batch):
+    """Whether a second batch, of which one update's samples are all masked, moved policy or critic."""
+    from slime.trainer import critic, step
+
+    trainer = place.trainer(cfg)
+    judge = place.critic(cfg, trainer)
+    values = critic.values(judge, batch)
+    _, returns = step.train_beside(trainer, batch, values, True)
+    critic.learn(judge, batch, values, returns)
+    before = [{name: t.clone() for name, t in weights(trained).items()} for trained in (trainer, judge)]
+    masked = replace(batch, loss_mask=batch.loss_mask & (batch.group != batch.group[-1])[batch.sample_of_token])
+    says = r"optimizer step 3 of 3 has 4 samples and no token that is trained"
+    with pytest.raises(ValueError, match=says):
+        step.train_beside(trainer, masked, values, True)
+    with pytest.raises(ValueError, match=says):
+        critic.learn(judge, masked, values, returns)
+    return all(
+        torch.equal(t, held[name]) for trained, held in zip((trainer, judge), before, strict=True) for name, t in weights(trained).items()
+    )
+
+
+def test_momentum_and_weight_decay_alone_move_nothing(ranks, models):
+    cfg = grpo_cfg(models["qwen3"], updates_per_batch=3, weight_decay=0.5)
+    cfg.algorithm.name = "ppo"
+    assert ranks.run(nothing_to_train_on, 1, cfg, make_batch(vocab=77))[0] is True
+
+
 def refused(place, cfg, batch, spoil, after, says):
     """Train with the loss that `spoil` makes after `after` optimizer steps; returns whether the weights stayed, and what may follow."""
     from slime.config.exits import NotFinite
