@@ -210,6 +210,7 @@ TERMS = [
     {},
     {"entropy_coef": 0.1},
     {"kl_loss_coef": 0.3},
+    {"kl_loss_coef": 0.3, "kl_estimator": "k2"},
     {"kl_loss_coef": 0.3, "kl_estimator": "k3"},
     {"kl_loss_coef": 0.3, "kl_estimator": "unbiased"},
     {"distill": "topk", "distill_coef": 0.6},
@@ -226,7 +227,7 @@ TERMS = [
 
 
 def test_every_choice_of_a_term_is_among_them():
-    """But for k1, which is refused as a loss."""
+    """But for k1, which is refused as a loss; auto is k2."""
     for knob, besides in (("kl_estimator", {"k1"}), ("importance", set()), ("importance_bound", set()), ("distill", set())):
         field = next(field for field in fields(AlgorithmConfig) if field.name == knob)
         assert {terms.get(knob, field.default) for terms in TERMS} == set(field.metadata["choices"]) - besides

@@ -4,7 +4,7 @@ import statistics
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slime.algorithms.group_relative import standardised
@@ -17,12 +17,14 @@ def group_of(rewards: list[float], penalty: float | None = None) -> Group:
     return Group(5, made)
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=8))
 def test_groups_of_right_and_wrong_answers_stay(rewards: list[float]) -> None:
     """Equation 11: 0 < right answers < all answers."""
     assert mixed_rewards(group_of(rewards)) == (0 < sum(rewards) < len(rewards))
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(-3, 3), min_size=2, max_size=8))
 def test_the_bound_is_a_deviation_of_a_millionth(rewards: list[float]) -> None:
     spread = statistics.stdev(rewards)
