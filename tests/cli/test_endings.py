@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from slime.cli.endings import disk_full, exiting
-from slime.config.exits import ConfigError, GateStopped, NothingToDo, NotFinite, PreflightError, SavedRunAgain, StoppedAtOnce
+from slime.config.exits import ConfigError, GateStopped, NotFinite, NothingToDo, PreflightError, SavedRunAgain, StoppedAtOnce
 
 
 def ending(error: BaseException, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
