@@ -22,10 +22,22 @@ def log_probs(place, cfg, batch):
 
 def gradient(place, cfg, batch, old, reorder=None):
     """(loss, HF-space gradient, its norm by the optimizer) of one update; `reorder` packs the sequences at random instead of by plan."""
+    return gradient_of(place.trainer(cfg), batch, old, reorder)
+
+
+def gradients_by_recipe(place, recipes, batch, old):
+    """What `gradient` says of each recipe; they have one layout, whose groups meet once."""
+    found, trainer = {}, None
+    for name, cfg in recipes.items():
+        trainer = place.trainer(cfg, trainer)
+        found[name] = gradient_of(trainer, batch, old)
+    return found
+
+
+def gradient_of(trainer, batch, old, reorder=None):
     from slime.trainer import step
     from slime.trainer.packing import pack
 
-    trainer = place.trainer(cfg)
     micro_batches = trainer.micro_batches(batch)
     if reorder is not None:
         parts = np.array_split(np.random.default_rng(reorder).permutation(len(batch)), 3)

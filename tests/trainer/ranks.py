@@ -114,12 +114,12 @@ class Place:
         store = dist.FileStore(f"{self.store}-{self.joined}", self.world)
         return distributed.join_groups(self.device, store, self.rank, self.world, sizes, seed, 60.0)
 
-    def trainer(self, cfg: SlimeConfig) -> Any:
-        """A trainer built as a rank builds it."""
+    def trainer(self, cfg: SlimeConfig, beside: Any = None) -> Any:
+        """A trainer built as a rank builds it: alone, or on the ranks of another of the same layout."""
         from slime.observe.trace import Tracer
         from slime.trainer.build import build_trainer
 
-        parallel = self.join(parallel_sizes(cfg.trainer), cfg.run.seed)
+        parallel = self.join(parallel_sizes(cfg.trainer), cfg.run.seed) if beside is None else beside.parallel
         return build_trainer(cfg, self.device, parallel, Tracer(f"rank {self.rank}"))
 
     def critic(self, cfg: SlimeConfig, beside: Any = None) -> Any:
