@@ -1,5 +1,6 @@
 """Recipes that tests compose in the short way are those that Hydra composes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,14 +27,15 @@ FEW = [
 ]
 
 
-def outcome(make, overrides: list[str]) -> SlimeConfig | str:
+def outcome(make: Callable[[list[str]], SlimeConfig], overrides: list[str]) -> str:
+    """Written out: NaN is not equal to itself."""
     try:
-        return make([*GOOD, *overrides])
+        return repr(make([*GOOD, *overrides]))
     except ConfigError as error:
-        return str(error)
+        return f"refused: {error}"
 
 
-def short_and_long(overrides: list[str]) -> tuple[SlimeConfig | str, SlimeConfig | str]:
+def short_and_long(overrides: list[str]) -> tuple[str, str]:
     return outcome(lambda given: composed(*given), overrides), outcome(lambda given: compose(overrides=given).cfg, overrides)
 
 
