@@ -1,4 +1,4 @@
-"""Distillation by the real command: one teacher on a server that slime starts, one on the actor's ranks, each for its own prompts."""
+"""By the real command: one teacher on a server that slime starts, one on the actor's ranks, each for its own prompts; and PPO's critic."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from slime.rollout.dump import read_rollout
 from slime.types import Batch
@@ -30,11 +31,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(inputs: Path) -> Launched:
-    """Samples of up to 20 tokens, so that the served teacher reads some in two chunks, and its cache holds prompts."""
+    """Samples of up to 20 tokens, so that the served teacher reads some in two chunks, and its cache holds prompts. The critic warms up for
+    one update; two optimizer steps a batch."""
     return launch(
         inputs,
         "teachers",
-        *("run.steps=2", "rollout.sglang.chunked_prefill_size=16", "rollout.dump=true", "algorithm.name=opd", "algorithm.distill=sampled"),
+        *("run.steps=3", "rollout.sglang.chunked_prefill_size=16", "rollout.dump=true", "algorithm.name=ppo", "algorithm.distill=sampled"),
+        *("algorithm.lam=0.95", "critic.lr=1e-2", "critic.warmup_steps=1", "trainer.updates_per_batch=2"),
         *(f"algorithm.teachers.even.path={inputs}/served", "algorithm.teachers.even.sources=[even]"),
         *(f"algorithm.teachers.odd.path={inputs}/held", "algorithm.teachers.odd.sources=[odd]"),
         *("cluster.roles.teacher/even.devices=1", "cluster.cpus_per_rank=0.5", "cluster.cpus_per_engine=0.5"),
@@ -56,7 +59,7 @@ def test_a_served_and_a_held_teacher_say_what_their_models_think(run: Launched, 
     assert run.code == 0, run.out + run.err
     assert run.err == "" and run.offspring.left() == []
     assert (run.run_dir / "logs" / "teacher_even_0.log").stat().st_size > 0
-    for step in range(2):
+    for step in range(3):
         batch, _ = read_rollout(run.run_dir, step)
         line = run.metrics[step + 1]
         assert batch.teacher is not None and batch.teacher_logprobs is not None
@@ -69,4 +72,16 @@ def test_a_served_and_a_held_teacher_say_what_their_models_think(run: Launched, 
                 assert not batch.teacher_logprobs[mine].any(), "its ranks have not spoken yet"
             ahead = (batch.rollout_logprobs - expected)[mine].mean()
             assert mine.any() and line[f"distill/{name}/reverse_kl"] == pytest.approx(ahead, abs=1e-3)
-        assert line["rollout/teacher_s"] > 0 and line["train/grad_norm"] > 0
+        assert line["rollout/teacher_s"] > 0
+
+
+def test_a_critic_learns_values_and_warms_up(run: Launched, inputs: Path) -> None:
+    _, first, *later = run.metrics
+    assert first["value/mean"] == 0 and first["value/explained_variance"] == pytest.approx(0, abs=1e-9)
+    assert "train/loss" not in first and first["mismatch/logprob_abs_diff"] < 1e-4 and first["sync/version"] == 1
+    for line in later:
+        assert line["train/grad_norm"] > 0 and line["critic/grad_norm"] > 0 and line["value/mean"] != 0
+        assert line["mismatch/logprob_abs_diff"] < 1e-4 and line["time/critic_s"] > 0
+    before, after = load_file(inputs / "model" / "model.safetensors"), load_file(run.run_dir / "hf" / "model.safetensors")
+    assert set(before) == set(after), "a critic's head is none of the model's"
+    assert any((before[name] != after[name]).any() for name in before)

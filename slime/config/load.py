@@ -47,9 +47,14 @@ class Recipe:
     """A composed recipe. `overrides_hash` is empty where nothing was overridden; `cfg.run.name` is always set."""
 
     cfg: SlimeConfig
-    resolved: str  # yaml of the whole config
+    composed: DictConfig
     name: str
     overrides_hash: str
+
+    @property
+    def resolved(self) -> str:
+        """yaml of the whole config."""
+        return OmegaConf.to_yaml(self.composed, resolve=True)
 
 
 def compose(config_name: str = "base", overrides: list[str] | None = None, config_dir: str | Path | None = None) -> Recipe:
@@ -106,9 +111,8 @@ def finish(composed: DictConfig, config_name: str, overrides: list[str]) -> Reci
     with explained(config_name, [RECIPES]):
         _expand_homes(composed)
         cfg = OmegaConf.to_object(composed)
-        resolved = OmegaConf.to_yaml(composed, resolve=True)
     assert isinstance(cfg, SlimeConfig)
-    return Recipe(cfg, resolved, name, code)
+    return Recipe(cfg, composed, name, code)
 
 
 def _expand_homes(composed: DictConfig) -> None:

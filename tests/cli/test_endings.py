@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from slime.cli.endings import disk_full, exiting
-from slime.config.exits import NotFinite, StoppedAtOnce
+from slime.config.exits import ConfigError, GateStopped, NotFinite, NothingToDo, PreflightError, SavedRunAgain, StoppedAtOnce
 
 
 def ending(error: BaseException, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -38,6 +38,26 @@ def test_other_errors_say_what_they_said(capsys: pytest.CaptureFixture[str]):
     assert disk_full(OSError(errno.EACCES, "no")) is None and disk_full(RuntimeError("x")) is None
     assert ending(FileNotFoundError(2, "No such file", "x"), capsys) == (1, "slime: [Errno 2] No such file: 'x'\n")
     assert ending(NotFinite("update 3: the loss is nan"), capsys) == (5, "slime: update 3: the loss is nan\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("x"), 2),
+        (ValueError("x"), 2),
+        (PreflightError("x"), 3),
+        (NothingToDo("x"), 4),
+        (GateStopped("x"), 5),
+        (SavedRunAgain("x"), 75),
+        (TimeoutError("x"), 1),
+        (RuntimeError("x"), 1),
+    ],
+)
+def test_every_ending_has_its_code(error: Exception, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    assert ending(error, capsys) == (code, "slime: x\n")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    found, err = ending(error, capsys)
+    assert found == code and "in ending" in err and err.endswith("slime: x\n")
 
 
 @pytest.mark.parametrize("code", [75, 143])

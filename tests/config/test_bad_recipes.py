@@ -14,6 +14,7 @@ from slime.config.checks import check, check_device, check_values
 from slime.config.exits import ConfigError, PreflightError
 from slime.config.load import compose
 from slime.config.overrides import RECIPES as SHIPPED
+from tests.config.composing import composed
 
 GOOD = ["model.path=model", "data.train=[{path: p.jsonl}]"]
 ALGORITHMS = "grpo, rloo, reinforce_pp, reinforce_pp_baseline, ppo, gspo, cispo, opd, sft"
@@ -299,8 +300,13 @@ BAD_PARALLEL = {
 
 def error_of(overrides: list[str]) -> str:
     with pytest.raises(ConfigError) as raised:
-        check(compose(overrides=[*GOOD, *overrides]).cfg)
+        check(composed(*GOOD, *overrides))
     return str(raised.value)
+
+
+def split(overrides: str) -> list[str]:
+    """Overrides that stand in one string: values may have spaces."""
+    return re.split(r" (?=[\w.]+=)", overrides)
 
 
 @pytest.mark.parametrize(("override", "text"), (BAD_KEYS | BAD_TYPES | BAD_VALUES | BAD_FILES).items())
@@ -310,53 +316,53 @@ def test_one_bad_override(override: str, text: str, workdir) -> None:
 
 @pytest.mark.parametrize(("overrides", "text"), (INERT | BAD_COMBINATIONS | BAD_PARALLEL).items())
 def test_overrides_that_do_not_go_together(overrides: str, text: str, workdir) -> None:
-    assert error_of(re.split(r" (?=[\w.]+=)", overrides)) == text
+    assert error_of(split(overrides)) == text
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        "run.seed=1",
-        "algorithm.name=sft",
-        "algorithm.name=sft rollout.samples_per_prompt=8 rollout.temperature=1.0 reward.fn=exact rollout.dump=false",
-        "algorithm.name=functions:imitate algorithm.clip_low=0.1",
-        "algorithm.name=functions:explore rollout.temperature=0.7",
-        "run.only=train run.replay=rollouts data.train=[]",
-        "run.only=train run.replay=rollouts rollout.temperature=0.7 rollout.select=ordinal trainer.lr=1e-3",
-        "run.only=train run.replay=rollouts reward.fn=math sync.bucket_mb=8 data.eval.h.path=p.jsonl run.eval_every=2",
-        "run.only=rollout rollout.dump=true rollout.temperature=0.7 reward.fn=math trainer.lr=1e-3 run.save_every=2",
-        "run.deterministic=true rollout.mode=one_step_off",
-        "algorithm.name=ppo critic.lr=1e-4 critic.value_clip=null critic.warmup_steps=10 critic.path=model trainer.updates_per_batch=2",
-        "algorithm.clip_low=0.2 algorithm.clip_high=0.28 trainer.epochs_per_batch=2",
-        "algorithm.name=ppo rollout.samples_per_prompt=1",
-        "algorithm.name=ppo cluster.roles.critic.devices=2",
-        "algorithm.name=functions:judged critic.lr=1e-4",
-        "algorithm.name=ppo critic.lr=1e-4 cluster.roles.critic.devices=2 run.only=rollout rollout.dump=true",
-        "reward.fn=format reward.pattern=x",
-        "reward.overlong_buffer=1024 reward.overlong_penalty=0.5 rollout.mask_truncated=true",
-        "rollout.external_urls=['http://h:1'] rollout.external_key_env=HOME",
-        "rollout.generate=functions:turns rollout.filter=functions:keep reward.fn=functions:keep",
-        "reward.fn=functions:compute_score reward.signature=verl rollout.generate=functions:scorer",
-        "reward.fn=functions:two reward.signature=slime",
-        "reward.fn=functions:keep reward.signature=group",
-        "rollout.filter=builtins:max reward.fn=builtins:bool",
-        "run.seed=4294967295 run.steps=3 run.save_every=10 run.eval_every=5 data.eval.h.path=p.jsonl",
-        "rollout.sglang.context_length=2048",
-        "trainer.schedule=wsd trainer.warmup_steps=50 trainer.decay_steps=50",
-        "trainer.schedule=wsd trainer.warmup_steps=90",
-        "cluster.roles.actor.devices=4 trainer.tensor_parallel=2 cluster.roles.rollout.devices=4 rollout.engines=2 rollout.tensor_parallel=2",
-        "cluster.roles.actor.devices=8 trainer.pipeline_parallel=2 trainer.context_parallel=2 trainer.tensor_parallel=2",
-        "cluster.roles.actor.devices=4 trainer.tensor_parallel=2 trainer.expert_parallel=4 trainer.megatron.expert_tensor_parallel_size=1",
-        "cluster.roles.actor.devices=2 trainer.pipeline_parallel=2 trainer.megatron.virtual_pipeline_model_parallel_size=2",
-        "trainer.megatron.virtual_pipeline_model_parallel_size=1 trainer.megatron.account_for_loss_in_pipeline_split=false",
-        "run.only=rollout rollout.dump=true trainer.pipeline_parallel=4",
-        "model.family=qwen3_moe",
-        "data.eval.h.path=p.jsonl data.eval.h.samples=4 data.eval.h.temperature=1",
-        "model.path=Qwen/Qwen3-0.6B",
-    ],
-)
+PASS = [
+    "run.seed=1",
+    "algorithm.name=sft",
+    "algorithm.name=sft rollout.samples_per_prompt=8 rollout.temperature=1.0 reward.fn=exact rollout.dump=false",
+    "algorithm.name=functions:imitate algorithm.clip_low=0.1",
+    "algorithm.name=functions:explore rollout.temperature=0.7",
+    "run.only=train run.replay=rollouts data.train=[]",
+    "run.only=train run.replay=rollouts rollout.temperature=0.7 rollout.select=ordinal trainer.lr=1e-3",
+    "run.only=train run.replay=rollouts reward.fn=math sync.bucket_mb=8 data.eval.h.path=p.jsonl run.eval_every=2",
+    "run.only=rollout rollout.dump=true rollout.temperature=0.7 reward.fn=math trainer.lr=1e-3 run.save_every=2",
+    "run.deterministic=true rollout.mode=one_step_off",
+    "algorithm.name=ppo critic.lr=1e-4 critic.value_clip=null critic.warmup_steps=10 critic.path=model trainer.updates_per_batch=2",
+    "algorithm.clip_low=0.2 algorithm.clip_high=0.28 trainer.epochs_per_batch=2",
+    "algorithm.name=ppo rollout.samples_per_prompt=1",
+    "algorithm.name=ppo cluster.roles.critic.devices=2",
+    "algorithm.name=functions:judged critic.lr=1e-4",
+    "algorithm.name=ppo critic.lr=1e-4 cluster.roles.critic.devices=2 run.only=rollout rollout.dump=true",
+    "reward.fn=format reward.pattern=x",
+    "reward.overlong_buffer=1024 reward.overlong_penalty=0.5 rollout.mask_truncated=true",
+    "rollout.external_urls=['http://h:1'] rollout.external_key_env=HOME",
+    "rollout.generate=functions:turns rollout.filter=functions:keep reward.fn=functions:keep",
+    "reward.fn=functions:compute_score reward.signature=verl rollout.generate=functions:scorer",
+    "reward.fn=functions:two reward.signature=slime",
+    "reward.fn=functions:keep reward.signature=group",
+    "rollout.filter=builtins:max reward.fn=builtins:bool",
+    "run.seed=4294967295 run.steps=3 run.save_every=10 run.eval_every=5 data.eval.h.path=p.jsonl",
+    "rollout.sglang.context_length=2048",
+    "trainer.schedule=wsd trainer.warmup_steps=50 trainer.decay_steps=50",
+    "trainer.schedule=wsd trainer.warmup_steps=90",
+    "cluster.roles.actor.devices=4 trainer.tensor_parallel=2 cluster.roles.rollout.devices=4 rollout.engines=2 rollout.tensor_parallel=2",
+    "cluster.roles.actor.devices=8 trainer.pipeline_parallel=2 trainer.context_parallel=2 trainer.tensor_parallel=2",
+    "cluster.roles.actor.devices=4 trainer.tensor_parallel=2 trainer.expert_parallel=4 trainer.megatron.expert_tensor_parallel_size=1",
+    "cluster.roles.actor.devices=2 trainer.pipeline_parallel=2 trainer.megatron.virtual_pipeline_model_parallel_size=2",
+    "trainer.megatron.virtual_pipeline_model_parallel_size=1 trainer.megatron.account_for_loss_in_pipeline_split=false",
+    "run.only=rollout rollout.dump=true trainer.pipeline_parallel=4",
+    "model.family=qwen3_moe",
+    "data.eval.h.path=p.jsonl data.eval.h.samples=4 data.eval.h.temperature=1",
+    "model.path=Qwen/Qwen3-0.6B",
+]
+
+
+@pytest.mark.parametrize("overrides", PASS)
 def test_good_recipes_pass(overrides: str, workdir) -> None:
-    check(compose(overrides=[*GOOD, *overrides.split(" ")]).cfg)
+    check(composed(*GOOD, *split(overrides)))
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml") if path.stem != "base"))
@@ -368,14 +374,14 @@ def test_shipped_recipes_pass(name: str) -> None:
 
 
 def test_a_device_found_by_auto_is_checked_too() -> None:
-    cfg = compose(overrides=[*GOOD, "run.deterministic=true"]).cfg
+    cfg = composed(*GOOD, "run.deterministic=true")
     check_device(cfg, "cpu")
     with pytest.raises(PreflightError) as raised:
         check_device(cfg, "cuda")
     assert str(raised.value) == (
         "run.deterministic=true with cluster.device=auto, which is cuda here: equal bits are promised on the CPU only; set cluster.device=cpu"
     )
-    check_device(compose(overrides=GOOD).cfg, "cuda")
+    check_device(composed(*GOOD), "cuda")
 
 
 def test_model_path_is_required(workdir) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from slime.config.checks import check, check_device
 from slime.config.exits import ConfigError, PreflightError
-from slime.config.load import compose
+from tests.config.composing import composed
 from tests.config.test_bad_recipes import GOOD
 
 BAD = {
@@ -29,12 +29,12 @@ BAD = {
 @pytest.mark.parametrize(("overrides", "text"), BAD.items())
 def test_what_fp8_does_not_go_with(overrides: str, text: str, workdir) -> None:
     with pytest.raises(ConfigError) as raised:
-        check(compose(overrides=[*GOOD, *overrides.split()]).cfg)
+        check(composed(*GOOD, *overrides.split()))
     assert str(raised.value) == text
 
 
 def test_a_device_found_by_auto_is_checked_too() -> None:
-    fp8 = compose(overrides=GOOD).cfg
+    fp8 = composed(*GOOD)
     fp8.rollout.quantization = "fp8"
     check_device(fp8, "cuda")
     with pytest.raises(PreflightError) as raised:
@@ -63,8 +63,8 @@ def test_fp8_needs_whole_blocks(sizes: dict[str, int], overrides: list[str], tex
     two = ["rollout.tensor_parallel=2", "cluster.roles.rollout.devices=2"] if "moe_intermediate_size" in sizes else []
     given = [*GOOD, "rollout.quantization=fp8", *two, *overrides]
     if text is None:
-        check(compose(overrides=given).cfg)
+        check(composed(*given))
         return
     words = f"rollout.quantization=fp8: {text} in model/config.json is no whole number of blocks of 128"
     with pytest.raises(ConfigError, match=re.escape(words)):
-        check(compose(overrides=given).cfg)
+        check(composed(*given))

@@ -4,7 +4,7 @@ import pytest
 
 from slime.config.check_teachers import check_teachers
 from slime.config.exits import ConfigError
-from slime.config.load import compose
+from tests.config.composing import composed
 
 GOOD = ["model.path=model", "data.train=[{path: p.jsonl}]", "algorithm.name=opd", "algorithm.distill=topk"]
 ONE = "algorithm.teachers={math: {path: teacher}}"
@@ -42,10 +42,10 @@ PASS = [
 @pytest.mark.parametrize("text", REFUSED)
 def test_a_refusal_says_why(text: str) -> None:
     with pytest.raises(ConfigError) as error:
-        check_teachers(compose("base", [*GOOD, *REFUSED[text]]).cfg)
+        check_teachers(composed(*GOOD, *REFUSED[text]))
     assert text in str(error.value)
 
 
 @pytest.mark.parametrize("overrides", PASS, ids=str)
 def test_what_goes_together_passes(overrides: list[str]) -> None:
-    check_teachers(compose("base", [*GOOD, *overrides]).cfg)
+    check_teachers(composed(*GOOD, *overrides))

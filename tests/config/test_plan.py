@@ -9,12 +9,12 @@ import pytest
 from rich.console import Console
 
 from slime.config.exits import ConfigError
-from slime.config.load import compose
 from slime.config.parallel import ParallelSizes
 from slime.config.plan import MemoryPlan, plan
 from slime.config.plan_memory import CHUNK_ELEMENTS, Parameters, RankMemory, count_parameters
 from slime.config.plan_view import layout, show, size
 from slime.trainer import logprobs
+from tests.config.composing import composed
 from tests.config.conftest import MODEL
 
 GOOD = ["model.path=model", "data.train=[{path: p.jsonl}]", "data.max_prompt_tokens=24", "rollout.max_response_tokens=8"]
@@ -33,17 +33,15 @@ def test_parameters_are_counted_from_headers(workdir) -> None:
 
 def test_batch_of_a_parallel_run(workdir) -> None:
     plan_of = plan(
-        compose(
-            overrides=[
-                *GOOD,
-                *PARALLEL,
-                "rollout.prompts_per_step=6",
-                "rollout.samples_per_prompt=3",
-                "trainer.updates_per_batch=2",
-                "trainer.epochs_per_batch=3",
-                "trainer.max_tokens_per_rank=70",
-            ]
-        ).cfg
+        composed(
+            *GOOD,
+            *PARALLEL,
+            "rollout.prompts_per_step=6",
+            "rollout.samples_per_prompt=3",
+            "trainer.updates_per_batch=2",
+            "trainer.epochs_per_batch=3",
+            "trainer.max_tokens_per_rank=70",
+        )
     ).batch
     update = plan_of.update
     assert update is not None
@@ -54,7 +52,7 @@ def test_batch_of_a_parallel_run(workdir) -> None:
 
 @pytest.mark.parametrize(("dtype", "width", "optimizer"), [("bf16", 2, 12), ("fp32", 4, 8)])
 def test_memory_by_the_documented_formula(dtype: str, width: int, optimizer: int, workdir) -> None:
-    memory = plan(compose(overrides=[*GOOD, *PARALLEL, f"model.dtype={dtype}", "trainer.max_tokens_per_rank=100"]).cfg).memory
+    memory = plan(composed(*GOOD, *PARALLEL, f"model.dtype={dtype}", "trainer.max_tokens_per_rank=100")).memory
     assert memory is not None and memory.parameters == 676
     rank, engine = memory.rank, memory.engine
     assert rank is not None and engine is not None
@@ -70,7 +68,7 @@ def test_memory_by_the_documented_formula(dtype: str, width: int, optimizer: int
 
 
 def test_an_fp8_engine_holds_a_byte_for_all_but_embedding_and_head(workdir) -> None:
-    cfg = compose(overrides=[*GOOD, *PARALLEL]).cfg
+    cfg = composed(*GOOD, *PARALLEL)
     cfg.rollout.quantization = "fp8"
     memory = plan(cfg).memory
     assert memory is not None and memory.engine is not None
@@ -99,7 +97,7 @@ def write_model(workdir: Path, config: dict, tied: bool = False) -> None:
 
 
 def memory_of(*overrides: str) -> MemoryPlan:
-    memory = plan(compose(overrides=[*GOOD, *overrides]).cfg).memory
+    memory = plan(composed(*GOOD, *overrides)).memory
     assert memory is not None
     return memory
 
@@ -178,8 +176,8 @@ def test_cache_of_latent_attention_is_whole_on_every_device(workdir) -> None:
 
 def test_micro_batches_of_shared_sequences_in_interleaved_stages(workdir) -> None:
     (workdir / "model" / "config.json").write_text(json.dumps({**MODEL, "num_hidden_layers": 4}))
-    cfg = compose(overrides=[*GOOD, *DIVIDED, "trainer.tensor_parallel=1", "trainer.context_parallel=2", "trainer.max_tokens_per_rank=64",
-                             "rollout.samples_per_prompt=9", "trainer.megatron.virtual_pipeline_model_parallel_size=2"]).cfg  # fmt: skip
+    cfg = composed(*GOOD, *DIVIDED, "trainer.tensor_parallel=1", "trainer.context_parallel=2", "trainer.max_tokens_per_rank=64",
+                             "rollout.samples_per_prompt=9", "trainer.megatron.virtual_pipeline_model_parallel_size=2")  # fmt: skip
     update = plan(cfg).batch.update
     assert update is not None and (update.data_parallel, update.samples_per_rank) == (2, 144)
     assert update.micro_batches == 36  # four sequences in two ranks' 128 tokens
@@ -209,7 +207,7 @@ def test_layout_in_words(sizes: tuple[int, ...], data: int, words: str) -> None:
 
 
 def test_log_probs_are_computed_in_chunks(workdir) -> None:
-    memory = plan(compose(overrides=[*GOOD, "trainer.max_tokens_per_rank=1000000"]).cfg).memory
+    memory = plan(composed(*GOOD, "trainer.max_tokens_per_rank=1000000")).memory
     assert memory is not None and memory.rank is not None
     assert memory.rank.logprobs == 3 * 4 * (CHUNK_ELEMENTS // 100) * 100
     assert CHUNK_ELEMENTS == logprobs.CHUNK_ELEMENTS
@@ -217,7 +215,7 @@ def test_log_probs_are_computed_in_chunks(workdir) -> None:
 
 @pytest.mark.parametrize("role", [["~cluster.roles.actor"], ["trainer.tensor_parallel=4"]])
 def test_no_arithmetic_of_a_trainer_where_there_is_none(role: list[str], workdir) -> None:
-    cfg = compose(overrides=[*GOOD, "run.only=rollout", "rollout.dump=true", *role]).cfg
+    cfg = composed(*GOOD, "run.only=rollout", "rollout.dump=true", *role)
     made = plan(cfg)
     assert made.batch.update is None and made.memory is not None and made.memory.rank is None and made.memory.engine is not None
     shown = io.StringIO()
@@ -226,14 +224,14 @@ def test_no_arithmetic_of_a_trainer_where_there_is_none(role: list[str], workdir
 
 
 def test_no_arithmetic_of_engines_where_there_are_none(workdir) -> None:
-    made = plan(compose(overrides=[*GOOD, "algorithm.name=functions:imitate", "~cluster.roles.rollout"]).cfg)
+    made = plan(composed(*GOOD, "algorithm.name=functions:imitate", "~cluster.roles.rollout"))
     assert tuple(made.roles) == ("actor",) and made.batch.samples == 32
     assert made.memory is not None and made.memory.engine is None
 
 
 def test_shown_plan(workdir) -> None:
     shown = io.StringIO()
-    cfg = compose(overrides=[*GOOD, "algorithm.name=sft"]).cfg
+    cfg = composed(*GOOD, "algorithm.name=sft")
     show(cfg, plan(cfg), Console(file=shown, width=120))
     text = shown.getvalue()
     assert "1 data" in text and "none needed" in text
@@ -243,7 +241,7 @@ def test_shown_plan(workdir) -> None:
 
 def test_shown_plan_of_pipeline_stages(workdir) -> None:
     write_model(workdir, SPARSE)
-    cfg = compose(overrides=[*GOOD, *DIVIDED, "trainer.expert_parallel=2"]).cfg
+    cfg = composed(*GOOD, *DIVIDED, "trainer.expert_parallel=2")
     show(cfg, plan(cfg), Console(file=(shown := io.StringIO()), width=160))
     text = shown.getvalue()
     assert "2 data x 2 tensor x 2 pipeline; experts over 2 x 2 tensor" in text
@@ -254,11 +252,11 @@ def test_shown_plan_of_pipeline_stages(workdir) -> None:
 def test_model_config_without_sizes(workdir) -> None:
     (workdir / "model" / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"^model.path=model: its config.json has no num_hidden_layers$"):
-        plan(compose(overrides=GOOD).cfg)
+        plan(composed(*GOOD))
 
 
 def test_hub_model_has_no_memory_estimate_yet(workdir) -> None:
-    cfg = compose(overrides=[*GOOD, "model.path=Qwen/Qwen3-0.6B"]).cfg
+    cfg = composed(*GOOD, "model.path=Qwen/Qwen3-0.6B")
     assert plan(cfg).memory is None
 
 
@@ -298,7 +296,7 @@ def test_a_critic_s_own_model_is_counted(workdir) -> None:
     write_model(workdir, {**SPARSE, "hidden_size": 128})
     rank = rank_of("algorithm.name=ppo", "critic.path=small", "model.dtype=fp32")
     assert rank.critic == 16 * (4 * 4096 + 6400 + 64 + 3 * 4 * 2048)
-    assert plan(compose(overrides=[*GOOD, "algorithm.name=ppo", "critic.path=Qwen/Qwen3-0.6B"]).cfg).memory is None
+    assert plan(composed(*GOOD, "algorithm.name=ppo", "critic.path=Qwen/Qwen3-0.6B")).memory is None
 
 
 @pytest.mark.parametrize(
@@ -307,7 +305,7 @@ def test_a_critic_s_own_model_is_counted(workdir) -> None:
 )
 def test_a_shown_critic(roles: list[str], words: str, workdir) -> None:
     shown = io.StringIO()
-    cfg = compose(overrides=[*GOOD, "algorithm.name=ppo", *roles]).cfg
+    cfg = composed(*GOOD, "algorithm.name=ppo", *roles)
     show(cfg, plan(cfg), Console(file=shown, width=120))
     assert words in shown.getvalue() and ("2 data" in shown.getvalue()) == bool(roles)
 

@@ -8,11 +8,11 @@ from slime.algorithms.registry import BUILDERS, build_algorithm
 from slime.config import AlgorithmConfig, RewardConfig
 from slime.config.check_functions import REWARDS
 from slime.config.check_serving import FROM_KNOBS
-from slime.config.load import compose
 from slime.config.roles import ALGORITHMS, generates, needed_roles, needs_rollouts, uses_critic
 from slime.cpu import serving
 from slime.engine.settings import server_arguments
 from slime.rollout.rewards.builtin import builtin
+from tests.config.composing import composed
 from tests.config.conftest import MODEL
 
 
@@ -33,7 +33,7 @@ def test_rewards() -> None:
 def test_server_arguments_that_come_from_knobs(workdir) -> None:
     """For a mixture of experts, whose engine has one argument more."""
     (workdir / "model" / "config.json").write_text(json.dumps({**MODEL, "model_type": "qwen3_moe"}))
-    arguments = server_arguments(compose(overrides=["model.path=model"]).cfg, "cpu")
+    arguments = server_arguments(composed("model.path=model"), "cpu")
     assert arguments.keys() - serving.arguments(False).keys() - FROM_KNOBS.keys() == {
         "custom_weight_loader",
         "log_level_http",
@@ -61,5 +61,5 @@ def test_server_arguments_that_come_from_knobs(workdir) -> None:
     ],
 )
 def test_roles_of_a_recipe(overrides: list[str], roles: tuple[str, ...], answers: bool, workdir) -> None:
-    cfg = compose(overrides=["model.path=model", *overrides]).cfg
+    cfg = composed("model.path=model", *overrides)
     assert (needed_roles(cfg), generates(cfg)) == (roles, answers)

@@ -7,10 +7,10 @@ import pytest
 from slime.config import SlimeConfig
 from slime.config.checks import check
 from slime.config.exits import ConfigError
-from slime.config.load import compose
 from slime.config.overrides import RECIPES, prepare_override
 from slime.config.plan import plan
 from slime.config.roles import needed_roles, role_needs, served_teachers
+from tests.config.composing import composed
 
 BASE = ["model.path=model", "data.train=[{path: p.jsonl}]", "algorithm.distill=topk"]
 ONE = "algorithm.teachers.math.path=t"
@@ -19,7 +19,7 @@ ROLE = "cluster.roles.teacher/math.devices=2"
 
 
 def recipe(*overrides: str) -> SlimeConfig:
-    return compose(overrides=[*BASE, *overrides]).cfg
+    return composed(*BASE, *overrides)
 
 
 def test_who_is_served(workdir) -> None:
@@ -115,4 +115,4 @@ def test_what_is_refused(overrides: tuple[str, ...], text: str, workdir) -> None
 
 def test_a_role_without_anything_to_learn_from_a_teacher(workdir) -> None:
     with pytest.raises(ConfigError, match=r"^cluster\.roles\.teacher/math: there is no algorithm\.teachers\.math$"):
-        check(compose(overrides=[*BASE[:2], ROLE]).cfg)
+        check(composed(*BASE[:2], ROLE))

@@ -143,7 +143,7 @@ def test_one_that_is_stale_again_and_again_is_retired(most: int) -> None:
     assert made.state is X
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(st.booleans(), st.lists(st.tuples(st.sampled_from([*EVENTS]), st.floats(0, 40)), max_size=60))
 def test_any_sequence(ours: bool, events: list[tuple[str, float]]) -> None:
     """It gets no requests before it is proven after what may have changed its weights; retired is for ever; restarts are counted."""

@@ -90,12 +90,14 @@ def test_how_a_real_server_reads_tokens_and_how_many(server: Server) -> None:
 # --- a server that misbehaves -------------------------------------------------------------------------------------------
 
 
-def read(behave: Callable[[dict[str, Any]], str], top_k: int = 2, vocabulary: Vocabulary = SAME) -> tuple[TeacherSignal, TeacherDouble]:
+def read(
+    behave: Callable[[dict[str, Any]], str], top_k: int = 2, vocabulary: Vocabulary = SAME, timeout_s: float = 10.0
+) -> tuple[TeacherSignal, TeacherDouble]:
     double = TeacherDouble(behave)
 
     async def run() -> TeacherSignal:
         async with double.serving() as endpoint:
-            teacher = client(endpoint, vocabulary=vocabulary, timeout_s=0.5)
+            teacher = client(endpoint, vocabulary=vocabulary, timeout_s=timeout_s)
             try:
                 return await teacher.read([*PROMPT, *ANSWER], len(PROMPT), top_k)
             finally:
@@ -106,7 +108,7 @@ def read(behave: Callable[[dict[str, Any]], str], top_k: int = 2, vocabulary: Vo
 
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher_client, "PAUSE_S", 0.05)
+    monkeypatch.setattr(teacher_client, "PAUSE_S", 0.02)
 
 
 def test_what_is_asked_and_where_the_answer_lies() -> None:
@@ -147,7 +149,7 @@ def test_likeliest_tokens_that_the_student_does_not_have_are_left_out() -> None:
 
 FAILURES = [
     ("die", EngineLost, "teacher math at http://127.* was lost while it generated"),
-    ("hang", TimeoutError, r"teacher math gave no answer after 0.5 s \(rollout.request_timeout_s\)"),
+    ("hang", TimeoutError, r"teacher math gave no answer after 0.2 s \(rollout.request_timeout_s\)"),
     ("error", Garbage, "teacher math refused a request: 500"),
     ("busy", EngineLost, "teacher math refused a request: 503"),
     ("cut", Garbage, "teacher math answered .* which is no JSON"),
@@ -167,10 +169,11 @@ FAILURES = [
 def test_a_teacher_that_fails(what: str, kind: type[Exception], says: str) -> None:
     """It is asked again under another id, and ends the run with all reasons when it has failed three times."""
     turns = iter([what, what])
-    said, double = read(lambda body: next(turns, "well"))
+    timeout_s = 0.2 if what == "hang" else 10.0
+    said, double = read(lambda body: next(turns, "well"), timeout_s=timeout_s)
     assert said.logprobs[0] == np.float32(-0.8) and len({body["rid"] for body in double.asked}) == len(double.asked) == 3
     with pytest.raises(kind, match=rf"^teacher math at http://127\S+: a request failed 3 times: {says}"):
-        read(lambda body: what)
+        read(lambda body: what, timeout_s=timeout_s)
 
 
 def test_a_refusal_is_final() -> None:
@@ -194,7 +197,7 @@ def test_a_server_that_starts_anew_is_waited_for() -> None:
         teacher = client(Endpoint(f"http://127.0.0.1:{port}", "", "teacher math"), wait_s=wait_s)
         reading = asyncio.create_task(teacher.read([*PROMPT, *ANSWER], len(PROMPT)))
         try:
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.3)
             async with double.serving(port):
                 return await reading
         finally:

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def metrics_of_losses(tree: ast.Module) -> Iterator[str]:
             yield from keys(node)
 
 
+@cache
 def recorded() -> set[str]:
     """Names of all metrics that the code writes."""
     found = {k for path in SOURCES for k in keys(ast.parse(path.read_text())) if METRIC.fullmatch(k)}

@@ -177,7 +177,7 @@ def test_exponent_refuses_another_old() -> None:
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_pair_of_arrays(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(list(ELEMENT_TYPES.values())))
     n = data.draw(st.integers(1, 40))

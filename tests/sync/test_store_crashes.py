@@ -71,7 +71,7 @@ def go_on(files: VolatileFiles) -> None:
     assert found is not None and (found.epoch, found.number) == (epoch, number)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(st.integers(0, len(STEPS.steps)), st.data())
 def test_any_part_of_what_is_not_durable_survives(dies_at: int, data: st.DataObject) -> None:
     files = VolatileFiles(dies_at)

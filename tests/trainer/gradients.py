@@ -24,13 +24,25 @@ def gradient(place, cfg, batch, old, reorder=None, reference=None):
     """(loss, HF-space gradient, its norm by the optimizer) of one update; `reorder` packs the sequences at random instead of by plan,
     `reference` is the folder of another model than the policy's own: from that, whose KL is 0, no gradient would come. A critic's values
     are numbers that go with the tokens."""
+    return gradient_of(place.trainer(cfg), batch, old, reorder, reference)
+
+
+def gradients_by_recipe(place, recipes, batch, old, reference):
+    """What `gradient` says of each recipe; they have one layout, whose groups meet once."""
+    found, trainer = {}, None
+    for name, cfg in recipes.items():
+        trainer = place.trainer(cfg, trainer)
+        found[name] = gradient_of(trainer, batch, old, reference=reference)
+    return found
+
+
+def gradient_of(trainer, batch, old, reorder=None, reference=None):
     from slime.trainer import step
     from slime.trainer.frozen import build_frozen
     from slime.trainer.packing import pack
 
-    trainer = place.trainer(cfg)
     if trainer.reference is not None and reference is not None:
-        trainer.reference = build_frozen(str(reference), "auto", cfg, trainer.parallel)
+        trainer.reference = build_frozen(str(reference), "auto", trainer.cfg, trainer.parallel)
     micro_batches = trainer.micro_batches(batch)
     if reorder is not None:
         parts = np.array_split(np.random.default_rng(reorder).permutation(len(batch)), 3)

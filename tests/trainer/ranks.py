@@ -6,6 +6,7 @@ On the CPU, over gloo; with SLIME_TEST_DEVICE=cuda on a GPU each, over NCCL, as 
 import gc
 import multiprocessing
 import os
+import sys
 import traceback
 import uuid
 from collections.abc import Callable
@@ -71,6 +72,7 @@ def _serve(pipe: Connection) -> None:
     from slime.trainer import device, distributed
 
     dev = device.set_up(KIND, 1)
+    imported = 0
     while True:
         fn, rank, world, store, args = pipe.recv()
         try:
@@ -80,6 +82,9 @@ def _serve(pipe: Connection) -> None:
             pipe.send((False, traceback.format_exc()))
         distributed.leave_groups()
         _let_go()
+        if len(sys.modules) > imported:  # what was imported stays: looking through it takes longer than most tests
+            imported = len(sys.modules)
+            gc.freeze()
 
 
 def _let_go() -> None:
@@ -109,12 +114,12 @@ class Place:
         store = dist.FileStore(f"{self.store}-{self.joined}", self.world)
         return distributed.join_groups(self.device, store, self.rank, self.world, sizes, seed, 60.0)
 
-    def trainer(self, cfg: SlimeConfig) -> Any:
-        """A trainer built as a rank builds it."""
+    def trainer(self, cfg: SlimeConfig, beside: Any = None) -> Any:
+        """A trainer built as a rank builds it: alone, or on the ranks of another of the same layout."""
         from slime.observe.trace import Tracer
         from slime.trainer.build import build_trainer
 
-        parallel = self.join(parallel_sizes(cfg.trainer), cfg.run.seed)
+        parallel = self.join(parallel_sizes(cfg.trainer), cfg.run.seed) if beside is None else beside.parallel
         return build_trainer(cfg, self.device, parallel, Tracer(f"rank {self.rank}"))
 
     def critic(self, cfg: SlimeConfig, beside: Any = None) -> Any:

@@ -8,7 +8,7 @@ import torch
 
 from slime.config.algorithm import TeacherConfig
 from slime.config.algorithms import ALGORITHMS
-from tests.trainer.gradients import assert_same, gradient, log_probs, noisy_old
+from tests.trainer.gradients import assert_same, gradient, gradients_by_recipe, log_probs, noisy_old
 from tests.trainer.ranks import make_batch, make_cfg
 
 pytestmark = pytest.mark.e2e
@@ -36,7 +36,6 @@ LAYOUTS = {
     "PP2": (2, {"pipeline_parallel": 2}),
     "CP2": (2, {"context_parallel": 2}),
 }
-FIRST = ("DP2 x PP2", "TP2 x CP2", "DP2")  # the others run with the slow tests
 
 
 def recipe(models, case: str, **trainer):
@@ -64,17 +63,34 @@ def batch(ranks, models):
 
 
 @pytest.fixture(scope="module")
-def alone(ranks, models, batch):
-    """Old log-probs and the update of one process in one micro-batch, by case."""
+def old(ranks, models, batch):
+    return noisy_old(batch, ranks.run(log_probs, 1, recipe(models, "sft"), batch)[0])
+
+
+@pytest.fixture(scope="module")
+def alone(ranks, models, batch, old):
+    """The update of one process in one micro-batch, by case."""
+    return ranks.run(gradients_by_recipe, 1, {case: recipe(models, case) for case in CASES}, batch, old, models["qwen3_tied"])[0]
+
+
+@pytest.fixture(scope="module")
+def laid_out(ranks, models, batch, old):
+    """The update by case in a layout, all of them in the same groups: their meeting takes longer than an update."""
     found = {}
 
-    def of(case):
-        if case not in found:
-            old = noisy_old(batch, ranks.run(log_probs, 1, recipe(models, "sft"), batch)[0])
-            found[case] = (old, update(ranks, models, case, batch, old))
-        return found[case]
+    def of(layout):
+        if layout not in found:
+            world, knobs = LAYOUTS[layout]
+            recipes = {case: recipe(models, case, max_tokens_per_rank=60, **knobs) for case in CASES if applies(case, layout)}
+            found[layout] = ranks.run(gradients_by_recipe, world, recipes, batch, old, models["qwen3_tied"])[0]
+        return found[layout]
 
     return of
+
+
+def applies(case, layout):
+    """The whole distribution in pipeline stages is refused: tests/config/test_check_teachers.py."""
+    return not (CASES[case].get("distill") == "full" and "PP" in layout)
 
 
 def test_every_algorithm_has_a_case() -> None:
@@ -83,8 +99,8 @@ def test_every_algorithm_has_a_case() -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_micro_batches_packing_and_order_do_not_matter(ranks, models, batch, alone, case) -> None:
-    old, expected = alone(case)
+def test_micro_batches_packing_and_order_do_not_matter(ranks, models, batch, old, alone, case) -> None:
+    expected = alone[case]
     assert max(float(grad.abs().max()) for grad in expected[1].values()) > 1e-4, "there is a gradient"
     assert_same(update(ranks, models, case, batch, old, max_tokens_per_rank=1), expected)
     assert_same(update(ranks, models, case, batch, old, reorder=5), expected)
@@ -97,9 +113,9 @@ TERMS_OF_REFERENCE = [(case, knob) for case, knobs in CASES.items() for knob in 
 
 
 @pytest.mark.parametrize(("case", "coef"), TERMS_OF_REFERENCE)
-def test_the_reference_is_felt(ranks, models, batch, alone, case, coef) -> None:
+def test_the_reference_is_felt(ranks, models, batch, old, alone, case, coef) -> None:
     """Of a reference that is the policy itself nothing would be seen here, whatever the layout made of it."""
-    old, (_, expected, _) = alone(case)
+    _, expected, _ = alone[case]
     cfg = recipe(models, case)
     setattr(cfg.algorithm, coef, 0.0)
     _, without, _ = ranks.run(gradient, 1, cfg, batch, old)[0]
@@ -108,26 +124,15 @@ def test_the_reference_is_felt(ranks, models, batch, alone, case, coef) -> None:
 
 
 @pytest.mark.parametrize("case", ["grpo", "gspo", "ppo", "opd"])
-def test_tokens_outside_the_mask_have_no_say(ranks, models, batch, alone, case) -> None:
+def test_tokens_outside_the_mask_have_no_say(ranks, models, batch, old, alone, case) -> None:
     """Prompts and the answers of tools: nonsense in every column there, and the gradient is the same to the bit."""
-    old, expected = alone(case)
+    expected = alone[case]
     nonsense = np.where(batch.loss_mask, 0.0, 7.0).astype(np.float32)
     spoilt = replace(batch, rollout_logprobs=batch.rollout_logprobs + nonsense)
     found = update(ranks, models, case, spoilt, old + nonsense)
     assert found[0] == expected[0] and all(torch.equal(grad, expected[1][name]) for name, grad in found[1].items())
 
 
-def layout_cases():
-    for case, knobs in CASES.items():
-        for layout in LAYOUTS:
-            if knobs.get("distill") == "full" and "PP" in layout:
-                continue  # refused: tests/config/test_check_teachers.py
-            yield pytest.param(case, layout, marks=() if layout in FIRST else pytest.mark.slow, id=f"{case}-{layout}")
-
-
-@pytest.mark.parametrize(("case", "layout"), layout_cases())
-def test_layouts_do_not_matter(ranks, models, batch, alone, case, layout, record_property) -> None:
-    old, expected = alone(case)
-    world, knobs = LAYOUTS[layout]
-    found = update(ranks, models, case, batch, old, world, max_tokens_per_rank=60, **knobs)
-    record_property("worst gradient", assert_same(found, expected))
+@pytest.mark.parametrize(("case", "layout"), [(case, layout) for layout in LAYOUTS for case in CASES if applies(case, layout)])
+def test_layouts_do_not_matter(alone, laid_out, case, layout, record_property) -> None:
+    record_property("worst gradient", assert_same(laid_out(layout)[case], alone[case]))

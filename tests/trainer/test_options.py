@@ -19,6 +19,19 @@ def test_an_unknown_option_gets_the_nearest_name():
         sort_options({"recompute_granularty": "full"})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("num_layers", 3, "trainer.megatron.num_layers is decided by slime: config.json in model.path says it"),
+        ("recompute_granularity", "ful", "trainer.megatron.recompute_granularity=ful: takes full or selective or null"),
+    ],
+)
+def test_what_a_refusal_says(name, value, text):
+    with pytest.raises(ValueError) as raised:
+        sort_options({name: value})
+    assert str(raised.value) == text
+
+
 def test_every_field_of_megatron_core_is_in_one_table():
     for name in FIELDS:
         reasons = [
