@@ -358,7 +358,7 @@ def test_teachers_that_are_served_elsewhere_take_no_memory(workdir) -> None:
     ):
         rank_of(*TEACHERS, "algorithm.distill=topk", "algorithm.teachers.big.path=no")
     on_hub = ["algorithm.teachers.big.path=Qwen/Qwen3-0.6B", "algorithm.distill=topk"]
-    assert plan(compose(overrides=[*GOOD, *TEACHERS, *on_hub]).cfg).memory is None
+    assert plan(composed(*GOOD, *TEACHERS, *on_hub)).memory is None
 
 
 @pytest.mark.parametrize("knob", ["sync.snapshot=host", "sync.mode=full", "algorithm.name=functions:imitate"])
@@ -368,7 +368,7 @@ def test_a_snapshot_that_lies_elsewhere_or_is_none(knob: str, workdir) -> None:
 
 def test_frozen_models_and_the_snapshot_are_shown(workdir) -> None:
     shown = io.StringIO()
-    cfg = compose(overrides=[*GOOD, "algorithm.kl_loss_coef=0.1"]).cfg
+    cfg = composed(*GOOD, "algorithm.kl_loss_coef=0.1")
     show(cfg, plan(cfg), Console(file=shown, width=120))
     assert "rank: weights of the reference and of teachers" in shown.getvalue()
     assert "rank: snapshot of the weights that engines have" in shown.getvalue()
