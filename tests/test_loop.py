@@ -49,6 +49,9 @@ class Flight:
     def troubles(self) -> list:
         return []
 
+    def finished(self) -> list:
+        return [f"group of rollout {self.step}"]
+
     def result(self) -> RolloutResult:
         assert self.step not in self.world.flying
         first = 4 * self.step
@@ -79,6 +82,7 @@ class World:
     flying: set[int] = field(default_factory=set)
     metrics: dict[str, float] = field(default_factory=dict)
     on_wait: Callable[[int], None] = lambda step: None
+    read: list[str] = field(default_factory=list)  # groups that the trainer was given ahead
     held: int = -1
     fails_at: int | None = None  # update
     refuses: OSError | None = None  # of the disk
@@ -104,6 +108,9 @@ class World:
         assert self.held == step
         self.events.append(f"evaluate {step}")
         return Ready(step, ([], []))
+
+    def read_ahead(self, groups: list) -> None:
+        self.read += groups
 
     def update(self, ref: Any, meanwhile: Callable[[], None]) -> dict[str, float]:
         meanwhile()
@@ -184,6 +191,16 @@ def test_sync_publishes_what_it_has_just_trained(tmp_path: Path):
         *("update", "publish 2", "rollout 2", "evaluate 2"),
         *("update", "publish 3", "evaluate 3"),
     ]
+
+
+def test_the_trainer_is_given_what_is_finished_while_a_rollout_is_waited_for(tmp_path: Path):
+    world = World()
+    run = make_run(tmp_path, world)
+    updated: list[list[str]] = []
+    world.on_wait = lambda step: updated.append(list(world.read))
+    train.train(run)
+    assert updated == [[f"group of rollout {step}" for step in range(n)] for n in range(3)]
+    assert world.read == [f"group of rollout {step}" for step in range(3)]
 
 
 def test_a_stop_in_sync_mode_saves_at_once(tmp_path: Path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from slime.observe.trace import read_trace
 from slime.rollout.dump import read_rollout
 from slime.types import Batch
 from tests.launch import Launched, launch
@@ -31,13 +32,19 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(inputs: Path) -> Launched:
     """Samples of up to 20 tokens, so that the served teacher reads some in two chunks, and its cache holds prompts."""
+    return launched(inputs, "teachers")
+
+
+def launched(inputs: Path, name: str, *overrides: str) -> Launched:
     return launch(
         inputs,
-        "teachers",
+        name,
         *("run.steps=2", "rollout.sglang.chunked_prefill_size=16", "rollout.dump=true", "algorithm.name=opd", "algorithm.distill=sampled"),
+        *("rollout.prompts_per_step=8", "rollout.max_in_flight=4"),  # one group after the other
         *(f"algorithm.teachers.even.path={inputs}/served", "algorithm.teachers.even.sources=[even]"),
         *(f"algorithm.teachers.odd.path={inputs}/held", "algorithm.teachers.odd.sources=[odd]"),
         *("cluster.roles.teacher/even.devices=1", "cluster.cpus_per_rank=0.5", "cluster.cpus_per_engine=0.5"),
+        *overrides,
     )
 
 
@@ -70,3 +77,30 @@ def test_a_served_and_a_held_teacher_say_what_their_models_think(run: Launched, 
             ahead = (batch.rollout_logprobs - expected)[mine].mean()
             assert mine.any() and line[f"distill/{name}/reverse_kl"] == pytest.approx(ahead, abs=1e-3)
         assert line["rollout/teacher_s"] > 0 and line["train/grad_norm"] > 0
+
+
+def groups_read(run: Launched) -> list[int]:
+    """How many groups the held teacher has read: while engines generated, and with an update."""
+    events = [event for event in read_trace(run.run_dir / "trace.json.gz") if event["ph"] == "X"]
+    updates = [event for event in events if event["name"] == "train"]
+    counts = [0, 0]
+    for event in (event for event in events if event["name"] == "held_teacher"):
+        counts[any(update["ts"] <= event["ts"] < update["ts"] + update["dur"] for update in updates)] += event["args"]["groups"]
+    return counts
+
+
+def hf_weights(run: Launched) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((run.run_dir / "hf").glob("*.safetensors"))}
+
+
+def test_a_held_teacher_reads_while_engines_generate_and_the_bits_are_those_of_reading_afterwards(run: Launched, inputs: Path) -> None:
+    """With the same rollouts again, from files: there is nothing to be read ahead."""
+    afterwards = launched(inputs, "afterwards", "run.only=train", f"run.replay={run.run_dir}", "rollout.dump=false")
+    assert afterwards.code == 0, afterwards.out + afterwards.err
+    held = sum(np.unique(batch.group[batch.teacher == HELD]).size for batch in (read_rollout(run.run_dir, step)[0] for step in range(2)))
+    ahead, with_update = groups_read(run)
+    assert ahead + with_update == held and ahead > with_update
+    assert groups_read(afterwards) == [0, held]
+    assert hf_weights(afterwards) == hf_weights(run) and hf_weights(run)
+    for ours, theirs in zip(afterwards.metrics[1:], run.metrics[1:], strict=True):
+        assert [ours[name] == theirs[name] for name in ("distill/odd/reverse_kl", "advantage/std", "train/grad_norm")] == [True] * 3

@@ -76,6 +76,13 @@ def served_teachers(cfg: SlimeConfig) -> set[str]:
     return {name for name, teacher in cfg.algorithm.teachers.items() if teacher.url is not None or teacher_role(name) in cfg.cluster.roles}
 
 
+def reads_groups(cfg: SlimeConfig) -> bool:
+    """Whether teachers on the actor's ranks read each group by itself, some while engines generate others: the ranks wait for the rollout
+    then. With algorithm.distill=full they speak in the pass in which the student learns."""
+    held = cfg.algorithm.teachers.keys() - served_teachers(cfg)
+    return cfg.rollout.mode == "sync" and cfg.algorithm.distill in ("sampled", "topk") and bool(held)
+
+
 def tensor_parallel(cfg: SlimeConfig, role: str) -> tuple[str, int]:
     """Devices of one server of a role that serves, and the knob that says so."""
     if not role.startswith(TEACHER):
