@@ -42,7 +42,7 @@ from slime.types import Batch, WeightVersion
 
 log = logging.getLogger(__name__)
 
-BUSY = frozenset({"engine", "train", "critic"})  # spans in which something computes
+BUSY = frozenset({"engine", "train", "held_teacher", "critic"})  # spans in which something computes
 SETTLE_S = 300.0  # for a save in flight when a run fails
 POLL_S = 0.2  # how often a wait looks at its progress bar and for a stop
 
@@ -226,6 +226,8 @@ class Run:
         with self.console.bar(f"rollout {pending.step + 1}", self.cfg.rollout.prompts_per_step, "prompts") as bar:
             while not pending.wait(POLL_S):
                 bar.update(pending.progress())
+                if self.ranks is not None:
+                    self.ranks.read_ahead(pending.finished())
                 self._look_after(pending)
                 if self.signal.received and self.cfg.rollout.mode == "sync":
                     self._stop()

@@ -288,10 +288,14 @@ class Batch:
             teacher=_joined([(part.teacher, len(part)) for part in parts], NO_TEACHER),
         )
 
+    def tokens_at(self, samples: np.ndarray) -> np.ndarray:
+        """int64, where the tokens of these samples (int64 [M]) lie, in that order."""
+        spans = [np.arange(self.cu_seqlens[i], self.cu_seqlens[i + 1]) for i in samples]
+        return np.concatenate(spans) if spans else np.zeros(0, np.int64)
+
     def select(self, samples: np.ndarray) -> "Batch":
         """The batch of the samples at these positions (int64 [M]), in that order."""
-        spans = [np.arange(self.cu_seqlens[i], self.cu_seqlens[i + 1]) for i in samples]
-        at = np.concatenate(spans) if spans else np.zeros(0, np.int64)
+        at = self.tokens_at(samples)
         known: dict[str, Any] = {name: None if (column := getattr(self, name)) is None else column[at] for name in SOMETIMES}
         return Batch(
             tokens=self.tokens[at],

@@ -49,6 +49,9 @@ class Flight:
     def troubles(self) -> list:
         return []
 
+    def finished(self) -> list:
+        return [f"group of rollout {self.step}"]
+
     def result(self) -> RolloutResult:
         assert self.step not in self.world.flying
         first = 4 * self.step
@@ -79,6 +82,7 @@ class World:
     flying: set[int] = field(default_factory=set)
     metrics: dict[str, float] = field(default_factory=dict)
     on_wait: Callable[[int], None] = lambda step: None
+    read: list[str] = field(default_factory=list)  # groups that the trainer was given ahead
     held: int = -1
     apart: float = 0.0  # trainer and engines, for the tokens of a probe
     fails_at: int | None = None  # update
@@ -112,6 +116,9 @@ class World:
     def probe(self, step: int, ref: Any, logprobs: list[float]) -> Ready:
         assert self.held == step == self.events.count("update") and logprobs == [-1.0], "engines and trainer hold the same weights"
         return Ready(step, {"mismatch/logprob_abs_diff": self.apart})
+
+    def read_ahead(self, groups: list) -> None:
+        self.read += groups
 
     def update(self, ref: Any, meanwhile: Callable[[], None]) -> dict[str, float]:
         meanwhile()
@@ -192,6 +199,16 @@ def test_sync_publishes_what_it_has_just_trained(tmp_path: Path):
         *("update", "publish 2", "rollout 2", "evaluate 2"),
         *("update", "publish 3", "evaluate 3"),
     ]
+
+
+def test_the_trainer_is_given_what_is_finished_while_a_rollout_is_waited_for(tmp_path: Path):
+    world = World()
+    run = make_run(tmp_path, world)
+    updated: list[list[str]] = []
+    world.on_wait = lambda step: updated.append(list(world.read))
+    train.train(run)
+    assert updated == [[f"group of rollout {step}" for step in range(n)] for n in range(3)]
+    assert world.read == [f"group of rollout {step}" for step in range(3)]
 
 
 def test_a_stop_in_sync_mode_saves_at_once(tmp_path: Path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from slime.observe.trace import read_trace
 from slime.rollout.dump import read_rollout
 from slime.types import Batch
 from tests.launch import Launched, launch
@@ -33,14 +34,20 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(inputs: Path) -> Launched:
     """Samples of up to 20 tokens, so that the served teacher reads some in two chunks, and its cache holds prompts. The critic warms up for
     one update; two optimizer steps a batch."""
+    return launched(inputs, "teachers")
+
+
+def launched(inputs: Path, name: str, *overrides: str) -> Launched:
     return launch(
         inputs,
-        "teachers",
+        name,
         *("run.steps=3", "rollout.sglang.chunked_prefill_size=16", "rollout.dump=true", "algorithm.name=ppo", "algorithm.distill=sampled"),
         *("algorithm.lam=0.95", "critic.lr=1e-2", "critic.warmup_steps=1", "trainer.updates_per_batch=2"),
+        *("rollout.prompts_per_step=8", "rollout.max_in_flight=4"),  # one group after the other
         *(f"algorithm.teachers.even.path={inputs}/served", "algorithm.teachers.even.sources=[even]"),
         *(f"algorithm.teachers.odd.path={inputs}/held", "algorithm.teachers.odd.sources=[odd]"),
         *("cluster.roles.teacher/even.devices=1", "cluster.cpus_per_rank=0.5", "cluster.cpus_per_engine=0.5"),
+        *overrides,
     )
 
 
@@ -85,3 +92,30 @@ def test_a_critic_learns_values_and_warms_up(run: Launched, inputs: Path) -> Non
     before, after = load_file(inputs / "model" / "model.safetensors"), load_file(run.run_dir / "hf" / "model.safetensors")
     assert set(before) == set(after), "a critic's head is none of the model's"
     assert any((before[name] != after[name]).any() for name in before)
+
+
+def groups_read(run: Launched) -> list[int]:
+    """How many groups the held teacher has read: while engines generated, and with an update."""
+    events = [event for event in read_trace(run.run_dir / "trace.json.gz") if event["ph"] == "X"]
+    updates = [event for event in events if event["name"] == "train"]
+    counts = [0, 0]
+    for event in (event for event in events if event["name"] == "held_teacher"):
+        counts[any(update["ts"] <= event["ts"] < update["ts"] + update["dur"] for update in updates)] += event["args"]["groups"]
+    return counts
+
+
+def hf_weights(run: Launched) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((run.run_dir / "hf").glob("*.safetensors"))}
+
+
+def test_a_held_teacher_reads_while_engines_generate_and_the_bits_are_those_of_reading_afterwards(run: Launched, inputs: Path) -> None:
+    """With the same rollouts again, from files: there is nothing to be read ahead."""
+    afterwards = launched(inputs, "afterwards", "run.only=train", f"run.replay={run.run_dir}", "rollout.dump=false")
+    assert afterwards.code == 0, afterwards.out + afterwards.err
+    held = sum(np.unique(batch.group[batch.teacher == HELD]).size for batch in (read_rollout(run.run_dir, step)[0] for step in range(3)))
+    ahead, with_update = groups_read(run)
+    assert ahead + with_update == held and ahead > with_update
+    assert groups_read(afterwards) == [0, held]
+    assert hf_weights(afterwards) == hf_weights(run) and hf_weights(run)
+    for ours, theirs in zip(afterwards.metrics[1:], run.metrics[1:], strict=True):
+        assert [ours.get(name) == theirs.get(name) for name in ("distill/odd/reverse_kl", "advantage/std", "train/grad_norm")] == [True] * 3

@@ -89,6 +89,12 @@ def held_teachers(cfg: SlimeConfig) -> list[str]:
     return [name for name in cfg.algorithm.teachers if name not in served]
 
 
+def reads_groups(cfg: SlimeConfig) -> bool:
+    """Whether teachers on the actor's ranks read each group by itself, some while engines generate others: the ranks wait for the rollout
+    then. With algorithm.distill=full they speak in the pass in which the student learns."""
+    return cfg.rollout.mode == "sync" and cfg.algorithm.distill in ("sampled", "topk") and bool(held_teachers(cfg))
+
+
 def tensor_parallel(cfg: SlimeConfig, role: str) -> tuple[str, int]:
     """Devices of one server of a role that serves, and the knob that says so."""
     if not role.startswith(TEACHER):

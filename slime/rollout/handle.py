@@ -3,6 +3,7 @@
     pending = source.start(step, first_ordinal)     # returns at once
     while not pending.wait(0.2):                    # engines that fail meanwhile are looked after:
         pending.progress()
+        trainer.read_ahead(pending.finished())
         fleet.report(pending.troubles())
         source.engines(fleet.tend())
     result = pending.result()                       # nothing of it is in flight afterwards
@@ -69,6 +70,11 @@ class Pending(Protocol[T_co]):
         """What went wrong with engines, as far as `progress` has heard, since the last call."""
         ...
 
+    def finished(self) -> "list[ray.ObjectRef]":
+        """Groups of the batch (a types.Batch each) that the ranks' teachers may read already, as far as `progress` has heard, since the
+        last call. All of them are in the batch."""
+        ...
+
     def result(self) -> T_co:
         """What it came to; waits for it. Raises what it raised."""
         ...
@@ -119,6 +125,9 @@ class Ready(Generic[T]):
     def troubles(self) -> list[Trouble]:
         return []
 
+    def finished(self) -> "list[ray.ObjectRef]":
+        return []
+
     def result(self) -> T:
         return self._result
 
@@ -138,6 +147,7 @@ class Working(Generic[T]):
     _asked: "ray.ObjectRef | None" = None  # for progress, not answered yet
     _heard: tuple[int, int] = (0, 0)  # prompts finished, and of how many
     _troubles: list[Trouble] = field(default_factory=list)
+    _finished: "list[ray.ObjectRef]" = field(default_factory=list)
 
     def wait(self, timeout_s: float) -> bool:
         """Raises TimeoutError naming cluster.step_timeout_s when all of it has taken longer."""
@@ -163,10 +173,15 @@ class Working(Generic[T]):
             heard = deadline.get(self._asked, MANAGER_S, "the rollout's progress")
             self._heard, self._asked = (heard.done, heard.of), None
             self._troubles += heard.troubles
+            self._finished += heard.finished
         return self._heard[0]
 
     def troubles(self) -> list[Trouble]:
         drained, self._troubles = self._troubles, []
+        return drained
+
+    def finished(self) -> "list[ray.ObjectRef]":
+        drained, self._finished = self._finished, []
         return drained
 
     def result(self) -> T:

@@ -7,7 +7,7 @@ back a reference to the batch and an account of every ordinal that was drawn.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import ray
 from slime.config import SlimeConfig
 from slime.config.exits import GateStopped
 from slime.config.imports import load_function
+from slime.config.roles import reads_groups
 from slime.data.source import PromptSource, eval_prompts
 from slime.data.template import load_tokenizer, tokenize
 from slime.engine.client import EngineClient, Sampling
@@ -52,6 +53,7 @@ class Progress:
     done: int  # prompts finished
     of: int  # and how many are wanted
     troubles: list[Trouble]
+    finished: "list[ray.ObjectRef]"  # groups of the rollout, a types.Batch each, where the ranks' teachers read them
 
 
 class RolloutManager:
@@ -61,6 +63,8 @@ class RolloutManager:
         self.cfg, self.run_dir = cfg, Path(run_dir)
         self._progress = {"rollout": (0, 0), "evaluation": (0, 0), "probe": (0, 0)}  # prompts finished, and of how many
         self._step = 0  # of the rollout or evaluation under way
+        self._reads_groups = cfg.run.only != "rollout" and reads_groups(cfg)
+        self._unread: list[ray.ObjectRef] = []  # see Progress; what nobody has asked for yet
 
     async def open(self) -> None:
         """Open data, tokenizer and rewards. Raises ValueError naming the knob of what cannot be used."""
@@ -115,8 +119,12 @@ class RolloutManager:
         self.engines.engines(turns)
 
     async def progress(self, what: str) -> Progress:
-        """How far the `rollout` or the `evaluation` under way is, and what went wrong with engines since the last call."""
-        return Progress(*self._progress[what], self.engines.troubles())
+        """How far the `rollout` or the `evaluation` under way is, and what went wrong with engines and which groups were finished since the
+        last call."""
+        finished: list[ray.ObjectRef] = []
+        if what == "rollout":
+            finished, self._unread = self._unread, []
+        return Progress(*self._progress[what], self.engines.troubles(), finished)
 
     async def waits(self) -> str:
         """Who waits for what, for a rollout that does not end."""
@@ -129,6 +137,7 @@ class RolloutManager:
         or an unfit answer of rollout.generate, EngineError and TimeoutError for a request that no engine or no teacher answers.
         """
         self._step, self._progress["rollout"] = step, (0, self.cfg.rollout.prompts_per_step)
+        self._unread = []
         begun, begun_cpu, cfg = time.time(), time.process_time(), self.cfg.rollout
         maker = self._maker(self._client(cfg.temperature, cfg.top_p, cfg.max_response_tokens, self.routing), self.judge)
         surplus = max(1, round(cfg.oversample * cfg.prompts_per_step)) if cfg.select == "arrival" else 0
@@ -211,7 +220,7 @@ class RolloutManager:
                         draw.drop(ordinal, outcome)
                     elif not draw.complete:
                         draw.keep(ordinal)
-                        groups.append((outcome, Batch.from_groups([outcome])))
+                        groups.append((outcome, self._packed(outcome)))
                 self._progress["rollout"] = (len(draw.kept), draw.wanted)
             draw.drop_surplus()
         finally:
@@ -219,6 +228,13 @@ class RolloutManager:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         return sorted(groups, key=lambda filled: filled[0].ordinal)
+
+    def _packed(self, group: Group) -> Batch:
+        """The batch of one group, handed over where the ranks' teachers read it at once."""
+        batch = Batch.from_groups([group])
+        if self._reads_groups:
+            self._unread.append(ray.put(replace(batch, experts=None)))  # which the teachers choose themselves
+        return batch
 
     async def _group(self, ordinal: int, maker: GroupMaker) -> Group | str:
         """The group of an ordinal, or why it is dropped."""

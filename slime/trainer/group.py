@@ -19,7 +19,7 @@ from slime.sync.diff import Delta
 from slime.sync.records import ModelSpec
 from slime.trainer.rank import ACTOR, CRITIC, TRAINER
 from slime.trainer.ranks import Ranks, launch
-from slime.trainer.saving import Saving
+from slime.trainer.saving import Saving, settled
 from slime.types import Batch, WeightVersion
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,8 @@ class TrainerGroup(Ranks):
         super().__init__(cfg, ranks)
         self.critic = critic
         self._saving: Saving | None = None  # the last one
+        self._finished: list[ray.ObjectRef] = []  # groups that teachers have not been given yet
+        self._reading: list[ray.ObjectRef] = []  # of `Rank.read_ahead`, one a rank
 
     @classmethod
     def start(cls, cfg: SlimeConfig, placement: RolePlacement, of_critic: RolePlacement | None = None) -> "TrainerGroup":
@@ -93,6 +95,24 @@ class TrainerGroup(Ranks):
         """The actor's ranks, and a critic's own."""
         return [self, self.critic] if self.critic is not None and self.critic.own else [self]
 
+    def read_ahead(self, groups: "list[ray.ObjectRef]") -> None:
+        """Let teachers that the ranks hold read these groups of the batch that is being generated (a Batch each). Returns at once; to be
+        called often, also with none: one call is under way at a time, and takes all that has come since the last. What it raises is raised
+        by the next call here or of `update`."""
+        self._finished += groups
+        if self._reading and not settled(self._reading):
+            return
+        self._have_read()
+        if self._finished:
+            self._reading = [rank.read_ahead.remote(*self._finished) for rank in self.ranks]
+            self._finished = []
+
+    def _have_read(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Wait for what teachers read."""
+        reading, self._reading = self._reading, []
+        if reading:
+            self.together(reading, "the trainer's teachers to read finished groups", meanwhile=meanwhile)
+
     def update(self, batch: "ray.ObjectRef | Batch", meanwhile: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Train one batch: one or more optimizer steps, then the critic's. Returns train/*, mismatch/*, offpolicy/*, staleness/*,
         advantage/*, perf/*, time/train_s, see `step.train_beside`; with a critic value/*, critic/* and time/critic_s. `meanwhile` is called
@@ -100,6 +120,8 @@ class TrainerGroup(Ranks):
 
         Raises NotFinite for a loss or gradient that is not finite; that step was not taken and the ranks stay usable.
         """
+        self._finished = []  # the ranks read those now
+        self._have_read(meanwhile)
         ref, critic = _as_ref(batch), self.critic
         values = None if critic is None else critic.values(ref, meanwhile)
         learns = critic is None or critic.learned >= self.cfg.critic.warmup_steps

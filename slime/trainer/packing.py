@@ -13,6 +13,7 @@ A row of two sequences, 2 and 5 tokens, on a tensor-parallel size of 4; the last
     trained    where in `Batch.tokens` each label came from
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import lcm
 
@@ -52,6 +53,24 @@ def partition(lengths: np.ndarray, ranks: int, budget: int, quadratic_at: int, m
     return [[_by_length(bins[b], lengths) for b in mine] for mine in _deal(bins, cost, ranks)]
 
 
+def partition_apart(
+    lengths: np.ndarray, apart: np.ndarray, ranks: int, budget: int, quadratic_at: int, anywhere: bool
+) -> list[list[np.ndarray]]:
+    """`partition` of every group of sequences by itself (apart int64 [N], which one each belongs to): what shares a micro-batch depends on
+    its group alone, whatever other groups there are. As many micro-batches on every rank.
+
+    `anywhere`: whichever rank is free takes one. Otherwise those of a group lie side by side on all ranks, which may look at one another.
+    """
+    cost = lengths * (1.0 + lengths / quadratic_at)
+    groups = [np.flatnonzero(apart == number) for number in np.unique(apart)]
+    plans = [[[at[b] for b in mine] for mine in partition(lengths[at], ranks, budget, quadratic_at)] for at in groups]
+    if not anywhere:
+        return [[b for plan in plans for b in plan[rank]] for rank in range(ranks)]
+    rows = [b for plan in plans for mine in plan for b in mine if len(b)]
+    rows += [np.zeros(0, np.int64)] * (-len(rows) % ranks)
+    return [[rows[b] for b in mine] for mine in _deal(rows, cost, ranks)]
+
+
 def _fill(lengths: np.ndarray, cost: np.ndarray, order: np.ndarray, bins: int, budget: int) -> list[list[int]] | None:
     """Longest first, each sequence into the cheapest of the bins that have room; None where one finds no room."""
     tokens, costs = np.zeros(bins, np.int64), np.zeros(bins)
@@ -67,7 +86,7 @@ def _fill(lengths: np.ndarray, cost: np.ndarray, order: np.ndarray, bins: int, b
     return filled
 
 
-def _deal(bins: list[list[int]], cost: np.ndarray, ranks: int) -> list[list[int]]:
+def _deal(bins: Sequence[list[int] | np.ndarray], cost: np.ndarray, ranks: int) -> list[list[int]]:
     """Which bins each rank computes: equally many, the dearest first, each to the rank with the least work so far."""
     costs = np.array([cost[b].sum() for b in bins])
     dealt: list[list[int]] = [[] for _ in range(ranks)]

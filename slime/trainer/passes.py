@@ -16,9 +16,15 @@ from slime.trainer.state import Trained, Trainer
 from slime.types import Batch
 
 
-def log_probs(trainer: Trainer, batch: Batch, frozen: Frozen | None = None, temperature: float | None = None) -> np.ndarray:
+def log_probs(
+    trainer: Trainer,
+    batch: Batch,
+    frozen: Frozen | None = None,
+    temperature: float | None = None,
+    apart: np.ndarray | None = None,
+) -> np.ndarray:
     """Log-probs of the trained tokens at `temperature`, by default the trainer's, under the current weights or those of a frozen model,
-    which chooses its own experts: float32 [T], 0 outside loss_mask.
+    which chooses its own experts: float32 [T], 0 outside loss_mask. `apart` as for `Trained.micro_batches`.
 
     Every rank computes its share and gets all of it.
     """
@@ -28,14 +34,21 @@ def log_probs(trainer: Trainer, batch: Batch, frozen: Frozen | None = None, temp
         logprobs, _ = of_labels(trainer, micro_batch, logits, model_map, temperature)
         return logprobs.sum(), (micro_batch.trained, logprobs)
 
-    return gather(trainer, look(trainer, batch, keep, frozen), len(batch.tokens))
+    return gather(trainer, look(trainer, batch, keep, frozen, apart=apart), len(batch.tokens))
 
 
-def look(trained: Trained, batch: Batch, on_output: OnOutput, frozen: Frozen | None = None, span: str = "logprobs") -> list:
-    """What `on_output` collects of this rank's share of a batch, without gradients."""
+def look(
+    trained: Trained,
+    batch: Batch,
+    on_output: OnOutput,
+    frozen: Frozen | None = None,
+    span: str = "logprobs",
+    apart: np.ndarray | None = None,
+) -> list:
+    """What `on_output` collects of this rank's share of a batch, without gradients. `apart` as for `Trained.micro_batches`."""
     trained.model.train(False)
     with trained.tracer.span(span):
-        micro_batches = trained.micro_batches(batch if frozen is None else replace(batch, experts=None))
+        micro_batches = trained.micro_batches(batch if frozen is None else replace(batch, experts=None), apart)
         kept = run(trained, micro_batches, on_output, forward_only=True, model=frozen)
     trained.model.train(True)
     return kept

@@ -105,6 +105,13 @@ class Rank:
         return metrics, returns if self.parallel.is_leader else None
 
     @on_device
+    def read_ahead(self, *groups: Batch) -> None:
+        """See `teaching.read_ahead`."""
+        from slime.trainer import teaching
+
+        teaching.read_ahead(self.trainer, groups)
+
+    @on_device
     def values(self, batch: Batch) -> tuple[None, np.ndarray | None]:
         """(None, of the leader alone what `critic.values` gives)."""
         from slime.trainer import critic

@@ -24,8 +24,7 @@ class Saving:
 
     def done(self) -> bool:
         """Whether `result` would return or raise at once."""
-        ready, waiting = ray.wait(self.refs, num_returns=len(self.refs), timeout=0, fetch_local=False)
-        return not waiting or any(_failure(ref) for ref in ready)
+        return settled(self.refs)
 
     def result(self, timeout_s: float) -> dict[str, File]:
         """Wait until the shards of all ranks are on disk; their files by name below `directory`, as they were meant to be written.
@@ -40,6 +39,12 @@ class Saving:
                 raise lost_rank(what, self.names[dead[0]]) from error
             raise
         return {name: file for share in shares for name, file in share.items()}
+
+
+def settled(refs: "list[ray.ObjectRef]") -> bool:
+    """Whether waiting for all of them would return or raise at once."""
+    ready, waiting = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
+    return not waiting or any(_failure(ref) for ref in ready)
 
 
 def settle(refs: "list[ray.ObjectRef]") -> tuple[list[int], list[int]]:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import numpy as np
+
 from slime.algorithms.base import Algorithm
 from slime.config import SlimeConfig
 from slime.observe.trace import Tracer
@@ -11,7 +13,8 @@ from slime.trainer.distributed import Parallel
 from slime.trainer.export import Atlas
 from slime.trainer.frozen import Frozen
 from slime.trainer.model import Model
-from slime.trainer.packing import MicroBatch, pack, padded_lengths, partition
+from slime.trainer.packing import MicroBatch, pack, padded_lengths, partition, partition_apart
+from slime.trainer.said import Heard
 from slime.types import NOT_RECORDED, Batch
 
 
@@ -38,15 +41,21 @@ class Trained:
     def steps_per_batch(self) -> int:
         return self.cfg.trainer.updates_per_batch * self.cfg.trainer.epochs_per_batch
 
-    def micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        """This rank's share of a batch, packed. Raises ValueError for recorded experts that are not the model's."""
+    def micro_batches(self, batch: Batch, apart: np.ndarray | None = None) -> list[MicroBatch]:
+        """This rank's share of a batch, packed; samples of different numbers in `apart` (int64 [N]) share nothing, see `partition_apart`.
+        Raises ValueError for recorded experts that are not the model's."""
         self._check_experts(batch)
         dp, cp, tp = self.parallel.dp, self.parallel.cp, self.parallel.tp
         quadratic_at = 12 * self.model.config.hidden_size  # tokens at which attention costs a layer as much as its projections
         budget = self.cfg.trainer.max_tokens_per_rank * cp.size()
         interleaved = self.parallel.sizes.virtual > 1  # such stages take micro-batches in rounds, and rows of one length
         multiple = self.parallel.pp.size() if interleaved else 1
-        plan = partition(padded_lengths(batch.lengths, cp.size()), dp.size(), budget, quadratic_at, multiple)[dp.rank()]
+        lengths = padded_lengths(batch.lengths, cp.size())
+        if apart is None:
+            plan = partition(lengths, dp.size(), budget, quadratic_at, multiple)[dp.rank()]
+        else:
+            assert not interleaved, "rows of one length would depend on one another"
+            plan = partition_apart(lengths, apart, dp.size(), budget, quadratic_at, anywhere=self.parallel.ep.size() == 1)[dp.rank()]
         rows = [pack(batch, samples, tp.size(), cp.rank(), cp.size()) for samples in plan]
         if not interleaved:
             return rows
@@ -72,6 +81,7 @@ class Trainer(Trained):
     atlas: Atlas
     algorithm: Algorithm
     teachers: dict[int, Frozen] = field(default_factory=dict)  # those that are held here, by their position in algorithm.teachers
+    heard: dict[int, Heard] = field(default_factory=dict)  # what those have said since the last update, by group ordinal
 
     @property
     def temperature(self) -> float:

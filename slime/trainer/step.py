@@ -19,9 +19,10 @@ from slime.trainer import metrics, performance, routing
 from slime.trainer.optimize import accumulate, take_step, weighted_sums
 from slime.trainer.packing import MicroBatch, updates_of
 from slime.trainer.passes import log_probs, of_labels, tokens_of
+from slime.trainer.said import Said
 from slime.trainer.sequences import SequencesOfRanks
 from slime.trainer.state import Trainer
-from slime.trainer.teaching import Said, ask_teachers, divergence_from
+from slime.trainer.teaching import ask_teachers, divergence_from
 from slime.types import Batch
 
 
@@ -40,8 +41,7 @@ class Columns:
         def chosen(column: np.ndarray | None) -> np.ndarray | None:
             return None if column is None else column[tokens]
 
-        said = Said(ids=chosen(self.said.ids), known=chosen(self.said.known))
-        return Columns(self.advantages[tokens], chosen(self.old_logprobs), chosen(self.ref_logprobs), said)
+        return Columns(self.advantages[tokens], chosen(self.old_logprobs), chosen(self.ref_logprobs), self.said.at(tokens))
 
 
 def train_batch(trainer: Trainer, batch: Batch) -> dict[str, float]:

@@ -1,33 +1,36 @@
 """What teachers say of a batch: of the tokens drawn and of their own likeliest ones before it is trained on, all of it while it is.
 
 A served teacher has said it when the batch comes: the columns teacher_*. The others are held by the actor's ranks, in the actor's layout;
-each sees its own samples alone.
+each sees its own samples alone. In rollout.mode=sync they read groups that are finished while engines generate others (`read_ahead`).
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from slime.algorithms.distillation import divergence, kind_of, with_tail
+from slime.config.roles import reads_groups
 from slime.trainer.forward import output_of
 from slime.trainer.frozen import Frozen
 from slime.trainer.full_divergence import full_divergence
 from slime.trainer.known_logprobs import known_logprobs, top_ids
 from slime.trainer.packing import MicroBatch, pack
-from slime.trainer.passes import gather, log_probs, look, tokens_of
+from slime.trainer.passes import gather, log_probs, look
+from slime.trainer.said import Heard, Said
 from slime.trainer.state import Trainer
 from slime.types import NO_TEACHER, Batch
 
 
-@dataclass
-class Said:
-    """Of a batch of T tokens, 0 outside loss_mask; what algorithm.distill asks for, None otherwise."""
-
-    logprobs: np.ndarray | None = None  # float32 [T], distill=sampled: of the tokens drawn
-    ids: np.ndarray | None = None  # int64 [T, k], distill=topk: the teacher's likeliest tokens
-    known: np.ndarray | None = None  # float32 [T, k + 1], their log-probs, and of all others together
+def read_ahead(trainer: Trainer, groups: Sequence[Batch]) -> None:
+    """Let the teachers that are held here read finished groups while engines generate others; `ask_teachers` takes what they say. All ranks
+    call it together."""
+    for group in groups:
+        _check(trainer, group)
+    own = [group.select(_own(trainer, group)) for group in groups]
+    _read(trainer, [group for group in own if len(group)])
 
 
 def ask_teachers(trainer: Trainer, batch: Batch) -> Said:
@@ -39,16 +42,57 @@ def ask_teachers(trainer: Trainer, batch: Batch) -> Said:
     _check(trainer, batch)
     if distill == "full":
         return Said()
-    said = _served(trainer, batch)
-    for position, teacher in trainer.teachers.items():
-        samples = np.flatnonzero(batch.teacher == position)
-        if len(samples):
-            part, at = batch.select(samples), tokens_of(batch, samples)
-            if said.logprobs is not None:
-                said.logprobs[at] = log_probs(trainer, part, teacher)
-            if said.ids is not None and said.known is not None:
-                said.ids[at], said.known[at] = _likeliest(trainer, part, teacher)
+    said, own = _served(trainer, batch), _own(trainer, batch)
+    if not reads_groups(trainer.cfg):
+        if len(own):
+            said.put(batch.tokens_at(own), _say(trainer, [batch.select(own)])[0])
+        return said
+    groups = {int(ordinal): own[batch.group[own] == ordinal] for ordinal in np.unique(batch.group[own])}
+    _read(trainer, [batch.select(samples) for ordinal, samples in groups.items() if ordinal not in trainer.heard])
+    for ordinal, samples in groups.items():
+        at, heard = batch.tokens_at(samples), trainer.heard[ordinal]
+        assert np.array_equal(heard.tokens, batch.tokens[at]), f"teachers have read another answer to prompt {ordinal}"
+        said.put(at, heard.said)
+    trainer.heard.clear()  # what is not in the batch too
     return said
+
+
+def _own(trainer: Trainer, batch: Batch) -> np.ndarray:
+    """int64, the samples whose teachers are held here."""
+    return np.flatnonzero(np.isin(batch.teacher, list(trainer.teachers)))  # type: ignore[arg-type]
+
+
+def _read(trainer: Trainer, groups: list[Batch]) -> None:
+    """Keep what is said of each."""
+    for group, said in zip(groups, _say(trainer, groups), strict=True):
+        trainer.heard[int(group.group[0])] = Heard(group.tokens.copy(), said)
+
+
+def _say(trainer: Trainer, groups: list[Batch]) -> list[Said]:
+    """What the teachers that are held here say of each, all of whose samples are theirs. No row holds samples of two groups, so that what
+    is said of one does not depend on those that are read with it: a run that was killed reads others together, and has the same bits."""
+    interleaved = trainer.parallel.sizes.virtual > 1  # rows of one pass have one length there: a pass for each
+    if not groups or (interleaved and len(groups) > 1):
+        return [_say(trainer, [group])[0] for group in groups]
+    cfg, batch = trainer.cfg.algorithm, Batch.concatenate(groups)
+    apart = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    found = Said.nothing(cfg.distill, len(batch.tokens), cfg.distill_top_k)
+    with trainer.tracer.span("held_teacher", groups=len(groups)):
+        for position, teacher in trainer.teachers.items():
+            samples = np.flatnonzero(batch.teacher == position)
+            if len(samples):
+                said = _say_of(trainer, batch.select(samples), teacher, None if interleaved else apart[samples])
+                found.put(batch.tokens_at(samples), said)
+    ends = np.cumsum([len(group.tokens) for group in groups])
+    return [found.at(slice(end - len(group.tokens), end)) for group, end in zip(groups, ends, strict=True)]
+
+
+def _say_of(trainer: Trainer, batch: Batch, teacher: Frozen, apart: np.ndarray | None) -> Said:
+    """What one teacher says of a batch that is all its own."""
+    if trainer.cfg.algorithm.distill == "sampled":
+        return Said(logprobs=log_probs(trainer, batch, teacher, apart=apart))
+    ids, known = _likeliest(trainer, batch, teacher, apart)
+    return Said(ids=ids, known=known)
 
 
 def _check(trainer: Trainer, batch: Batch) -> None:
@@ -68,18 +112,18 @@ def _check(trainer: Trainer, batch: Batch) -> None:
 
 def _served(trainer: Trainer, batch: Batch) -> Said:
     """What the batch itself holds."""
-    cfg, tokens = trainer.cfg.algorithm, len(batch.tokens)
-    if cfg.distill == "sampled":
-        return Said(logprobs=np.zeros(tokens, np.float32) if batch.teacher_logprobs is None else batch.teacher_logprobs.copy())
-    ids, known = np.zeros((tokens, cfg.distill_top_k), np.int64), np.zeros((tokens, cfg.distill_top_k + 1), np.float32)
-    if batch.teacher_ids is not None and batch.teacher_top is not None:
+    cfg = trainer.cfg.algorithm
+    said = Said.nothing(cfg.distill, len(batch.tokens), cfg.distill_top_k)
+    if said.logprobs is not None and batch.teacher_logprobs is not None:
+        said.logprobs[:] = batch.teacher_logprobs
+    if said.ids is not None and said.known is not None and batch.teacher_ids is not None and batch.teacher_top is not None:
         at = batch.loss_mask & ~np.isin(batch.teacher[batch.sample_of_token], list(trainer.teachers))  # type: ignore[index]
-        ids[at] = batch.teacher_ids[at]
-        known[at] = with_tail(torch.from_numpy(batch.teacher_top[at])).numpy()
-    return Said(ids=ids, known=known)
+        said.ids[at] = batch.teacher_ids[at]
+        said.known[at] = with_tail(torch.from_numpy(batch.teacher_top[at])).numpy()
+    return said
 
 
-def _likeliest(trainer: Trainer, batch: Batch, teacher: Frozen) -> tuple[np.ndarray, np.ndarray]:
+def _likeliest(trainer: Trainer, batch: Batch, teacher: Frozen, apart: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """(ids [T, k], log-probs [T, k + 1]) of a teacher that is held here."""
     k, own, tp = trainer.cfg.algorithm.distill_top_k, teacher.map.vocab_size, trainer.parallel.tp
     common = min(own, trainer.model.map.vocab_size)
@@ -90,7 +134,7 @@ def _likeliest(trainer: Trainer, batch: Batch, teacher: Frozen) -> tuple[np.ndar
         known = known_logprobs(logits, rows, ids, trainer.temperature, own, tp)
         return known.sum(), (micro_batch.trained, ids, known)
 
-    kept = look(trainer, batch, keep, teacher)
+    kept = look(trainer, batch, keep, teacher, apart=apart)
     tokens = len(batch.tokens)
     ids = gather(trainer, [(at, ids) for at, ids, _ in kept], tokens, (k,), torch.int64)
     return ids, gather(trainer, [(at, known) for at, _, known in kept], tokens, (k + 1,))

@@ -9,7 +9,7 @@ from slime.config.checks import check
 from slime.config.exits import ConfigError
 from slime.config.overrides import RECIPES, prepare_override
 from slime.config.plan import plan
-from slime.config.roles import needed_roles, role_needs, served_teachers
+from slime.config.roles import needed_roles, reads_groups, role_needs, served_teachers
 from tests.config.composing import composed
 
 BASE = ["model.path=model", "data.train=[{path: p.jsonl}]", "algorithm.distill=topk"]
@@ -35,6 +35,21 @@ def test_who_is_served(workdir) -> None:
     need = role_needs(cfg)["teacher/code"]
     assert (need.devices, need.cpus) == (4, 3.0)
     assert "teacher/code" in plan(cfg).roles
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reads"),
+    [
+        ((), True),
+        (("algorithm.distill=sampled",), True),
+        (("algorithm.distill=full",), False),
+        (("rollout.mode=one_step_off",), False),
+        ((URL,), False),
+        ((URL, "algorithm.teachers.math.sources=[math]", "algorithm.teachers.code={path: code, sources: [code]}"), True),
+    ],
+)
+def test_held_teachers_read_each_group_by_itself_where_ranks_wait_for_rollouts(overrides: tuple[str, ...], reads: bool, workdir) -> None:
+    assert reads_groups(recipe(ONE, *overrides)) == reads
 
 
 def test_a_role_with_a_slash_on_the_command_line() -> None:

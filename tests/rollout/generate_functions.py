@@ -9,6 +9,15 @@ from slime.rollout.client import RolloutClient
 from slime.rollout.generate import append_observation, single_turn
 from slime.types import Group, Sample
 
+RELEASED = asyncio.Event()
+
+
+async def the_fourth_waits(sample: Sample, client: RolloutClient, cfg: RolloutConfig) -> Sample:
+    """Answers to prompt 3 do not come before RELEASED."""
+    if sample.group == 3:
+        await RELEASED.wait()
+    return await single_turn(sample, client, cfg)
+
 
 async def raises(sample: Sample, client: RolloutClient, cfg: RolloutConfig) -> Sample:
     raise KeyError("tool")

@@ -7,15 +7,18 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from slime.config import DataFile, EvalSet, SlimeConfig
+from slime.config.algorithm import TeacherConfig
 from slime.config.exits import GateStopped
 from slime.engine import health
 from slime.engine.errors import Aborted, EngineError, EngineLost, Garbage, StaleWeights
 from slime.engine.health import Kind, Trouble, Turn
 from slime.rollout.manager import RolloutManager
 from slime.types import Batch, EvalResult, RolloutSummary
+from tests.rollout import generate_functions
 from tests.rollout.double import LABEL, Double
 from tests.tiny import make_tokenizer
 
@@ -153,6 +156,42 @@ def test_arrival_takes_the_first_finished_and_drops_the_rest_by_name(cfg: SlimeC
     assert (summary.trained, summary.dropped, summary.drawn) == ([1, 2, 3, 4], {0: "surplus"}, 5)
     late = {body["rid"] for body in double.asked if prompt_of(body) == 0}
     assert len(late) == 2 and set(double.aborted) == late, "an engine goes on with answers that nobody waits for"
+
+
+OVERLAPS = [("sync", "sampled", "all"), ("sync", "topk", "all")]
+DOES_NOT = [("sync", "full", "all"), ("one_step_off", "sampled", "all"), ("sync", "sampled", "rollout")]
+
+
+@pytest.mark.parametrize(("mode", "distill", "only"), [*OVERLAPS, *DOES_NOT])
+def test_finished_groups_are_handed_over_where_ranks_that_wait_have_teachers(cfg: SlimeConfig, mode: str, distill: str, only: str):
+    cfg.rollout.mode, cfg.run.only, cfg.algorithm.distill = mode, only, distill
+    cfg.algorithm.teachers, cfg.rollout.generate = {"t": TeacherConfig("held")}, FUNCTIONS + "the_fourth_waits"
+    generate_functions.RELEASED = asyncio.Event()
+    first: list[Batch] = []
+
+    async def run() -> tuple[Batch, list[Batch]]:
+        async with serving(cfg, lambda body: "yes") as (manager, _):
+            under_way = asyncio.create_task(manager.generate(0, 0))
+            while (progress := await manager.progress("rollout")).done < 3:
+                first.extend(progress.finished)  # type: ignore[arg-type]
+                await asyncio.sleep(0.01)
+            first.extend(progress.finished)  # type: ignore[arg-type]
+            generate_functions.RELEASED.set()
+            batch, _, _ = await asyncio.wait_for(under_way, 60)
+            assert (await manager.progress("evaluation")).finished == []
+            last = (await manager.progress("rollout")).finished
+            assert (await manager.progress("rollout")).finished == []
+        return batch, last  # type: ignore[return-value]
+
+    batch, last = asyncio.run(run())
+    if (mode, distill, only) in DOES_NOT:
+        assert first == [] and last == []
+        return
+    assert sorted(int(group.group[0]) for group in first) == [0, 1, 2] and [int(group.group[0]) for group in last] == [3]
+    handed = Batch.concatenate(sorted([*first, *last], key=lambda group: int(group.group[0])))
+    assert handed.columns().keys() == batch.columns().keys()
+    for name, column in handed.columns().items():
+        np.testing.assert_array_equal(column, getattr(batch, name))
 
 
 def test_several_samples_of_one_trajectory(cfg: SlimeConfig):

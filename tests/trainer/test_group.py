@@ -1,6 +1,8 @@
 """The driver's side, over real Ray actors."""
 
 import re
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from slime.cluster.deadline import ProcessLost
 from slime.cluster.placement import RolePlacement
+from slime.config.algorithm import TeacherConfig
 from slime.models.hf_files import HFReader
 from slime.trainer.group import TrainerGroup
 from slime.types import WeightVersion
@@ -125,6 +128,70 @@ def test_what_a_user_got_wrong_arrives_as_it_was_raised(group, models):
     cfg.trainer.megatron = {"recompute_granularty": "full"}
     with pytest.raises(ValueError, match=r"did you mean trainer\.megatron\.recompute_granularity"):
         TrainerGroup.start(cfg, placed(1))
+
+
+@pytest.fixture
+def taught(cluster, models):
+    """Two ranks with a teacher, a batch and its groups."""
+    cfg = make_cfg(models["qwen3"])
+    cfg.algorithm.name, cfg.algorithm.distill = "opd", "sampled"
+    cfg.algorithm.teachers = {"t": TeacherConfig(str(models["qwen3_tied"]))}
+    batch = make_batch(24, vocab=77)
+    batch = replace(batch, teacher=np.zeros(len(batch), np.int64))
+    placement = placed(2)
+    started = TrainerGroup.start(cfg, placement)
+    yield started, batch, [batch.select(np.flatnonzero(batch.group == n)) for n in np.unique(batch.group)]
+    started.stop()
+    remove_placement_group(placement.group)
+
+
+def read(started):
+    """Groups that teachers have read since the last call, in the leader: ahead, and with an update."""
+    spans = [span for span in started.spans() if span.process == "rank 0"]
+    updates = [(span.start_s, span.end_s) for span in spans if span.name == "train"]
+    counts = [0, 0]
+    for span in (span for span in spans if span.name == "held_teacher"):
+        counts[any(begin <= span.start_s <= end for begin, end in updates)] += span.args["groups"]
+    return tuple(counts)
+
+
+def handed(started, groups, timeout_s=60):
+    """Hand groups over, and wait until all are read."""
+    started.read_ahead([ray.put(group) for group in groups])
+    give_up = time.monotonic() + timeout_s
+    while started._reading or started._finished:
+        time.sleep(0.01)
+        started.read_ahead([])
+        assert time.monotonic() < give_up
+
+
+def test_teachers_read_finished_groups_before_the_update(taught):
+    started, batch, groups = taught
+    handed(started, groups[:3])
+    handed(started, groups[3:5])
+    metrics = started.update(batch)
+    assert read(started) == (5, 1) and metrics["distill/reverse_kl"] != 0
+    started.read_ahead([ray.put(group) for group in groups[:2]])
+    started.read_ahead([ray.put(group) for group in groups[2:]])  # waits where the first call is not done, and the update does not wait
+    started.update(batch)
+    assert read(started) in ((2, 4), (6, 0))
+    started.update(batch)
+    assert read(started) == (0, 6), "nothing is kept from one update to the next"
+
+
+def test_what_fails_while_teachers_read_is_raised_while_the_rollout_is_waited_for_or_by_the_update(taught):
+    started, batch, groups = taught
+    nobody = replace(groups[0], teacher=None)
+    with pytest.raises(ValueError, match="does not say who of t teaches its samples"):
+        handed(started, [nobody])
+    started.read_ahead([ray.put(nobody)])
+    with pytest.raises(ValueError, match="does not say who of t teaches its samples"):
+        started.update(batch)
+    started.update(batch)  # the ranks stay usable
+    ray.kill(started.ranks[1])
+    with pytest.raises(ProcessLost, match="waiting for the trainer's teachers to read finished groups"):
+        handed(started, groups)
+    assert started.ranks == []
 
 
 def ppo_cfg(models):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slime.trainer.packing import pack, partition, split_groups, updates_of
+from slime.trainer.packing import pack, partition, partition_apart, split_groups, updates_of
 from slime.types import Batch
 from tests.trainer.ranks import make_batch
 
@@ -21,6 +21,31 @@ def test_partition_places_every_sequence_once_within_the_budget(lengths, ranks, 
     for b in (b for mine in plan for b in mine):
         assert lengths[b].sum() <= budget or len(b) == 1
         assert (np.diff(lengths[b]) >= 0).all(), "in order of length"
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(1, 5), st.integers(1, 100), st.booleans(), st.integers(0, 1000))
+def test_what_shares_a_micro_batch_depends_on_its_group_alone(lengths, ranks, budget, anywhere, seed):
+    apart = np.random.default_rng(seed).integers(0, 6, len(lengths))
+    plan = partition_apart(lengths, apart, ranks, budget, 64, anywhere)
+    assert len({len(mine) for mine in plan}) == 1
+    assert sorted(i for mine in plan for b in mine for i in b) == list(range(len(lengths)))
+    found = {tuple(b) for mine in plan for b in mine if len(b)}
+    for number in np.unique(apart):
+        own = np.flatnonzero(apart == number)
+        alone = partition(lengths[own], ranks, budget, 64)
+        assert {tuple(own[b]) for mine in alone for b in mine if len(b)} <= found
+        if not anywhere:  # side by side: the same rank, and as many ranks at once
+            begun = sum(len(partition(lengths[apart == n], ranks, budget, 64)[0]) for n in np.unique(apart) if n < number)
+            for mine, theirs in zip(plan, alone, strict=True):
+                assert [b.tolist() for b in mine[begun : begun + len(theirs)]] == [own[b].tolist() for b in theirs]
+
+
+def test_groups_of_few_sequences_leave_no_rank_without_work():
+    lengths, apart = np.full(24, 30), np.repeat(np.arange(12), 2)
+    rows = [[len(b) for b in mine] for mine in partition_apart(lengths, apart, 8, 4096, 64, anywhere=True)]
+    assert rows == [[1, 1, 1]] * 8
+    assert sum(not n for mine in partition_apart(lengths, apart, 8, 4096, 64, anywhere=False) for n in [sum(map(len, mine))]) == 6
 
 
 def test_partition_balances_work():

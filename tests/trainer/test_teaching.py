@@ -9,7 +9,7 @@ import torch
 from slime.algorithms.aggregation import token_weights
 from slime.config.algorithm import TeacherConfig
 from slime.trainer.teaching import _same_tokens
-from tests.tiny import load_hf_model
+from tests.tiny import load_hf_model, make_tiny
 from tests.trainer.gradients import assert_same
 from tests.trainer.ranks import gradients, make_batch, make_cfg
 
@@ -136,6 +136,61 @@ def test_a_served_teacher_has_said_it_before(ranks, models, batch) -> None:
     own = batch.loss_mask & (batch.teacher == 1)[batch.sample_of_token]
     assert (found.logprobs[own] == -1.5).all()
     np.testing.assert_array_equal(found.logprobs[~own], held.logprobs[~own])
+
+
+def bits(said):
+    """What was said, float32 as int32: -0.0 and 0.0 differ."""
+    return [None if x is None else x.view(np.int32) if x.dtype == np.float32 else x for x in (said.logprobs, said.ids, said.known)]
+
+
+def read_at_several_moments(place, cfg, batch, moments):
+    """What teachers say where those groups (positions, in the order in which they were finished) were read ahead, a call for each list; how
+    many were left to the update; and whether anything is kept after it."""
+    from slime.trainer import teaching
+
+    trainer = place.trainer(cfg)
+    groups = [batch.select(np.flatnonzero(batch.group == ordinal)) for ordinal in np.unique(batch.group)]
+    found = []
+    for calls in moments:
+        for call in calls:
+            teaching.read_ahead(trainer, [groups[position] for position in call])
+        trainer.tracer.drain()
+        said = teaching.ask_teachers(trainer, batch)
+        left = sum(span.args["groups"] for span in trainer.tracer.drain() if span.name == "held_teacher")
+        found.append((bits(said), left, len(trainer.heard)))
+    return found
+
+
+MOMENTS = [[], [[2], [0]], [[1, 5, 3], [], [4]], [[5, 4, 3, 2, 1, 0]]]
+VPP2 = {"virtual_pipeline_model_parallel_size": 2}
+LAYOUTS = {  # what shares a row, who computes it and what it meets there
+    "rows": ("sampled", 1, {"max_tokens_per_rank": 50}),
+    "DP2": ("topk", 2, {}),
+    "TP2 x PP2": ("sampled", 4, {"tensor_parallel": 2, "pipeline_parallel": 2}),
+    "CP2 x PP2 x VPP2": ("topk", 4, {"context_parallel": 2, "pipeline_parallel": 2, "megatron": VPP2}),
+    "EP2": ("sampled", 2, {"expert_parallel": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """Models with experts, each of which sees few tokens: products whose bits depend on how many these are."""
+    folder = tmp_path_factory.mktemp("experts")
+    return {name: make_tiny(folder / name, "qwen3_moe", vocab=VOCAB, layers=4, seed=k) for k, name in enumerate(("qwen3", *TEACHERS))}
+
+
+@e2e
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_said_of_a_group_has_the_same_bits_whenever_and_with_whichever_others_it_is_read(ranks, experts, layout) -> None:
+    distill, world, knobs = LAYOUTS[layout]
+    batch = replace(make_batch(24, vocab=VOCAB, seed=3), teacher=np.array([0, 1, 1, 0, 1, 1, 1, 1] * 3))
+    for found in ranks.run(read_at_several_moments, world, recipe(experts, distill, **knobs), batch, MOMENTS):
+        assert [left for _, left, _ in found] == [6, 4, 2, 0] and [kept for *_, kept in found] == [0] * 4
+        never = found[0][0]
+        assert any(x is not None and x.any() for x in never)
+        for said, *_ in found[1:]:
+            for ours, theirs in zip(said, never, strict=True):
+                np.testing.assert_array_equal(ours, theirs)
 
 
 def refusal(place, cfg, batch):
