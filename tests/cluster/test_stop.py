@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+pytestmark = pytest.mark.e2e
 DRIVER = """
 import sys, threading, time
 from pathlib import Path
