@@ -173,9 +173,9 @@ def compared(found: list[Learned], teachers: dict[int, float]) -> dict[str, list
 
 
 def comparison(found: list[Learned], teachers: dict[int, float]) -> Table:
-    shown = Table(title=f"Student tokens until {OF_TEACHER:.0%} of the teacher's accuracy, a number a seed")
+    shown = Table()
     shown.add_column("recipe")
-    shown.add_column("tokens", justify="right")
+    shown.add_column(f"student tokens until {OF_TEACHER:.0%} of the teacher's accuracy, a number a seed", justify="right")
     for recipe, tokens in compared(found, teachers).items():
         shown.add_row(recipe, " ".join("never" if n is None else str(n) for n in tokens))
     return shown
