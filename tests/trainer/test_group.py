@@ -130,9 +130,9 @@ def test_what_a_user_got_wrong_arrives_as_it_was_raised(group, models):
         TrainerGroup.start(cfg, placed(1))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def taught(cluster, models):
-    """Two ranks with a teacher, a batch and its groups."""
+    """Two ranks with a teacher, a batch and its groups. The last test that uses it ends a rank."""
     cfg = make_cfg(models["qwen3"])
     cfg.algorithm.name, cfg.algorithm.distill = "opd", "sampled"
     cfg.algorithm.teachers = {"t": TeacherConfig(str(models["qwen3_tied"]))}
