@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from slime.checkpoint import batch as batch_file
 from slime.checkpoint import save
@@ -35,7 +35,7 @@ from slime.observe.summary import Summary, before_and_after
 from slime.observe.trace import Span, TraceFile, Tracer, idle_fraction
 from slime.observe.trackers import Trackers
 from slime.rollout.dump import replay_command, write_stopped
-from slime.rollout.handle import BatchSource, Evaluated, Pending, Ready, RolloutResult
+from slime.rollout.handle import BatchSource, Pending, Ready, RolloutResult
 from slime.sync.channel import Channel, EnginesLost
 from slime.trainer.group import TrainerGroup
 from slime.types import Batch, WeightVersion
@@ -131,7 +131,7 @@ class Run:
                 log.warning("%s; it is published again once an engine is back", lost)
                 self.fleet.wait_for_engines(self.cfg.rollout.start_timeout_s + self.cfg.sync.timeout_s)
 
-    def _tend(self, pending: "Pending[RolloutResult] | Pending[Evaluated] | None" = None) -> None:
+    def _tend(self, pending: Pending[Any] | None = None) -> None:
         """Let host agents and rollout manager know of one another's engines; to be called often while anything is waited for."""
         if self.fleet is not None:
             if pending is not None:
@@ -174,7 +174,8 @@ class Run:
                 probe = self._probe(batch)
                 metrics = self.trainer.update(batch.ref, self._look_beside)
                 while not probe.wait(POLL_S):
-                    self._look_beside()
+                    probe.progress()
+                    self._look_after(probe)
                 return {**probe.result(), **metrics}
             except NotFinite as error:
                 raise NotFinite(f"{error}. {self._keep_stopped(self.step, batch, str(error))}") from error
@@ -239,7 +240,7 @@ class Run:
         self._tend(self.in_flight)
         self._landed(self.saver.poll())
 
-    def _look_after(self, pending: "Pending[RolloutResult] | Pending[Evaluated]") -> None:
+    def _look_after(self, pending: Pending[Any]) -> None:
         """What goes on beside a wait: engines that fail and come back, a save that ends, Ray itself."""
         deadline.check()
         self._tend(pending)

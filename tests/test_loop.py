@@ -60,6 +60,31 @@ class Flight:
 
 
 @dataclass
+class Probe:
+    """One whose engine fails before it answers."""
+
+    step: int
+    apart: float
+    polls: int = 0
+
+    def wait(self, timeout_s: float) -> bool:
+        self.polls += 1
+        return self.polls > 1
+
+    def progress(self) -> int:
+        return 0
+
+    def troubles(self) -> list:
+        return [f"probe {self.step}"]
+
+    def finished(self) -> list:
+        return []
+
+    def result(self) -> dict[str, float]:
+        return {"mismatch/logprob_abs_diff": self.apart}
+
+
+@dataclass
 class Written:
     """Shards that are on disk at once."""
 
@@ -85,6 +110,7 @@ class World:
     read: list[str] = field(default_factory=list)  # groups that the trainer was given ahead
     held: int = -1
     apart: float = 0.0  # trainer and engines, for the tokens of a probe
+    reported: list[str] = field(default_factory=list)  # what host agents were told of engines
     fails_at: int | None = None  # update
     refuses: OSError | None = None  # of the disk
 
@@ -113,9 +139,9 @@ class World:
     def probe_logprobs(self, ref: Any, meanwhile: Callable[[], None]) -> list[float]:
         return [-1.0]
 
-    def probe(self, step: int, ref: Any, logprobs: list[float]) -> Ready:
+    def probe(self, step: int, ref: Any, logprobs: list[float]) -> Probe:
         assert self.held == step == self.events.count("update") and logprobs == [-1.0], "engines and trainer hold the same weights"
-        return Ready(step, {"mismatch/logprob_abs_diff": self.apart})
+        return Probe(step, self.apart)
 
     def read_ahead(self, groups: list) -> None:
         self.read += groups
@@ -148,7 +174,7 @@ class World:
         pass
 
     def report(self, troubles: list) -> None:
-        pass
+        self.reported += troubles
 
 
 def make_run(tmp_path: Path, world: World, mode: str = "sync", eval_every: int = 0, only: str = "all") -> Run:
@@ -267,6 +293,13 @@ def test_one_step_off_a_probe_shows_whether_trainer_and_engines_agree(tmp_path: 
     run = make_run(tmp_path, World(apart=0.6), "one_step_off")
     with pytest.raises(GateStopped, match=r"update 1: trainer and engine log-probs differ by 0\.6 on average"):
         train.train(run)
+
+
+def test_an_engine_that_fails_in_a_probe_is_looked_after(tmp_path: Path):
+    """In that of the last update too, beside which no rollout is under way."""
+    world = World()
+    train.train(make_run(tmp_path, world, "one_step_off"))
+    assert world.reported == ["probe 0", "probe 1", "probe 2"]
 
 
 def test_a_step_that_is_not_finite_stops_the_run_and_its_batch_is_kept(tmp_path: Path):

@@ -16,7 +16,7 @@ from slime.config.exits import PreflightError
 from slime.config.roles import role_needs, tensor_parallel
 
 VISIBLE_S = 8.0  # for a file to show on another host: network file systems cache
-CPU_KNOB = dict.fromkeys(("actor", "critic"), "cluster.cpus_per_rank")
+CPU_KNOB = dict.fromkeys(("actor", "critic"), "cluster.cpus_per_rank")  # of those that are ranks
 ENGINE_CPU_KNOB = "cluster.cpus_per_engine"  # of all other roles
 
 
@@ -51,7 +51,7 @@ def _check_gpus(cfg: SlimeConfig, total: float, widest: float) -> None:
             f"the recipe asks for {gpus} GPUs ({asked}) and the cluster has {total:g}: lower cluster.roles.<role>.devices, "
             "set cluster.device=cpu, or join a larger cluster (cluster.address)"
         )
-    for role in needs.keys() - {"actor"}:
+    for role in (role for role in needs if role not in CPU_KNOB):  # those that serve
         knob, size = tensor_parallel(cfg, role)
         if size > widest:
             raise PreflightError(f"{knob}={size}: a server stays on one host and the largest has {widest:g} GPUs; lower {knob}")

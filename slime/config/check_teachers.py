@@ -8,7 +8,7 @@ from slime.config import SlimeConfig
 from slime.config.algorithm import AlgorithmConfig, TeacherConfig
 from slime.config.check_inert import changed
 from slime.config.exits import ConfigError
-from slime.config.roles import TEACHER, generates, served_teachers, teacher_role
+from slime.config.roles import TEACHER, generates, held_teachers, served_teachers, teacher_role
 from slime.config.tree import nearest
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -30,7 +30,7 @@ def check_teachers(cfg: SlimeConfig) -> None:
     _check_sources(algorithm)
     for name, teacher in teachers.items():
         _check_one(cfg, f"algorithm.teachers.{name}", name, teacher)
-    held = teachers.keys() - served_teachers(cfg)
+    held = held_teachers(cfg)
     if algorithm.distill == "full" and held and cfg.trainer.pipeline_parallel > 1:
         raise ConfigError(
             f"algorithm.distill=full with trainer.pipeline_parallel={cfg.trainer.pipeline_parallel}: a teacher's logits are compared where "
