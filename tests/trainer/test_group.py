@@ -2,6 +2,7 @@
 
 import re
 import time
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -29,20 +30,24 @@ def cluster():
     ray.shutdown()
 
 
+@contextmanager
 def placed(ranks):
+    """As many devices of the cluster, given back afterwards."""
     group = placement_group([{"CPU": 1.0}] * ranks)
     assert group.wait(30)
-    return RolePlacement("actor", group, list(range(ranks)), "cpu", 1.0)
+    try:
+        yield RolePlacement("actor", group, list(range(ranks)), "cpu", 1.0)
+    finally:
+        remove_placement_group(group)
 
 
 @pytest.fixture(scope="module")
 def group(cluster, models):
     """Two ranks that share every matrix."""
-    placement = placed(2)
-    started = TrainerGroup.start(make_cfg(models["qwen3"], tensor_parallel=2), placement)
-    yield started
-    started.stop()
-    remove_placement_group(placement.group)
+    with placed(2) as placement:
+        started = TrainerGroup.start(make_cfg(models["qwen3"], tensor_parallel=2), placement)
+        yield started
+        started.stop()
 
 
 def published(group):
@@ -108,11 +113,12 @@ def test_ranks_that_wait_for_one_that_does_not_come_say_where(cluster, models, t
     cfg = make_cfg(models["qwen3"], tensor_parallel=2)
     cfg.run.dir, cfg.run.name = str(tmp_path), "stuck"
     (tmp_path / "stuck" / "logs").mkdir(parents=True)
-    started = TrainerGroup.start(cfg, placed(2))
-    cfg.cluster.step_timeout_s = 3.0  # of the driver; the ranks wait longer for one another
-    batch = ray.put(make_batch(vocab=77))
-    with pytest.raises(TimeoutError) as raised:
-        started.together([started.ranks[0].train.remote(batch)], "the trainer to update")
+    with placed(2) as placement:
+        started = TrainerGroup.start(cfg, placement)
+        cfg.cluster.step_timeout_s = 3.0  # of the driver; the ranks wait longer for one another
+        batch = ray.put(make_batch(vocab=77))
+        with pytest.raises(TimeoutError) as raised:
+            started.together([started.ranks[0].train.remote(batch)], "the trainer to update")
     told = str(raised.value)
     assert "cluster.step_timeout_s" in told and "rank 1 waits in nothing of slime" in told
     assert re.search(r"rank 0 waits in \w+/\w+\.py:\d+ \w+ \(in \w+ of torch\.distributed", told)
@@ -126,8 +132,8 @@ def test_ranks_that_wait_for_one_that_does_not_come_say_where(cluster, models, t
 def test_what_a_user_got_wrong_arrives_as_it_was_raised(group, models):
     cfg = make_cfg(models["qwen3"])
     cfg.trainer.megatron = {"recompute_granularty": "full"}
-    with pytest.raises(ValueError, match=r"did you mean trainer\.megatron\.recompute_granularity"):
-        TrainerGroup.start(cfg, placed(1))
+    with placed(1) as placement, pytest.raises(ValueError, match=r"did you mean trainer\.megatron\.recompute_granularity"):
+        TrainerGroup.start(cfg, placement)
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +144,10 @@ def taught(cluster, models):
     cfg.algorithm.teachers = {"t": TeacherConfig(str(models["qwen3_tied"]))}
     batch = make_batch(24, vocab=77)
     batch = replace(batch, teacher=np.zeros(len(batch), np.int64))
-    placement = placed(2)
-    started = TrainerGroup.start(cfg, placement)
-    yield started, batch, [batch.select(np.flatnonzero(batch.group == n)) for n in np.unique(batch.group)]
-    started.stop()
-    remove_placement_group(placement.group)
+    with placed(2) as placement:
+        started = TrainerGroup.start(cfg, placement)
+        yield started, batch, [batch.select(np.flatnonzero(batch.group == n)) for n in np.unique(batch.group)]
+        started.stop()
 
 
 def read(started):
@@ -210,11 +215,12 @@ def of_the_recipe(metrics):
 @pytest.mark.parametrize("devices", [0, 2])
 def test_a_critic_on_the_actor_s_ranks_or_its_own_learns_saves_and_goes_on(cluster, models, tmp_path, caplog, devices):
     """The same numbers either way: one rank of the actor, and the critic on it or on ranks of its own, of which the last is lost then."""
-    cfg, actor = ppo_cfg(models), placed(1)
-    own = placed(devices) if devices else None
     batch = make_batch(vocab=77)
-    started = TrainerGroup.start(cfg, actor, own)
-    try:
+    with ExitStack() as ending:
+        actor = ending.enter_context(placed(1))
+        own = ending.enter_context(placed(devices)) if devices else None
+        started = TrainerGroup.start(ppo_cfg(models), actor, own)
+        ending.callback(started.stop)
         first = started.update(ray.put(batch))
         assert "train/loss" not in first and first["value/mean"] == 0 and first["time/critic_s"] > 0
         saving = started.save(tmp_path / "iter")
@@ -237,10 +243,6 @@ def test_a_critic_on_the_actor_s_ranks_or_its_own_learns_saves_and_goes_on(clust
             ray.kill(started.critic.ranks[-1])
             with pytest.raises(ProcessLost, match=r"waiting for the critic's values"):
                 started.update(batch)
-    finally:
-        started.stop()
-        for placement in filter(None, (actor, own)):
-            remove_placement_group(placement.group)
 
 
 ALONE: dict[str, float] = {}
