@@ -26,9 +26,11 @@ quickstart-bf16: install
 learn: install
 	$(BIN)/python -m benchmarks.learning $(LEARN)
 
+# The trainer's tests leave a core idle one by one, so two files of them run at once.
 test: install
 	$(UNIT)
-	$(BIN)/python -m pytest tests -m "e2e and not slow" --durations=15
+	$(BIN)/python -m pytest tests/trainer -m "e2e and not slow" --numprocesses=2 --dist=loadfile --durations=15
+	$(BIN)/python -m pytest tests -m "e2e and not slow" --ignore=tests/trainer --durations=15
 
 test-slow: install
 	$(BIN)/python -m pytest tests -m "slow and not kills"
