@@ -6,8 +6,9 @@ A run is the recipe as it is, with an evaluation after every update, in a folder
 interrupted goes on. Held-out accuracy must rise by the margin of the recipe on every seed. Student tokens until 95 % of the teacher's
 accuracy are shown for the recipes that have the same warm start and the same prompts: to be reported, whatever they are.
 
-Writes benchmarks/learning.json (seeds, commits, curves) and, where all recipes and seeds were run, the tables in docs/algorithms.md. Exit
-code 1 where a recipe misses its margin. All of it takes about two hours on two cores.
+Writes its runs of these seeds (commits, curves) into benchmarks/learning.json, beside those of other recipes and seeds that are there, and,
+where none is missing, the tables in docs/algorithms.md. Exit code 1 where a recipe misses its margin. All of it takes about two hours on
+two cores.
 """
 
 import argparse
@@ -182,7 +183,8 @@ def comparison(found: list[Learned], teachers: dict[int, float]) -> Table:
 
 
 def write(found: list[Learned], teachers: dict[int, float]) -> None:
-    """The curves, and the page's tables where nothing was left out."""
+    """The curves, beside those of other runs that are there, and the page's tables where none is missing."""
+    found, teachers = with_recorded(found, teachers)
     tokens = compared(found, teachers)
     content: dict[str, Any] = {
         "seeds": sorted({learned.seed for learned in found}),
@@ -190,9 +192,21 @@ def write(found: list[Learned], teachers: dict[int, float]) -> None:
         "tokens_to_95_percent_of_teacher": tokens,
         "runs": [asdict(learned) | {"rise": learned.rise} for learned in found],
     }
-    if {learned.recipe for learned in found} != MARGINS.keys() or content["seeds"] != list(SEEDS):
-        return  # a part of the whole
     RESULTS.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    if len(found) == len(MARGINS) * len(SEEDS):
+        write_page(found, tokens)
+
+
+def with_recorded(found: list[Learned], teachers: dict[int, float]) -> tuple[list[Learned], dict[int, float]]:
+    """Also the runs and teachers of benchmarks/learning.json that were not made anew; by seed, in the order of MARGINS."""
+    content = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"runs": [], "teacher_accuracy": {}}
+    recorded = [Learned(**{name: value for name, value in run.items() if name != "rise"}) for run in content["runs"]]
+    runs = {(learned.seed, learned.recipe): learned for learned in [*recorded, *found]}
+    known = {int(seed): accuracy for seed, accuracy in content["teacher_accuracy"].items()} | teachers
+    return [runs[seed, recipe] for seed in SEEDS for recipe in MARGINS if (seed, recipe) in runs], dict(sorted(known.items()))
+
+
+def write_page(found: list[Learned], tokens: dict[str, list[int | None]]) -> None:
     lines = [f"| {' | '.join(row)} |" for row in (HEADINGS, ["---"] * len(HEADINGS), *rows(found))]
     counted = [f"| {recipe} | {', '.join(str(n or 'never') for n in numbers)} |" for recipe, numbers in tokens.items()]
     part = [

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,10 +69,20 @@ def test_the_page_gets_its_tables_and_keeps_the_rest(page: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", [{"recipe": "sft"}, {"seed": 2}], ids=["a recipe", "a seed"])
-def test_a_part_of_the_runs_is_not_written(page: Path, missing: dict) -> None:
+def test_a_part_of_the_runs_goes_beside_the_others_and_the_page_gets_the_whole(page: Path, missing: dict) -> None:
+    """And what is made anew replaces what was there."""
     found = [made(recipe, seed) for seed in SEEDS for recipe in MARGINS]
-    write([learned for learned in found if missing.items().isdisjoint(vars(learned).items())], dict.fromkeys(SEEDS, 0.9))
-    assert page.read_text() == PAGE and not learning.RESULTS.exists()
+    part = [learned for learned in found if missing.items().isdisjoint(vars(learned).items())]
+    write(part, dict.fromkeys(SEEDS, 0.9))
+    assert page.read_text() == PAGE
+    assert [(run["recipe"], run["seed"]) for run in json.loads(learning.RESULTS.read_text())["runs"]] == [(r.recipe, r.seed) for r in part]
+    rest = [replace(learned, commit="def") for learned in found if learned not in part]
+    write([*rest, made("grpo", after=0.8)], {2: 0.8})
+    written = json.loads(learning.RESULTS.read_text())
+    assert [(run["recipe"], run["seed"]) for run in written["runs"]] == [(learned.recipe, learned.seed) for learned in found]
+    assert sum(run["commit"] == "def" for run in written["runs"]) == len(rest)
+    assert written["teacher_accuracy"] == {"0": 0.9, "1": 0.9, "2": 0.8}
+    assert "| grpo | 2 | 40.0 40.0 40.0 | 80.0 90.0 90.0 |" in page.read_text()
 
 
 @pytest.mark.parametrize(("after", "code"), [(0.71, 0), (0.69, 1)])
