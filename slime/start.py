@@ -69,7 +69,7 @@ def open_run(cfg: SlimeConfig, resolved_yaml: str, signal: StopSignal) -> Iterat
         check_inputs(cfg)
         directory = Path(cfg.run.dir).resolve() / str(cfg.run.name)
         restored = claim(cfg, directory, stack)
-        console = Console(steps=cfg.run.steps, progress=cfg.observe.progress)
+        console = Console(steps=cfg.run.steps)
         stack.callback(console.stop)
         log_files.set_up(directory, console.warning)
         console.start(f"slime {cfg.run.name}", facts(cfg, directory, restored))

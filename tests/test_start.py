@@ -48,6 +48,6 @@ def test_the_epoch_that_a_store_gives_is_taken_too(tmp_path: Path, monkeypatch: 
     cluster: Any = SimpleNamespace(device="cpu")
     signal: Any = SimpleNamespace()
     with ExitStack() as stack:
-        run = start.build(SlimeConfig(), tmp_path, {}, None, Origin(), cluster, Console(steps=1, progress=False), signal, stack)
+        run = start.build(SlimeConfig(), tmp_path, {}, None, Origin(), cluster, Console(steps=1), signal, stack)
     assert before == [0] and run.version.epoch == 7
     assert json.loads((tmp_path / EPOCH).read_text()) == {"run_id": run.version.run_id, "epoch": 7}

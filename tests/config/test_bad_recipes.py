@@ -168,8 +168,6 @@ BAD_COMBINATIONS = {
     "run.only=train run.replay=nowhere": "run.replay=nowhere: no such folder or .npz file; it is the rollouts/ that a run "
     "with rollout.dump=true wrote, or a batch of the stopped/ of a run that it stopped",
     "run.only=rollout": "run.only=rollout without rollout.dump=true would throw all rollouts away: set rollout.dump=true",
-    "observe.wandb='off' observe.project=mine": "observe.project=mine has no effect with observe.wandb=off: set observe.wandb to offline or "
-    "online, or remove it",
     "rollout.external_urls=['http://h:1'] cluster.roles.rollout.devices=2": "cluster.roles.rollout.devices=2 has no effect with "
     "rollout.external_urls, whose servers have devices of their own: remove it, or the urls",
     "rollout.sglang.dtype=float16": "rollout.sglang.dtype is set by slime: use model.dtype",
