@@ -62,8 +62,8 @@ COURSE = {
     **_names(
         "algorithm",
         "name aggregation normalize gamma lam clip_low clip_high clip_dual entropy_coef kl_loss_coef kl_reward_coef "
-        "kl_estimator reference_every importance importance_bound importance_low importance_high teachers distill distill_coef "
-        "distill_beta distill_top_k",
+        "kl_estimator reference_every importance importance_low importance_high importance_reject importance_normalize "
+        "opsm_delta teachers distill distill_coef distill_beta distill_top_k",
     ),
     **_names("critic", "path lr value_clip warmup_steps"),
 }
