@@ -17,7 +17,7 @@ TAUGHT = {"name": "opd", "distill_coef": 0.5}
 # name -> knobs of `algorithm`: each algorithm with terms that look beyond a token
 CASES = {
     "grpo": {"name": "grpo", "importance": "geometric", "kl_loss_coef": 0.1, "aggregation": "sequence", "entropy_coef": 0.1}
-    | {"importance_reject": {"lowest": [0.55, math.inf]}, "importance_normalize": True},
+    | {"importance_reject": {"lowest": [0.7, math.inf]}, "importance_normalize": True},
     "rloo": {"name": "rloo", "importance": "sequence", "importance_high": 1e3, "kl_loss_coef": 0.1, "kl_estimator": "k3"}
     | {"importance_reject": {"geometric": [0.9, 1.2], "token": [0.5, 1.6]}},
     "reinforce_pp": {"name": "reinforce_pp", "kl_reward_coef": 0.1, "gamma": 0.9, "opsm_delta": 0.01},
