@@ -69,10 +69,11 @@ def open_run(cfg: SlimeConfig, resolved_yaml: str, signal: StopSignal) -> Iterat
         check_inputs(cfg)
         directory = Path(cfg.run.dir).resolve() / str(cfg.run.name)
         restored = claim(cfg, directory, stack)
-        console = Console(steps=cfg.run.steps, progress=cfg.observe.progress)
+        console = Console(steps=cfg.run.steps)
         stack.callback(console.stop)
         log_files.set_up(directory, console.warning)
         console.start(f"slime {cfg.run.name}", facts(cfg, directory, restored))
+        warn_of_nucleus(cfg)
         origin = origin_of(cfg)
         if restored is not None:
             check_recipe(restored, directory, resolved)
@@ -136,6 +137,16 @@ def facts(cfg: SlimeConfig, directory: Path, restored: Restored | None) -> dict[
         for refused in restored.refused:
             log.warning("refused %s", refused)
     return said
+
+
+def warn_of_nucleus(cfg: SlimeConfig) -> None:
+    """Say that a run trains on tokens of rollout.top_p. SGLang's log-probs are from before that filter, as the trainer's are."""
+    if cfg.rollout.top_p < 1 and needs_rollouts(cfg.algorithm) and "actor" in needed_roles(cfg):
+        log.warning(
+            "rollout.top_p=%g: tokens are drawn from the nucleus, but log-probs of engines and trainer are of the whole distribution: "
+            "ratios, KL and importance weights are approximate",
+            cfg.rollout.top_p,
+        )
 
 
 def on_disk(cfg: SlimeConfig) -> SlimeConfig:

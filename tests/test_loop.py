@@ -190,7 +190,7 @@ def make_run(tmp_path: Path, world: World, mode: str = "sync", eval_every: int =
         ranks=None if only == "rollout" else anything,
         rollout=anything,
         channel=anything,
-        console=Console(steps=3, progress=False),
+        console=Console(steps=3),
         metrics=MetricsLog(tmp_path / "metrics.jsonl"),
         account=AccountLog(tmp_path / "ledger.jsonl"),
         density=DensityLog(tmp_path / "density.jsonl"),

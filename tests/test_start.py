@@ -33,6 +33,25 @@ def test_a_model_that_is_nowhere_is_named():
         on_disk(SlimeConfig(model=ModelConfig("no/where/at/all")))
 
 
+@pytest.mark.parametrize(
+    ("top_p", "algorithm", "only", "said"),
+    [
+        (0.9, "grpo", "all", True),
+        (0.9, "grpo", "train", True),
+        (1.0, "grpo", "all", False),
+        (0.9, "sft", "all", False),
+        (0.9, "grpo", "rollout", False),
+    ],
+)
+def test_a_run_that_trains_on_a_nucleus_says_so(
+    caplog: pytest.LogCaptureFixture, top_p: float, algorithm: str, only: str, said: bool
+) -> None:
+    cfg = SlimeConfig()
+    cfg.rollout.top_p, cfg.algorithm.name, cfg.run.only = top_p, algorithm, only
+    start.warn_of_nucleus(cfg)
+    assert [r.getMessage().partition(":")[0] for r in caplog.records if r.levelname == "WARNING"] == ["rollout.top_p=0.9"] * said
+
+
 def test_the_epoch_that_a_store_gives_is_taken_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Before anything is published: the channel is open, and no more."""
     before: list[Any] = []
@@ -48,6 +67,6 @@ def test_the_epoch_that_a_store_gives_is_taken_too(tmp_path: Path, monkeypatch: 
     cluster: Any = SimpleNamespace(device="cpu")
     signal: Any = SimpleNamespace()
     with ExitStack() as stack:
-        run = start.build(SlimeConfig(), tmp_path, {}, None, Origin(), cluster, Console(steps=1, progress=False), signal, stack)
+        run = start.build(SlimeConfig(), tmp_path, {}, None, Origin(), cluster, Console(steps=1), signal, stack)
     assert before == [0] and run.version.epoch == 7
     assert json.loads((tmp_path / EPOCH).read_text()) == {"run_id": run.version.run_id, "epoch": 7}

@@ -22,6 +22,10 @@ class Sequences(Protocol):
         """[t], their mean."""
         ...
 
+    def min(self, x: Tensor) -> Tensor:
+        """[t], the least of them, without gradient."""
+        ...
+
 
 @dataclass(slots=True)
 class Step:
@@ -59,6 +63,7 @@ class LossInputs:
     distillation: Tensor | None = (
         None  # divergence from the teacher at the token's position; carries the gradient; where the recipe's `distill` is topk or full
     )
+    importance_scale: float = 1.0  # what importance weights are multiplied by, see `Algorithm.importance_scale`
 
 
 @dataclass(slots=True)
@@ -85,3 +90,4 @@ class Algorithm:
     needs_old_logprobs: bool = False  # `targets` reads them: a forward pass of their own even with one optimizer step a batch
     uses_reference: bool = False
     uses_critic: bool = False
+    importance_scale: Callable[[Step], float] | None = None  # what the whole batch's importance weights are multiplied by; None: 1

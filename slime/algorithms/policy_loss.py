@@ -5,9 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# No real update changes a token's probability by e^20 = 5e8. Beyond that a ratio is held and passes no gradient: one such token would
-# drown all others in fp32 sums, and from e^88 on exp() is inf, with NaN in the backward pass.
-MAX_LOG_RATIO = 20.0
+from slime.config.algorithms import MAX_LOG_RATIO
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,15 @@
 """The parts that losses and targets of several algorithms have in common."""
 
+from functools import partial
+from typing import Any
+
 import numpy as np
 import torch
 
 from slime.algorithms import kl
 from slime.algorithms.base import LossInputs, LossOutputs, Step
-from slime.algorithms.importance import importance_weights
+from slime.algorithms.importance import importance_scale, importance_weights
+from slime.algorithms.opsm import dropped_tokens
 from slime.algorithms.policy_loss import Clip
 from slime.config.algorithm import AlgorithmConfig
 from slime.types import Batch
@@ -50,17 +54,22 @@ def from_teacher(step: Step, cfg: AlgorithmConfig) -> np.ndarray:
 
 
 def with_common_terms(inputs: LossInputs, cfg: AlgorithmConfig, outputs: LossOutputs) -> LossOutputs:
-    """The policy loss of an algorithm, weighed by the importance of its tokens, with entropy, KL and distillation as the recipe says."""
+    """The policy loss of an algorithm, weighed by the importance of its tokens and without those that opsm drops, with entropy, KL and
+    distillation as the recipe says."""
     loss, metrics = outputs.loss, {"pg_loss": outputs.loss.detach(), "entropy": inputs.entropy.detach(), **outputs.metrics}
     metrics["kl"] = kl.k3(inputs.old_logprobs, inputs.logprobs.detach())  # of the policy before the batch to the current one
-    if cfg.importance != "none":
-        weights, bounded = importance_weights(
-            inputs.old_logprobs,
-            inputs.rollout_logprobs,
-            inputs.sequences,
-            *(cfg.importance, cfg.importance_bound, cfg.importance_low, cfg.importance_high),
-        )
-        loss, metrics = weights * loss, {**metrics, "importance": weights, "importance_bounded_frac": bounded}
+    if cfg.importance != "none" or cfg.importance_reject:
+        found = importance_weights(inputs.old_logprobs, inputs.rollout_logprobs, inputs.sequences, cfg)
+        loss = inputs.importance_scale * found.weights * loss
+        metrics["importance"] = found.weights
+        if cfg.importance != "none":
+            metrics["importance_bounded_frac"] = found.bounded
+        if cfg.importance_reject:
+            metrics["importance_rejected_frac"] = found.rejected
+    if cfg.opsm_delta is not None:
+        known = inputs.logprobs, inputs.rollout_logprobs, inputs.advantages, inputs.sequences
+        dropped = dropped_tokens(*known, cfg.opsm_delta)
+        loss, metrics = torch.where(dropped, 0.0, loss), {**metrics, "opsm_frac": dropped.to(loss.dtype)}
     if cfg.entropy_coef:
         loss = loss - cfg.entropy_coef * inputs.entropy
     if cfg.kl_loss_coef:
@@ -76,9 +85,10 @@ def with_common_terms(inputs: LossInputs, cfg: AlgorithmConfig, outputs: LossOut
     return LossOutputs(loss, metrics)
 
 
-def asked_for(cfg: AlgorithmConfig) -> dict[str, bool]:
+def asked_for(cfg: AlgorithmConfig) -> dict[str, Any]:
     """What the common terms need, as keywords of `Algorithm`."""
     return {
-        "needs_old_logprobs": cfg.kl_reward_coef > 0 or cfg.distill == "sampled",
+        "needs_old_logprobs": cfg.kl_reward_coef > 0 or cfg.distill == "sampled" or cfg.importance_normalize,
         "uses_reference": cfg.kl_reward_coef > 0 or cfg.kl_loss_coef > 0,
+        "importance_scale": partial(importance_scale, cfg=cfg) if cfg.importance_normalize else None,
     }

@@ -4,6 +4,7 @@ Which of these knobs an algorithm reads is in `slime.config.algorithms`; the oth
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from slime.config.fields import choice, number
 
@@ -56,12 +57,16 @@ class AlgorithmConfig:
     # Tokens that another policy drew
     importance: str = choice("none", "token", "sequence", "geometric")
     """Weigh tokens by the trainer's over the engine's probability: of the token, of its sequence, or its sequence's geometric mean."""
-    importance_bound: str = choice("truncate", "mask")
-    """Weights outside the bounds are held at them (TIS), or 0 (IcePop)."""
     importance_low: float = number(0.0, low=0)
-    """Lower bound of the weights."""
+    """Lower bound, at which weights are held."""
     importance_high: float = number(2.0, above=0)
-    """Upper bound of the weights."""
+    """Upper bound, at which weights are held (TIS)."""
+    importance_reject: dict[str, list[Any]] = field(default_factory=dict)  # as list[float], OmegaConf takes no whole number in it
+    """level (token, sequence, geometric, lowest) -> [low, high]: tokens weigh 0 where its ratio lies outside. IcePop: {token: [0.5, 5]}."""
+    importance_normalize: bool = False
+    """Divide the weights, which are 0 where something is rejected, by their mean over the batch's tokens."""
+    opsm_delta: float | None = number(None, above=0)
+    """Drop tokens of negative advantage where the mean of log engine - log trainer over their sequence is above this (DeepSeek: 1e-4)."""
     # Distillation
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     """Teachers by name; each source of prompts has one."""

@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+# No real update changes a token's probability by e^20 = 5e8. Beyond that a ratio is held and passes no gradient: one such token would
+# drown all others in fp32 sums, and from e^88 on exp() is inf, with NaN in the backward pass.
+MAX_LOG_RATIO = 20.0
+REJECT_LEVELS = ("token", "sequence", "geometric", "lowest")  # of algorithm.importance_reject
+
 
 @dataclass(frozen=True)
 class Traits:
@@ -21,7 +26,8 @@ def _reads(*parts: str) -> frozenset[str]:
 ALWAYS = "name aggregation"
 LOSS = "clip_low clip_high clip_dual"
 TERMS = (
-    "entropy_coef kl_loss_coef kl_estimator reference_every importance importance_bound importance_low importance_high "
+    "entropy_coef kl_loss_coef kl_estimator reference_every importance importance_low importance_high "
+    "importance_reject importance_normalize opsm_delta "
     "teachers distill distill_coef distill_beta distill_top_k"
 )
 REWARDED = "kl_reward_coef normalize"

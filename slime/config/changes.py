@@ -39,7 +39,7 @@ FREE = {
     **_names("trainer", "tensor_parallel pipeline_parallel context_parallel expert_parallel max_tokens_per_rank"),
     **_names("sync", "mode codec transport snapshot url pause on_mismatch bucket_mb anchor_every keep key_env timeout_s"),
     **_names("cluster", "device address roles cpus_per_rank cpus_per_engine object_store_mb start_timeout_s step_timeout_s"),
-    **_names("observe", "wandb project tensorboard progress examples mismatch_warn mismatch_stop"),
+    **_names("observe", "wandb tensorboard examples mismatch_warn mismatch_stop"),
 }
 PROMPTS = {
     **_names("run", "seed"),
@@ -62,8 +62,8 @@ COURSE = {
     **_names(
         "algorithm",
         "name aggregation normalize gamma lam clip_low clip_high clip_dual entropy_coef kl_loss_coef kl_reward_coef "
-        "kl_estimator reference_every importance importance_bound importance_low importance_high teachers distill distill_coef "
-        "distill_beta distill_top_k",
+        "kl_estimator reference_every importance importance_low importance_high importance_reject importance_normalize "
+        "opsm_delta teachers distill distill_coef distill_beta distill_top_k",
     ),
     **_names("critic", "path lr value_clip warmup_steps"),
 }

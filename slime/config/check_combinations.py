@@ -38,8 +38,6 @@ def check_combinations(cfg: SlimeConfig) -> None:
 
 
 def _observe(cfg: SlimeConfig) -> None:
-    if cfg.observe.wandb == "off" and changed(cfg.observe, "project"):
-        raise _inert(f"observe.project={cfg.observe.project}", "observe.wandb=off", "set observe.wandb to offline or online, or remove it")
     if cfg.observe.mismatch_stop and cfg.observe.mismatch_warn > cfg.observe.mismatch_stop:
         raise ConfigError(
             f"observe.mismatch_warn={cfg.observe.mismatch_warn:g} is above "

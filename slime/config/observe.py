@@ -8,13 +8,9 @@ from slime.config.fields import choice, number
 @dataclass
 class ObserveConfig:
     wandb: str = choice("offline", "online", "off")
-    """Weights & Biases; offline writes into the run's directory."""
-    project: str = "slime"
-    """Weights & Biases project."""
+    """Weights & Biases; offline writes into the run's directory. WANDB_PROJECT names the project, else it is slime."""
     tensorboard: bool = False
     """Write TensorBoard events into the run's directory."""
-    progress: bool = True
-    """Progress bars on a terminal."""
     examples: int = number(8, low=0)
     """Samples a step that are kept for the report."""
     mismatch_warn: float = number(0.05, low=0)

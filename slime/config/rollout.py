@@ -19,7 +19,7 @@ class RolloutConfig:
     temperature: float = number(1.0, above=0)
     """Sampling temperature; trainer log-probs use it too."""
     top_p: float = number(1.0, above=0, high=1)
-    """Nucleus of sampling."""
+    """Nucleus of sampling. Below 1 training is approximate: tokens are of the nucleus, log-probs of the whole distribution."""
     stop: list[str] = field(default_factory=list)
     """Strings that end an answer, beside the tokenizer's end tokens."""
     engines: int = number(1, low=1)

@@ -31,7 +31,7 @@ ENDINGS = {  # status of a summary -> colour, words
 
 @dataclass(slots=True)
 class Bar:
-    """Progress of one thing under way; does nothing where bars are off."""
+    """Progress of one thing under way; does nothing where there are no bars."""
 
     progress: Progress | None
     task: TaskID
@@ -45,12 +45,12 @@ class Bar:
 class Console:
     """The one writer of stdout. Threads may share it."""
 
-    def __init__(self, *, steps: int, progress: bool = True, out: RichConsole | None = None) -> None:
-        """`steps`: updates of the whole run. `progress`: bars, where `out` (stdout) is a terminal."""
+    def __init__(self, *, steps: int, out: RichConsole | None = None) -> None:
+        """`steps`: updates of the whole run. There are bars where `out` (stdout) is a terminal."""
         self.out = out or RichConsole(highlight=False)
         self.columns = Columns(steps)
         self._rows = 0
-        self._progress = self._bars() if progress and self.out.is_terminal else None
+        self._progress = self._bars() if self.out.is_terminal else None
 
     def _bars(self) -> Progress:
         return Progress(

@@ -55,8 +55,15 @@ OFF_POLICY = (
     Curve("KL(rollout, trainer)", (("offpolicy/kl", "k3 estimate"),), log=True, note="whole batch"),
     Curve("Effective sample size", (("offpolicy/ess", "of the batch's tokens"),), bounds=(0.0, 1.0), write=percent),
     Curve("Ratio trainer / rollout", (("offpolicy/ratio_mean", "mean"), ("offpolicy/ratio_max", "largest")), log=True, note="of tokens"),
-    Curve("Importance weight", (("train/importance", "mean, bounded"),), bounds=FROM_0),
+    Curve("Importance weight", (("train/importance", "mean"),), bounds=FROM_0),
     Curve("Weights out of bounds", (("train/importance_bounded_frac", "share of tokens"),), bounds=FROM_0, write=percent),
+    Curve(
+        "Tokens left out",
+        (("train/importance_rejected_frac", "by their ratio"), ("train/opsm_frac", "bad and off-policy")),
+        bounds=FROM_0,
+        write=percent,
+        note="of the policy loss",
+    ),
 )
 TRAINER_AND_ENGINE = (
     Curve(

@@ -5,6 +5,7 @@ is warned of once, it gets nothing more, and `Trackers.failed` counts the steps 
 """
 
 import logging
+import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 from slime.config import ObserveConfig
 
 log = logging.getLogger(__name__)
+
+PROJECT = "slime"  # of Weights & Biases, where its own WANDB_PROJECT names none
 
 
 class Tracker(Protocol):
@@ -49,7 +52,7 @@ class WandbTracker:
         try:
             self._run = wandb.init(
                 mode=cfg.wandb,  # type: ignore[arg-type]
-                project=cfg.project,
+                project=os.environ.get("WANDB_PROJECT") or PROJECT,
                 name=run_name,
                 id=self._id,
                 resume="allow" if cfg.wandb == "online" else None,

@@ -6,26 +6,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slime.algorithms.sequences import SequencesHere
 
-class SequencesOfRanks:
+
+class SequencesOfRanks(SequencesHere):
     """`slime.algorithms.base.Sequences` for the trainable tokens of one micro-batch; the ranks of `group` hold parts of the same ones and
     call the same methods together."""
 
     def __init__(self, sample: Tensor, count: int, group: dist.ProcessGroup) -> None:
         """sample int64 [t], which of the micro-batch's `count` sequences a token belongs to."""
-        self._sample, self._count, self._group = sample, count, group
+        super().__init__(sample, count)
+        self._group = group
 
-    def sum(self, x: Tensor) -> Tensor:
-        """[t], the sum of x over the trainable tokens of each token's sequence."""
-        return self._sums(x)[self._sample]
-
-    def mean(self, x: Tensor) -> Tensor:
-        """[t], their mean."""
-        return (self._sums(x) / self._sums(torch.ones_like(x)).clamp(min=1))[self._sample]
-
-    def _sums(self, x: Tensor) -> Tensor:
-        sums = x.new_zeros(self._count).index_add(0, self._sample, x)
+    def _added(self, sums: Tensor) -> Tensor:
         return sums if self._group.size() == 1 else _SumOverRanks.apply(sums, self._group)
+
+    def _least(self, lows: Tensor) -> Tensor:
+        if self._group.size() > 1:
+            dist.all_reduce(lows, dist.ReduceOp.MIN, group=self._group)
+        return lows
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -28,12 +28,13 @@ from slime.types import Batch
 
 @dataclass(frozen=True)
 class Columns:
-    """What is known of a batch's tokens before its first optimizer step. [T] each."""
+    """What is known of a batch's tokens before its first optimizer step. [T] each, but for the scale."""
 
     advantages: np.ndarray  # float64
     old_logprobs: np.ndarray | None = None  # float32; None: the current ones, detached
     ref_logprobs: np.ndarray | None = None  # float32; None where the algorithm reads none
     said: Said = field(default_factory=Said)  # by teachers, for the loss
+    importance_scale: float = 1.0
 
     def at(self, tokens: np.ndarray) -> "Columns":
         """Of these tokens (bool [T])."""
@@ -41,7 +42,8 @@ class Columns:
         def chosen(column: np.ndarray | None) -> np.ndarray | None:
             return None if column is None else column[tokens]
 
-        return Columns(self.advantages[tokens], chosen(self.old_logprobs), chosen(self.ref_logprobs), self.said.at(tokens))
+        known = chosen(self.old_logprobs), chosen(self.ref_logprobs), self.said.at(tokens)
+        return Columns(self.advantages[tokens], *known, self.importance_scale)
 
 
 def train_batch(trainer: Trainer, batch: Batch) -> dict[str, float]:
@@ -153,7 +155,8 @@ def prepare(trainer: Trainer, batch: Batch, values: np.ndarray | None = None) ->
             f"algorithm.name={trainer.cfg.algorithm.name}: it uses a critic, and its targets have no returns for that to learn; set "
             "Targets.returns"
         )
-    return known, targets, Columns(targets.advantages, known.old_logprobs, known.ref_logprobs, said)
+    scale = 1.0 if algorithm.importance_scale is None else algorithm.importance_scale(known)
+    return known, targets, Columns(targets.advantages, known.old_logprobs, known.ref_logprobs, said, scale)
 
 
 def _move_reference(trainer: Trainer) -> None:
@@ -207,6 +210,7 @@ def accumulate_gradients(
                 sequences=SequencesOfRanks(torch.from_numpy(micro_batch.sample).to(device), len(micro_batch.lengths), trainer.parallel.cp),
                 ref_logprobs=None if columns.ref_logprobs is None else on_device(columns.ref_logprobs[at]),
                 distillation=divergence_from(trainer, part, columns.said, micro_batch, logits),
+                importance_scale=columns.importance_scale,
             )
         )
         w = on_device(weights[at])

@@ -22,6 +22,9 @@ class LocalSequences:
     def mean(self, x: Tensor) -> Tensor:
         return self.sum(x) / self.count[self.of]
 
+    def min(self, x: Tensor) -> Tensor:
+        return torch.stack([x[self.of == own].min() for own in self.of]).detach() if len(x) else x.detach()
+
 
 def make_inputs(t: int, seed: int = 0, shift: float = 0.3, sequences: Sequences | None = None) -> LossInputs:
     """float64, sequences of three tokens, old log-probs near the current ones, so that some ratios are clipped and some are not."""

@@ -79,7 +79,7 @@ def test_sequences_need_not_be_neighbours():
     order = torch.randperm(24, generator=torch.Generator().manual_seed(2))
     x = make_inputs(24, shift=0.5)
     moved = LossInputs(
-        **{name: getattr(x, name)[order] for name in LossInputs.__slots__ if name != "sequences"},
+        **{name: getattr(x, name)[order] for name in LossInputs.__slots__ if name not in ("sequences", "importance_scale")},
         sequences=LocalSequences(x.sequences.of[order]),
     )
     cfg = AlgorithmConfig("gspo", clip_low=0.1)

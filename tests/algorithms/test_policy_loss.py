@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slime.algorithms.policy_loss import MAX_LOG_RATIO, Clip, cispo, clipped, policy_gradient, ratio_of
+from slime.algorithms.policy_loss import Clip, cispo, clipped, policy_gradient, ratio_of
+from slime.config.algorithms import MAX_LOG_RATIO
 from tests.algorithms.local import LocalSequences, expected_gradient, make_inputs, make_logits, softmax
 
 CLIPS = [Clip(0.2, 0.2), Clip(0.2, 0.28), Clip(0.1, 0.4, 2.0), Clip(0.2, 0.2, 1.1), Clip(0.0, 0.0), Clip(1.0, 4.0)]

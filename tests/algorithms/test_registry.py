@@ -12,7 +12,7 @@ from slime.algorithms.registry import BUILDERS, build_algorithm
 from slime.algorithms.sft import loss, targets
 from slime.config import AlgorithmConfig
 from slime.config.algorithm import TeacherConfig
-from slime.config.algorithms import ALGORITHMS
+from slime.config.algorithms import ALGORITHMS, REJECT_LEVELS
 from slime.config.check_algorithm import check_algorithm
 from slime.config.exits import ConfigError
 from slime.config.roles import uses_reference
@@ -25,6 +25,7 @@ KNOBS = {field.name: field for field in fields(AlgorithmConfig)}
 KL = {"kl_loss_coef": 0.3}
 KL_REWARD = {"kl_reward_coef": 0.3}
 WEIGHED = {"importance": "token"}
+REJECTING = {"importance_reject": {"lowest": [0.7, 1.5]}}
 SAMPLED, TOPK, JSD = {"distill": "sampled"}, {"distill": "topk"}, {"distill": "full", "distill_beta": 0.5}
 
 # knob -> (what else a recipe says, another value than it has there), all of which act where an algorithm reads them
@@ -46,9 +47,11 @@ CHANGES = {
         *((KL_REWARD, "k2"), (KL_REWARD, "k3"), (KL_REWARD | {"kl_estimator": "k2"}, "k1")),
     ],
     "importance": [({}, "token"), ({}, "sequence"), ({}, "geometric")],
-    "importance_bound": [(WEIGHED, "mask")],
     "importance_low": [(WEIGHED, 0.9)],
     "importance_high": [(WEIGHED, 1.2)],
+    "importance_reject": [(given, {level: [0.7, 1.5]}) for given in ({}, WEIGHED) for level in REJECT_LEVELS],
+    "importance_normalize": [(WEIGHED, True), (REJECTING, True)],
+    "opsm_delta": [({}, 0.1), (WEIGHED, 0.1)],
     "teachers": [(SAMPLED, {"a": TeacherConfig("a")})],
     "distill": [({}, "sampled"), ({}, "topk"), ({}, "full")],
     "distill_coef": [(SAMPLED, 0.5), (TOPK, 0.5), (JSD, 0.5)],
@@ -83,6 +86,8 @@ def step_for(algorithm: Algorithm, cfg: AlgorithmConfig) -> Step:
     rng = np.random.default_rng(3)
     masks = [[0, *(rng.random(int(n)) < 0.8), 1] for n in rng.integers(1, 6, 12)]
     step = make_step(make_batch(masks, rng.normal(size=12), np.arange(12) % 4))
+    drawn = step.old_logprobs + np.where(step.batch.loss_mask, rng.normal(0, 0.5, len(step.batch.tokens)), 0)  # the engine's, nearly
+    step.batch.rollout_logprobs[:] = drawn
     asked = {
         "old_logprobs": algorithm.needs_old_logprobs,
         "ref_logprobs": algorithm.uses_reference,
@@ -92,8 +97,9 @@ def step_for(algorithm: Algorithm, cfg: AlgorithmConfig) -> Step:
     return replace(step, **{name: None for name, wanted in asked.items() if not wanted})
 
 
-def inputs_for(algorithm: Algorithm, cfg: AlgorithmConfig, batch, advantages) -> LossInputs:
+def inputs_for(algorithm: Algorithm, cfg: AlgorithmConfig, step: Step, advantages) -> LossInputs:
     """Tokens that the policy has moved far from, and that the engine saw otherwise than the trainer."""
+    batch = step.batch
     mask = batch.loss_mask
     generator = torch.Generator().manual_seed(4)
     start, update, engine, entropy, reference, divergence = torch.randn(6, int(mask.sum()), generator=generator, dtype=torch.float64)
@@ -107,6 +113,7 @@ def inputs_for(algorithm: Algorithm, cfg: AlgorithmConfig, batch, advantages) ->
         sequences=LocalSequences(torch.from_numpy(batch.sample_of_token[mask])),
         ref_logprobs=old + reference if algorithm.uses_reference else None,
         distillation=divergence.abs().requires_grad_() if cfg.distill in ("topk", "full") else None,
+        importance_scale=1.0 if algorithm.importance_scale is None else algorithm.importance_scale(step),
     )
 
 
@@ -115,7 +122,7 @@ def results(cfg: AlgorithmConfig) -> dict[str, np.ndarray]:
     algorithm = build_algorithm(cfg)
     step = step_for(algorithm, cfg)
     batch, aims = step.batch, algorithm.targets(step)
-    out = algorithm.loss(inputs_for(algorithm, cfg, batch, aims.advantages)).loss.detach().numpy()
+    out = algorithm.loss(inputs_for(algorithm, cfg, step, aims.advantages)).loss.detach().numpy()
     returns = np.zeros(len(batch.tokens)) if aims.returns is None else aims.returns
     weights = token_weights(batch, cfg.aggregation, 8)
     found = {"advantages": aims.advantages, "returns": returns, "loss": out, "weights": weights}
@@ -168,7 +175,7 @@ def test_nothing_that_an_algorithm_is_given_is_changed(name):
         step = step_for(algorithm, cfg)
         before = copies(step)
         advantages = algorithm.targets(step).advantages
-        inputs = inputs_for(algorithm, cfg, step.batch, advantages)
+        inputs = inputs_for(algorithm, cfg, step, advantages)
         given = copies(inputs)
         algorithm.loss(inputs).loss.sum().backward()
         for then, now in ((before, copies(step)), (given, copies(inputs))):
@@ -189,7 +196,7 @@ def copies(given: Step | LossInputs) -> dict[str, np.ndarray]:
 def test_every_knob_and_each_of_its_choices_is_tried():
     assert CHANGES.keys() == KNOBS.keys()
     for knob, field in KNOBS.items():
-        if knob == "teachers":
+        if knob in ("teachers", "importance_reject"):
             continue
         tried = {value for _, value in CHANGES[knob]} | {field.default}
         assert tried >= set(field.metadata.get("choices", ())) and len(tried) > 1, knob
@@ -206,7 +213,7 @@ def test_no_two_algorithms_are_the_same(name):
 
 
 @pytest.mark.parametrize("distill", ["topk", "full"])
-@pytest.mark.parametrize("knob", ["clip_low", "clip_high", "clip_dual", "importance"])
+@pytest.mark.parametrize("knob", ["clip_low", "clip_high", "clip_dual", "importance", "importance_reject", "opsm_delta"])
 def test_without_a_policy_loss_its_knobs_act_or_are_refused(knob, distill):
     for given, value in CHANGES[knob]:
         one, other = (recipe("opd", given, {"distill": distill}, more) for more in ({}, {knob: value}))

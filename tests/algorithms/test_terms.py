@@ -13,6 +13,7 @@ from slime.algorithms.base import LossInputs, LossOutputs, Step
 from slime.algorithms.policy_loss import Clip
 from slime.algorithms.terms import asked_for, clip_of, from_teacher, kl_in_reward, per_token, with_common_terms
 from slime.config import AlgorithmConfig
+from slime.config.algorithms import REJECT_LEVELS
 from slime.types import Batch
 from tests.algorithms.local import make_inputs
 
@@ -184,20 +185,30 @@ def test_without_a_coefficient_no_reference_is_read():
 
 
 def reference_weight(x: LossInputs, cfg: AlgorithmConfig, t: int) -> float:
-    """w of one token, held by its bounds."""
+    """w of one token: held by its bounds, and 0 where a level rejects it."""
     d = [old - rollout for old, rollout in zip(x.old_logprobs.tolist(), x.rollout_logprobs.tolist(), strict=True)]
     own = [d[i] for i in range(len(d)) if x.sequences.of[i] == x.sequences.of[t]]
-    w = math.exp({"token": d[t], "sequence": math.fsum(own), "geometric": statistics.fmean(own)}[cfg.importance])
-    if cfg.importance_low <= w <= cfg.importance_high:
-        return w
-    return 0.0 if cfg.importance_bound == "mask" else min(max(w, cfg.importance_low), cfg.importance_high)
+    ratios = {"token": d[t], "sequence": math.fsum(own), "geometric": statistics.fmean(own), "lowest": min(own)}
+    ratios = {level: math.exp(log_ratio) for level, log_ratio in ratios.items()}
+    if not all(low <= ratios[level] <= high for level, (low, high) in cfg.importance_reject.items()):
+        return 0.0
+    return 1.0 if cfg.importance == "none" else min(max(ratios[cfg.importance], cfg.importance_low), cfg.importance_high)
+
+
+def dropped(x: LossInputs, delta: float | None, t: int) -> bool:
+    """Where M of arXiv 2512.02556 is 0."""
+    own = [i for i in range(len(x.logprobs)) if x.sequences.of[i] == x.sequences.of[t]]
+    mean = statistics.fmean([float(x.rollout_logprobs[i] - x.logprobs[i]) for i in own])
+    return delta is not None and float(x.advantages[t]) < 0 and mean > delta
 
 
 def reference_loss(x: LossInputs, cfg: AlgorithmConfig, policy: list[float]) -> list[float]:
-    """w * policy loss - c_H H + c_KL KL + c_D D, token by token."""
+    """M * scale * w * policy loss - c_H H + c_KL KL + c_D D, token by token."""
     out = []
     for t, own in enumerate(policy):
-        total = own if cfg.importance == "none" else reference_weight(x, cfg, t) * own
+        weighed = cfg.importance != "none" or cfg.importance_reject
+        total = x.importance_scale * reference_weight(x, cfg, t) * own if weighed else own
+        total = 0.0 if dropped(x, cfg.opsm_delta, t) else total
         total -= cfg.entropy_coef * float(x.entropy[t])
         unbiased = cfg.kl_estimator == "unbiased"
         kl = estimate("k3" if unbiased else kind_of(cfg), float(x.logprobs[t]), float(x.ref_logprobs[t]))
@@ -206,6 +217,8 @@ def reference_loss(x: LossInputs, cfg: AlgorithmConfig, policy: list[float]) -> 
     return out
 
 
+BOUNDS = {"token": [0.8, 1.3], "sequence": [0.7, 1.5], "geometric": [0.9, 1.1], "lowest": [0.85, math.inf]}
+ICEPOP = {"importance": "token", "importance_high": 1.05, "importance_reject": {"token": [0.9, 1.1]}}
 TERMS = [
     {},
     {"entropy_coef": 0.1},
@@ -216,26 +229,28 @@ TERMS = [
     {"distill": "topk", "distill_coef": 0.6},
     {"distill": "full", "distill_coef": 0.6},
     {"distill": "sampled", "distill_coef": 0.6},
-    *(
-        {"importance": level, "importance_bound": bound, "importance_low": 0.9, "importance_high": 1.1}
-        for level in ("token", "sequence", "geometric")
-        for bound in ("truncate", "mask")
-    ),
-    {"importance": "token", "importance_bound": "mask", "importance_low": 0.9, "importance_high": 1.1, "entropy_coef": 0.1}
+    *({"importance": level, "importance_low": 0.9, "importance_high": 1.1} for level in ("token", "sequence", "geometric")),
+    *({"importance_reject": {level: BOUNDS[level]}} for level in REJECT_LEVELS),
+    ICEPOP,
+    {"importance": "token", "importance_high": 1.2, "importance_reject": {"geometric": BOUNDS["geometric"], "lowest": BOUNDS["lowest"]}},
+    {"opsm_delta": 0.02},
+    {"importance_reject": BOUNDS, "importance": "geometric", "importance_high": 1.05, "opsm_delta": 0.02, "entropy_coef": 0.1}
     | {"kl_loss_coef": 0.3, "kl_estimator": "unbiased", "distill": "full", "distill_coef": 0.6},
 ]
 
 
 def test_every_choice_of_a_term_is_among_them():
     """But for k1, which is refused as a loss; auto is k2."""
-    for knob, besides in (("kl_estimator", {"k1"}), ("importance", set()), ("importance_bound", set()), ("distill", set())):
+    for knob, besides in (("kl_estimator", {"k1"}), ("importance", set()), ("distill", set())):
         field = next(field for field in fields(AlgorithmConfig) if field.name == knob)
         assert {terms.get(knob, field.default) for terms in TERMS} == set(field.metadata["choices"]) - besides
+    assert {level for terms in TERMS for level in terms.get("importance_reject", {})} == set(REJECT_LEVELS)
 
 
 def away_from_the_engine() -> LossInputs:
-    """Weights of some tokens and sequences lie below their bounds, of some between, and of some above."""
+    """Weights of some tokens and sequences lie below their bounds, of some between, and of some above; some of bad ones are off-policy."""
     x = make_inputs(24)
+    x.importance_scale = 1.7
     x.rollout_logprobs = x.old_logprobs + 0.2 * torch.randn(24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return x
 
@@ -262,15 +277,15 @@ def test_gradients_of_the_terms_agree_with_finite_differences(terms):
 
 
 @pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
-@pytest.mark.parametrize("bound", ["truncate", "mask"])
-def test_importance_multiplies_the_policy_loss_and_nothing_else(level, bound):
+@pytest.mark.parametrize("reject", [{}, {"token": [0.9, 1.1]}], ids=str)
+def test_importance_multiplies_the_policy_loss_and_nothing_else(level, reject):
     x = away_from_the_engine()
-    importance = {"importance": level, "importance_bound": bound, "importance_low": 0.9, "importance_high": 1.1}
+    importance = {"importance": level, "importance_reject": reject, "importance_low": 0.9, "importance_high": 1.1}
     rest = {"entropy_coef": 0.1, "kl_loss_coef": 0.3, "distill": "full"}
     out, plain = with_terms(x, **importance, **rest), with_terms(x, **rest)
     weights = torch.tensor([reference_weight(x, AlgorithmConfig(**importance), t) for t in range(24)], dtype=torch.float64)
     assert 0 < out.metrics["importance_bounded_frac"].sum() < 24
-    torch.testing.assert_close(out.loss - plain.loss, (weights - 1) * policy_loss(x).loss)
+    torch.testing.assert_close(out.loss - plain.loss, (1.7 * weights - 1) * policy_loss(x).loss)
     assert torch.equal(slope(out.loss.sum(), x.entropy), torch.full((24,), -0.1, dtype=torch.float64))
 
 
@@ -278,7 +293,7 @@ def test_weights_of_0_leave_the_other_terms_alone():
     x = away_from_the_engine()
     x.rollout_logprobs = x.old_logprobs - 3.0
     rest = {"entropy_coef": 0.1, "kl_loss_coef": 0.3, "distill": "topk", "distill_coef": 0.6}
-    out = with_terms(x, importance="token", importance_bound="mask", **rest)
+    out = with_terms(x, **ICEPOP, **rest)
     np.testing.assert_allclose(out.loss.tolist(), reference_loss(x, AlgorithmConfig(**rest), [0.0] * 24), rtol=1e-9)
 
 
@@ -289,11 +304,35 @@ def test_weights_are_those_of_the_engine_and_not_of_the_update():
     assert torch.equal(first, second)
 
 
-def test_an_engine_that_agrees_with_the_trainer_changes_nothing():
+def test_dropped_tokens_leave_the_other_terms_alone():
+    """And have no gradient but theirs; the metric of the policy loss is of all tokens."""
     x = away_from_the_engine()
+    x.rollout_logprobs, x.advantages = x.logprobs.detach() + 1.0, -x.advantages.abs()
+    rest = {"entropy_coef": 0.1, "distill": "topk", "distill_coef": 0.6}
+    out = with_terms(x, opsm_delta=0.5, **rest)
+    np.testing.assert_allclose(out.loss.tolist(), reference_loss(x, AlgorithmConfig(**rest), [0.0] * 24), rtol=1e-9)
+    assert not slope(out.loss.sum(), x.logprobs).any() and out.metrics["opsm_frac"].all()
+    assert torch.equal(out.metrics["pg_loss"], policy_loss(x).loss)
+
+
+@pytest.mark.parametrize("terms", [terms for terms in TERMS if terms.keys() & {"importance", "importance_reject", "opsm_delta"}], ids=str)
+def test_some_tokens_are_weighed_and_some_left_out(terms):
+    """So that the tests of these terms say something of them."""
+    x = away_from_the_engine()
+    metrics = with_terms(x, **terms).metrics
+    for name in ("importance_bounded_frac", "importance_rejected_frac", "opsm_frac"):
+        assert name not in metrics or 0 < metrics[name].sum() < 24, name
+
+
+def test_an_engine_that_agrees_with_the_trainer_changes_nothing():
+    x = replaced(away_from_the_engine(), importance_scale=1.0)
     x.rollout_logprobs = x.old_logprobs
-    out = with_terms(x, importance="sequence")
-    assert torch.equal(out.loss, policy_loss(x).loss) and not out.metrics["importance_bounded_frac"].any()
+    out = with_terms(x, importance="sequence", importance_reject={level: [0.99, 1.01] for level in REJECT_LEVELS})
+    assert torch.equal(out.loss, policy_loss(x).loss)
+    assert not out.metrics["importance_bounded_frac"].any() and not out.metrics["importance_rejected_frac"].any()
+    x.rollout_logprobs = x.logprobs.detach()
+    out = with_terms(x, opsm_delta=1e-12)
+    assert torch.equal(out.loss, policy_loss(x).loss) and not out.metrics["opsm_frac"].any()
 
 
 # Metrics
@@ -304,6 +343,8 @@ def test_an_engine_that_agrees_with_the_trainer_changes_nothing():
     [
         ({}, set()),
         ({"importance": "token"}, {"importance", "importance_bounded_frac"}),
+        ({"importance_reject": BOUNDS}, {"importance", "importance_rejected_frac"}),
+        ({"opsm_delta": 0.1}, {"opsm_frac"}),
         ({"kl_loss_coef": 0.1}, {"ref_kl"}),
         ({"kl_reward_coef": 0.1}, set()),
         ({"distill": "topk"}, {"distillation"}),
@@ -319,14 +360,23 @@ def test_metrics_are_per_token_named_and_without_gradient(terms, names):
 
 def test_metrics_say_what_their_names_say():
     x = away_from_the_engine()
-    metrics = with_terms(x, entropy_coef=0.1, kl_loss_coef=0.3, kl_estimator="k3", importance="token", distill="full").metrics
-    cfg, logprobs, old, reference = AlgorithmConfig(importance="token"), *(v.tolist() for v in (x.logprobs, x.old_logprobs, x.ref_logprobs))
+    weighed = {"importance": "token", "importance_high": 1.1, "importance_reject": {"lowest": [0.85, math.inf]}}
+    terms = {"entropy_coef": 0.1, "kl_loss_coef": 0.3, "kl_estimator": "k3", "distill": "full", "opsm_delta": 0.02}
+    metrics = with_terms(x, **weighed, **terms).metrics
+    cfg, logprobs, old, reference = AlgorithmConfig(**weighed), *(v.tolist() for v in (x.logprobs, x.old_logprobs, x.ref_logprobs))
+    own = [x.sequences.of == number for number in x.sequences.of]
+    lowest = [math.exp((x.old_logprobs - x.rollout_logprobs)[mine].min()) for mine in own]
     expected = {
         "pg_loss": policy_loss(x).loss.tolist(),  # before the weights
         "entropy": x.entropy.tolist(),
         "kl": [estimate("k3", drew, now) for drew, now in zip(old, logprobs, strict=True)],
         "ref_kl": [estimate("k3", now, other) for now, other in zip(logprobs, reference, strict=True)],  # before its coefficient
-        "importance": [reference_weight(x, cfg, t) for t in range(24)],
+        "importance": [reference_weight(x, cfg, t) for t in range(24)],  # before the scale
+        "importance_bounded_frac": [
+            float(math.exp(a - b) > 1.1) for a, b in zip(x.old_logprobs.tolist(), x.rollout_logprobs.tolist(), strict=True)
+        ],
+        "importance_rejected_frac": [float(ratio < 0.85) for ratio in lowest],
+        "opsm_frac": [float(dropped(x, 0.02, t)) for t in range(24)],
         "distillation": x.distillation.tolist(),
     }
     for name, values in expected.items():
@@ -359,6 +409,9 @@ def test_dual_clip_is_the_recipes():
 @pytest.mark.parametrize(
     ("terms", "old", "reference"),
     [
+        ({"importance_reject": BOUNDS}, False, False),
+        ({"importance_reject": BOUNDS, "importance_normalize": True}, True, False),
+        ({"opsm_delta": 0.1}, False, False),
         ({}, False, False),
         ({"kl_loss_coef": 0.1}, False, True),
         ({"kl_reward_coef": 0.1}, True, True),
@@ -368,4 +421,6 @@ def test_dual_clip_is_the_recipes():
     ],
 )
 def test_terms_ask_for_what_they_read(terms, old, reference):
-    assert asked_for(AlgorithmConfig(**terms)) == {"needs_old_logprobs": old, "uses_reference": reference}
+    asked = asked_for(AlgorithmConfig(**terms))
+    assert (asked.pop("importance_scale") is not None) == ("importance_normalize" in terms)
+    assert asked == {"needs_old_logprobs": old, "uses_reference": reference}

@@ -27,6 +27,8 @@ BAD_KEYS = {
     "+rollout.temprature=1": "unknown key rollout.temprature: did you mean rollout.temperature?",
     "trainer.max_response_tokens=8": "unknown key trainer.max_response_tokens: "
     "did you mean data.eval.<name>.max_response_tokens or rollout.max_response_tokens?",
+    "algorithm.importance_bound=mask": "unknown key algorithm.importance_bound: "
+    "did you mean algorithm.importance_low or algorithm.importance or algorithm.importance_high?",
     "data.eval.heldout.pth=x": "unknown key data.eval.heldout.pth: did you mean data.eval.heldout.path?",
     "data.train.first.path=x": "data.train.first.path: data.train is a list; its items are data.train.0, data.train.1, ...",
     "data.train[0].path=x": "data.train[0].path=x: a position in a list is written with a dot: data.train.0.path=x",
@@ -56,6 +58,7 @@ BAD_TYPES = {
     "rollout.stop=x": "rollout.stop=x: takes a list. Strings that end an answer, beside the tokenizer's end tokens.",
     "data.train=[ok.jsonl]": "data.train[0]=ok.jsonl: an item is {path: ok.jsonl}, as in data.train=[{path: ok.jsonl}]",
     "data.train=x": "data.train=x: takes a list",
+    "algorithm.importance_reject.token=5": "algorithm.importance_reject.token=5: takes a list",
     "data.train=[{pth: x}]": "unknown key data.train.0.pth: did you mean data.train.0.path?",
     "data.train.1.path=x": "data.train[1]: data.train has no such item; give the whole list: data.train=[{path: ...}, ...]",
     "data.eval.x.samples=2": "data.eval.x.path is required: A .jsonl or .parquet file of prompts.",
@@ -168,8 +171,6 @@ BAD_COMBINATIONS = {
     "run.only=train run.replay=nowhere": "run.replay=nowhere: no such folder or .npz file; it is the rollouts/ that a run "
     "with rollout.dump=true wrote, or a batch of the stopped/ of a run that it stopped",
     "run.only=rollout": "run.only=rollout without rollout.dump=true would throw all rollouts away: set rollout.dump=true",
-    "observe.wandb='off' observe.project=mine": "observe.project=mine has no effect with observe.wandb=off: set observe.wandb to offline or "
-    "online, or remove it",
     "rollout.external_urls=['http://h:1'] cluster.roles.rollout.devices=2": "cluster.roles.rollout.devices=2 has no effect with "
     "rollout.external_urls, whose servers have devices of their own: remove it, or the urls",
     "rollout.sglang.dtype=float16": "rollout.sglang.dtype is set by slime: use model.dtype",

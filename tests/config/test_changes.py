@@ -21,6 +21,7 @@ def test_every_knob_has_one_kind_and_every_kind_names_knobs() -> None:
     [
         ("run.seed", Kind.PROMPTS),
         ("trainer.lr", Kind.COURSE),
+        ("algorithm.importance_reject.token", Kind.COURSE),
         ("cluster.roles.actor.devices", Kind.FREE),
         ("rollout.sglang.mem_fraction_static", Kind.FREE),
         ("rollout.sglang.attention_backend", Kind.COURSE),

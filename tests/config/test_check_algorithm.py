@@ -1,5 +1,6 @@
 """Knobs of the algorithm that do not go together: each refusal names the knob, its value and the mend."""
 
+import math
 import re
 
 import pytest
@@ -9,7 +10,8 @@ from slime.config.algorithms import ALGORITHMS
 from slime.config.check_algorithm import SWITCHES, check_algorithm
 from slime.config.exits import ConfigError
 
-MEND = r"remove it|: set |: choose |: lower |: raise |must be (above|at least)|without algorithm\."
+INFINITY = "infinity is .inf in a file, inf in an override"
+MEND = r"must be two numbers|widen it|remove it|: set |: choose |: lower |: raise |must be (above|at least)|without algorithm\."
 
 UNREAD = [
     (
@@ -42,16 +44,22 @@ UNREAD = [
         "remove it, or choose one that reads it (grpo, rloo, reinforce_pp, reinforce_pp_baseline, ppo, gspo, cispo, opd)",
     ),
     (
+        {"name": "sft", "importance_reject": {"token": [0.5, 2.0], "lowest": [1e-4, math.inf]}},
+        "algorithm.importance_reject=token,lowest has no effect with algorithm.name=sft: "
+        "remove it, or choose one that reads it (grpo, rloo, reinforce_pp, reinforce_pp_baseline, ppo, gspo, cispo, opd)",
+    ),
+    (
+        {"name": "sft", "opsm_delta": 1e-4},
+        "algorithm.opsm_delta=0.0001 has no effect with algorithm.name=sft: "
+        "remove it, or choose one that reads it (grpo, rloo, reinforce_pp, reinforce_pp_baseline, ppo, gspo, cispo, opd)",
+    ),
+    (
         {"name": "sft", "entropy_coef": 0.01},
         "algorithm.entropy_coef=0.01 has no effect with algorithm.name=sft: "
         "remove it, or choose one that reads it (grpo, rloo, reinforce_pp, reinforce_pp_baseline, ppo, gspo, cispo, opd)",
     ),
 ]
 SWITCHED_OFF = [
-    (
-        {"name": "grpo", "importance_bound": "mask"},
-        "algorithm.importance_bound=mask has no effect with algorithm.importance=none: remove it, or set algorithm.importance",
-    ),
     (
         {"name": "grpo", "importance_low": 0.5},
         "algorithm.importance_low=0.5 has no effect with algorithm.importance=none: remove it, or set algorithm.importance",
@@ -106,8 +114,48 @@ CONTRADICTORY = [
     ),
     (
         {"name": "opd", "distill": "full", "clip_low": 0.1},
-        "algorithm.clip_low=0.1 has no effect with algorithm.distill=full, whose loss has no ratio: remove it",
+        "algorithm.clip_low=0.1 has no effect with algorithm.distill=full, whose loss has no policy gradient: remove it",
     ),
+    (
+        {"name": "opd", "distill": "topk", "importance_reject": {"token": [0.5, 2.0]}},
+        "algorithm.importance_reject=token has no effect with algorithm.distill=topk, whose loss has no policy gradient: remove it",
+    ),
+    (
+        {"name": "opd", "distill": "full", "opsm_delta": 0.1},
+        "algorithm.opsm_delta=0.1 has no effect with algorithm.distill=full, whose loss has no policy gradient: remove it",
+    ),
+    (
+        {"name": "grpo", "importance_normalize": True},
+        "algorithm.importance_normalize=true has no effect with algorithm.importance=none and no algorithm.importance_reject, where all "
+        "weights are 1: remove it, or set one of them",
+    ),
+]
+REJECT = [
+    ("tokens", [0.5, 2.0], ": no such level: choose token, sequence, geometric, lowest; did you mean token?"),
+    ("mean", [0.5, 2.0], ": no such level: choose token, sequence, geometric, lowest"),
+    *(
+        ("token", bounds, f"=[{said}]: must be two numbers, the lowest and the highest ratio that is kept; {INFINITY}")
+        for bounds, said in (
+            ([], ""),
+            ([0.5], "0.5"),
+            ([0.5, 1, 2], "0.5, 1, 2"),
+            ([0.5, ".inf"], "0.5, .inf"),
+            ([None, 2.0], "none, 2"),
+            ([True, 2.0], "true, 2"),
+            ([[1, 2], 3], "[1, 2], 3"),
+        )
+    ),
+    ("geometric", [math.nan, 2.0], "=[nan, 2]: must be at least 0, as ratios are"),
+    ("geometric", [0.5, math.nan], "=[0.5, nan]: must be at least 0, as ratios are"),
+    ("sequence", [-0.5, 2.0], "=[-0.5, 2]: must be at least 0, as ratios are"),
+    ("sequence", [2.0, 0.5], "=[2, 0.5]: the first is above the second: lower it"),
+    ("lowest", [0, math.inf], "=[0, inf] has no effect, as it keeps every ratio from 2e-09 to 5e+08: remove it, or narrow it"),
+    ("lowest", [1e-9, 1e9], "=[1e-09, 1e+09] has no effect, as it keeps every ratio from 2e-09 to 5e+08: remove it, or narrow it"),
+    ("token", [0, 0.0], "=[0, 0] would reject every token, as ratios lie from 2e-09 to 5e+08: widen it"),
+    ("token", [1e9, math.inf], "=[1e+09, inf] would reject every token, as ratios lie from 2e-09 to 5e+08: widen it"),
+]
+CONTRADICTORY += [
+    ({"name": "grpo", "importance_reject": {level: bounds}}, f"algorithm.importance_reject.{level}{text}") for level, bounds, text in REJECT
 ]
 REFUSALS = UNREAD + SWITCHED_OFF + CONTRADICTORY
 
@@ -142,7 +190,12 @@ def test_every_knob_with_a_switch_is_refused_without_it():
         {"clip_dual": 3.0, "entropy_coef": 0.01},
         {"clip_low": 0.0, "clip_high": 0.0},
         {"importance": "token", "importance_high": 5.0},  # TIS
-        {"importance": "token", "importance_bound": "mask", "importance_low": 0.5, "importance_high": 5.0},  # IcePop
+        {"importance": "token", "importance_high": 5.0, "importance_reject": {"token": [0.5, 5]}},  # IcePop
+        {"importance": "token", "importance_reject": {"geometric": [0.99, 1.01], "lowest": [1e-4, math.inf]}},  # MIS
+        {"importance_reject": {"sequence": [0, 2], "token": [1, 1]}},
+        {"importance_reject": {"lowest": [0.5, 1e12]}, "importance_normalize": True},
+        {"importance": "sequence", "importance_normalize": True},
+        {"opsm_delta": 1e-4},
         {"importance": "geometric", "importance_low": 2.0, "importance_high": 2.0},
         {"kl_loss_coef": 0.1},
         {"kl_loss_coef": 0.1, "kl_estimator": "k3"},

@@ -1,5 +1,7 @@
 """Composing a recipe: prefixes that users never type, dictionaries and lists, names of runs, groups, folders of recipes."""
 
+import math
+
 import pytest
 import yaml
 
@@ -59,12 +61,15 @@ def test_dictionaries_lists_and_open_fields() -> None:
             "cluster.roles.rollout.devices=4",
             "rollout.sglang.a=[1,2]",
             "trainer.megatron.b=true",
+            "algorithm.importance_reject.lowest=[1e-4,inf]",
+            "algorithm.importance_reject={token: [0.5, 5]}",
         ]
     ).cfg
     assert cfg.data.train == [DataFile("a.jsonl", 2.0), DataFile("b.parquet", 3.0)]
     assert cfg.data.eval == {"aime-24": EvalSet("x.jsonl", samples=8)}
     assert cfg.cluster.roles == {"actor": RoleConfig(1), "rollout": RoleConfig(4)}
     assert (cfg.rollout.sglang, cfg.trainer.megatron) == ({"a": [1, 2]}, {"b": True})
+    assert cfg.algorithm.importance_reject == {"lowest": [1e-4, math.inf], "token": [0.5, 5]}
 
 
 def test_run_name_is_the_recipe_and_a_hash_of_what_is_run() -> None:

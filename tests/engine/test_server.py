@@ -61,6 +61,15 @@ def test_log_probs_are_those_of_transformers(server: Server, models: tuple[Path,
     assert distance(models[0], greedy, PROMPTS[0]) < 1e-5
 
 
+def test_log_probs_of_a_nucleus_are_of_the_whole_distribution(server: Server, models: tuple[Path, Path]) -> None:
+    """Of its likeliest token alone, which is drawn with probability 1."""
+    servers.update(server, tensors(models[0]), "run/0/0")
+    for seed in (3, None):
+        sampling = servers.Endless(max_new_tokens=20, temperature=0.7, top_p=1e-6, seed=seed)
+        for prompt, answer in zip(PROMPTS, servers.ask(server, [(p, sampling) for p in PROMPTS], "run/0/0"), strict=True):
+            assert distance(models[0], answer, prompt, 0.7) < 1e-5 and max(answer.logprobs) < -0.01
+
+
 def test_stop_strings_end_an_answer(server: Server, models: tuple[Path, Path]) -> None:
     servers.update(server, tensors(models[0]), "run/0/0")
     free = servers.ask(server, [(PROMPTS[1], servers.Endless(max_new_tokens=20, seed=5))], "run/0/0")[0]

@@ -113,9 +113,8 @@ def test_a_reason_that_stderr_tells_in_the_same_place_is_told_once(tmp_path: Pat
         assert "saved, run me again: 1 updates" in text and "/r" in text and ("stopped by SIGTERM" in text) == told
 
 
-def test_bars_can_be_off_on_a_terminal() -> None:
-    out = io.StringIO()
-    shown = Console(steps=3, progress=False, out=RichConsole(file=out, force_terminal=True))
+def test_without_a_terminal_there_are_no_bars() -> None:
+    shown, out = console()
     with shown.bar("rollout 1", 8) as bar:
         bar.update(3)
     assert out.getvalue() == ""

@@ -133,6 +133,7 @@ def test_curves_are_of_what_was_measured(tmp_path: Path) -> None:
         "Ratio trainer / rollout": {"offpolicy/ratio_mean": 1.01, "offpolicy/ratio_max": 3.0},
         "Importance weight": {"train/importance": 0.98},
         "Weights out of bounds": {"train/importance_bounded_frac": 0.02},
+        "Tokens left out": {"train/importance_rejected_frac": 0.02, "train/opsm_frac": 0.01},
         "KL(policy, reference)": {"train/ref_kl": 0.01},
         "Advantages": {"advantage/mean": 0.0, "advantage/std": 0.9},
         "Overlong penalty": {"reward/overlong_penalty": -0.1},

@@ -3,6 +3,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -90,6 +91,18 @@ def wandb_records(content: bytes) -> list[bytes]:
         if (left := -at % 32768) < 7:
             at += left
     return records
+
+
+@pytest.mark.parametrize(("named", "project"), [(None, "slime"), ("", "slime"), ("mine", "mine")])
+def test_wandbs_own_variable_names_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str | None, project: str) -> None:
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    if named is not None:
+        monkeypatch.setenv("WANDB_PROJECT", named)
+    asked: list[str] = []
+    run = SimpleNamespace(define_metric=lambda *_, **__: None)
+    monkeypatch.setattr("wandb.init", lambda **given: asked.append(given["project"]) or run)
+    start_trackers(ObserveConfig(), tmp_path, "r", {}, ids={}, first_step=0)
+    assert asked == [project]
 
 
 @pytest.mark.e2e

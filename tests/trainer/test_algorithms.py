@@ -1,12 +1,13 @@
 """Every algorithm: an update's gradient does not depend on how it is cut into micro-batches, packed, ordered and laid out."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from slime.config.algorithm import TeacherConfig
+from slime.config.algorithm import AlgorithmConfig, TeacherConfig
 from slime.config.algorithms import ALGORITHMS
 from tests.trainer.gradients import assert_same, gradient, gradients_by_recipe, log_probs, noisy_old
 from tests.trainer.ranks import make_batch, make_cfg
@@ -15,9 +16,11 @@ pytestmark = pytest.mark.e2e
 TAUGHT = {"name": "opd", "distill_coef": 0.5}
 # name -> knobs of `algorithm`: each algorithm with terms that look beyond a token
 CASES = {
-    "grpo": {"name": "grpo", "importance": "geometric", "kl_loss_coef": 0.1, "aggregation": "sequence", "entropy_coef": 0.1},
-    "rloo": {"name": "rloo", "importance": "sequence", "importance_high": 1e3, "kl_loss_coef": 0.1, "kl_estimator": "k3"},
-    "reinforce_pp": {"name": "reinforce_pp", "kl_reward_coef": 0.1, "gamma": 0.9},
+    "grpo": {"name": "grpo", "importance": "geometric", "kl_loss_coef": 0.1, "aggregation": "sequence", "entropy_coef": 0.1}
+    | {"importance_reject": {"lowest": [0.7, math.inf]}, "importance_normalize": True},
+    "rloo": {"name": "rloo", "importance": "sequence", "importance_high": 1e3, "kl_loss_coef": 0.1, "kl_estimator": "k3"}
+    | {"importance_reject": {"geometric": [0.9, 1.2], "token": [0.5, 1.6]}},
+    "reinforce_pp": {"name": "reinforce_pp", "kl_reward_coef": 0.1, "gamma": 0.9, "opsm_delta": 0.01},
     "reinforce_pp_baseline": {"name": "reinforce_pp_baseline", "kl_reward_coef": 0.1, "aggregation": "constant"},
     "gspo": {"name": "gspo", "clip_low": 0.05, "clip_high": 0.05},
     "cispo": {"name": "cispo", "clip_high": 0.5, "kl_loss_coef": 0.1, "kl_estimator": "unbiased"},
@@ -109,15 +112,16 @@ def test_micro_batches_packing_and_order_do_not_matter(ranks, models, batch, old
     assert_same(update(ranks, models, case, batch.select(order), old[spans]), expected)
 
 
-TERMS_OF_REFERENCE = [(case, knob) for case, knobs in CASES.items() for knob in ("kl_loss_coef", "kl_reward_coef") if knob in knobs]
+LOOKED_FOR = ("kl_loss_coef", "kl_reward_coef", "importance", "importance_reject", "importance_normalize", "opsm_delta")
 
 
-@pytest.mark.parametrize(("case", "coef"), TERMS_OF_REFERENCE)
-def test_the_reference_is_felt(ranks, models, batch, old, alone, case, coef) -> None:
-    """Of a reference that is the policy itself nothing would be seen here, whatever the layout made of it."""
+@pytest.mark.parametrize(("case", "knob"), [(case, knob) for case, knobs in CASES.items() for knob in LOOKED_FOR if knob in knobs])
+def test_terms_are_felt(ranks, models, batch, old, alone, case, knob) -> None:
+    """Of bounds that all tokens keep, or of a reference that is the policy itself, nothing would be seen here, whatever the layout made of
+    it."""
     _, expected, _ = alone[case]
     cfg = recipe(models, case)
-    setattr(cfg.algorithm, coef, 0.0)
+    setattr(cfg.algorithm, knob, getattr(AlgorithmConfig(), knob))
     _, without, _ = ranks.run(gradient, 1, cfg, batch, old)[0]
     apart = sum(float((without[name] - grad).square().sum()) for name, grad in expected.items()) ** 0.5
     assert apart > 1e-3 * sum(float(grad.square().sum()) for grad in expected.values()) ** 0.5

@@ -159,6 +159,29 @@ def test_several_updates_use_log_probs_from_before_the_batch(ranks, models):
     assert many["staleness/max"] == 0.0
 
 
+@pytest.mark.parametrize("updates", [1, 3])
+def test_the_loss_of_normalised_weights_is_that_of_the_whole_batch(ranks, models, updates):
+    """On two ranks, in micro-batches: at ratio 1, the mean over an update's tokens of -A w / (mean of w over the batch)."""
+    cfg, batch = grpo_cfg(models["qwen3"], "token", updates_per_batch=updates, max_tokens_per_rank=60, lr=0.0), make_batch(vocab=77)
+    cfg.algorithm.entropy_coef, cfg.algorithm.normalize = 0.0, False
+    logprobs = ranks.run(log_probs, 1, cfg, batch)[0]
+    noise = np.random.default_rng(3).normal(0, 0.3, len(logprobs))
+    batch = replace(batch, rollout_logprobs=((logprobs + noise) * batch.loss_mask).astype(np.float32))
+    ratios, sample = np.exp(logprobs.astype(np.float64) - batch.rollout_logprobs), batch.sample_of_token
+    lowest = np.array([ratios[batch.loss_mask & (sample == n)].min(initial=np.inf) for n in range(len(batch))])
+    w = np.where(lowest[sample] < 0.65, 0.0, np.minimum(ratios, 1.2))
+    of_group = np.array([batch.rewards[batch.group == group].mean() for group in batch.group])
+    advantages = (batch.rewards - of_group)[sample]
+    parts = [batch.loss_mask & (batch.group == group)[sample] for group in np.unique(batch.group)] if updates > 1 else [batch.loss_mask]
+    expected = np.mean([(-advantages * w)[part].mean() for part in parts]) / w[batch.loss_mask].mean()
+    cfg.algorithm.importance, cfg.algorithm.importance_high = "token", 1.2
+    cfg.algorithm.importance_reject, cfg.algorithm.importance_normalize = {"lowest": [0.65, np.inf]}, True
+    (found,), _ = ranks.run(train, 2, cfg, batch)[0]
+    assert 0.2 < found["train/importance_rejected_frac"] < 0.9 and w[batch.loss_mask].mean() < 0.8
+    assert found["train/loss"] == pytest.approx(expected, rel=1e-5)
+    assert found["train/importance"] == pytest.approx(np.mean([w[part].mean() for part in parts]), rel=1e-5)
+
+
 def train_without_old(place, cfg, batch):
     """Two batches of an algorithm that reads no old log-probs; a forward pass for them would fail."""
     from slime.trainer import step
