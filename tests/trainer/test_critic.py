@@ -170,8 +170,8 @@ def test_values_reach_every_rank(ranks, deep):
 def test_it_chooses_its_own_experts(ranks, deep):
     batch = make_batch(samples=8, vocab=77)
     routed = with_experts(batch, load_map(deep["deepseek_v3"]).routing)
-    found = [ranks.run(values_of, 1, ppo_cfg(deep["deepseek_v3"]), b)[0] for b in (batch, routed)]
-    assert np.array_equal(*found)
+    own, beside_routes = (ranks.run(values_of, 1, ppo_cfg(deep["deepseek_v3"]), b)[0] for b in (batch, routed))
+    assert np.abs(own - beside_routes).max() <= 1e-5 < np.abs(own).max()  # not to the bit: a GPU adds what experts give in no fixed order
 
 
 def learned(place, cfg, batch, returns, batches):

@@ -34,14 +34,14 @@ def ours(place, chunk_elements, kind, same=False):
     from slime.trainer.full_divergence import full_divergence
 
     tp = place.join(parallel_sizes(TrainerConfig(tensor_parallel=place.world))).tp
-    logits, teacher, rows, other_rows, d_found = inputs(same)
+    logits, teacher, rows, other_rows, d_found = (x.to(place.device.torch) for x in inputs(same))
     local, other = (of.chunk(place.world, 1)[place.rank].contiguous().requires_grad_() for of in (logits, teacher))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logprobs, "CHUNK_ELEMENTS", chunk_elements)
         found = full_divergence(local, other, rows, other_rows, TEMPERATURE, VOCAB, tp, kind, BETA)
         (found * d_found).sum().backward()
     assert other.grad is None, "a teacher is not trained"
-    return found.detach(), local.grad
+    return found.detach().cpu(), local.grad.cpu()
 
 
 @pytest.mark.parametrize("world", [1, 2])

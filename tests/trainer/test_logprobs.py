@@ -31,14 +31,14 @@ def reference(dtype):
 def ours(place, dtype, chunk_elements, use):
     """(log-probs, entropy, this rank's columns of the gradient)."""
     tp = place.join(parallel_sizes(TrainerConfig(tensor_parallel=place.world))).tp
-    logits, rows, labels, d_logprobs, d_entropy = inputs(dtype)
+    logits, rows, labels, d_logprobs, d_entropy = (x.to(place.device.torch) for x in inputs(dtype))
     local = logits.chunk(place.world, 1)[place.rank].contiguous().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logprobs, "CHUNK_ELEMENTS", chunk_elements)
         picked, entropy = logprobs.token_logprobs(local, rows, labels, TEMPERATURE, VOCAB, tp)
         loss = {"both": picked * d_logprobs + entropy * d_entropy, "logprobs": picked * d_logprobs, "entropy": entropy * d_entropy}[use]
         loss.sum().backward()
-    return picked.detach(), entropy.detach(), local.grad
+    return picked.detach().cpu(), entropy.detach().cpu(), local.grad.cpu()
 
 
 @pytest.mark.e2e
@@ -72,11 +72,11 @@ def test_bf16_logits_keep_their_dtype_and_give_fp32_results(ranks):
 
 def no_rows(place):
     tp = place.join(parallel_sizes(TrainerConfig())).tp
-    logits = torch.randn(4, PADDED, requires_grad=True)
-    none = torch.zeros(0, dtype=torch.int64)
+    logits = torch.randn(4, PADDED, device=place.device.torch, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64, device=place.device.torch)
     picked, _ = logprobs.token_logprobs(logits, none, none, 1.0, VOCAB, tp)
     picked.sum().backward()
-    return len(picked), logits.grad
+    return len(picked), logits.grad.cpu()
 
 
 @pytest.mark.e2e
