@@ -65,7 +65,7 @@ class Learned:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(MARGINS), default=list(MARGINS), metavar="RECIPE")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=list(SEEDS), metavar="SEED")
     parser.add_argument("--folder", type=Path, default=Path("runs/learning"))
     args = parser.parse_args()
     found: list[Learned] = []

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-MAX_LOG_RATIO = 20.0  # as for ratios of policies, see policy_loss
+from slime.config.algorithms import MAX_LOG_RATIO
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

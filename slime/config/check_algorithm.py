@@ -73,11 +73,12 @@ def _check_importance(cfg: AlgorithmConfig) -> None:
             "one of them",
         )
     for level, bounds in cfg.importance_reject.items():
-        _check_rejection(f"algorithm.importance_reject.{level}", level, bounds)
+        _check_rejection(level, bounds)
 
 
-def _check_rejection(at: str, level: str, bounds: list[Any]) -> None:
+def _check_rejection(level: str, bounds: list[Any]) -> None:
     """One level's [low, high], of ratios from e^-20 to e^20."""
+    at = f"algorithm.importance_reject.{level}"
     if level not in REJECT_LEVELS:
         raise ConfigError(f"{at}: no such level: choose {', '.join(REJECT_LEVELS)}{nearest(level, REJECT_LEVELS)}")
     said = f"{at}=[{', '.join(map(_said, bounds))}]"
