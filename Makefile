@@ -26,11 +26,10 @@ quickstart-bf16: install
 learn: install
 	$(BIN)/python -m benchmarks.learning $(LEARN)
 
-# The trainer's tests leave a core idle one by one, so two files of them run at once.
+# Two files of end-to-end tests run at once: most of them wait for processes that start. The whole runs come first, they are the longest.
 test: install
 	$(UNIT)
-	$(BIN)/python -m pytest tests/trainer -m "e2e and not slow" --numprocesses=2 --dist=loadfile --durations=15
-	$(BIN)/python -m pytest tests -m "e2e and not slow" --ignore=tests/trainer --durations=15
+	$(BIN)/python -m pytest tests/test_*.py tests -m "e2e and not slow" --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=25
 
 test-slow: install
 	$(BIN)/python -m pytest tests -m "slow and not kills"
