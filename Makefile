@@ -11,7 +11,7 @@ LEARN ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
 INSTALLED := $(VENV)/.installed
-TWO := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+TWO := --numprocesses=2 --dist=loadfile
 UNIT := $(BIN)/python -m pytest tests -m "not e2e and not slow" --numprocesses=auto --maxprocesses=8
 
 .PHONY: quickstart quickstart-bf16 learn test test-slow test-kills test-gpu unit lint install clean
@@ -27,13 +27,14 @@ quickstart-bf16: install
 learn: install
 	$(BIN)/python -m benchmarks.learning $(LEARN)
 
-# Two files of end-to-end tests run at once: most of them wait for processes that start. The whole runs come first, they are the longest.
+# The trainer's tests leave a core idle one by one, so two files of them run at once.
 test: install
 	$(UNIT)
-	$(BIN)/python -m pytest tests/test_*.py tests -m "e2e and not slow" $(TWO) --durations=25
+	$(BIN)/python -m pytest tests/trainer -m "e2e and not slow" $(TWO) --durations=15
+	$(BIN)/python -m pytest tests -m "e2e and not slow" --ignore=tests/trainer --durations=15
 
 test-slow: install
-	$(BIN)/python -m pytest tests/test_*.py tests -m "slow and not kills" $(TWO)
+	$(BIN)/python -m pytest tests -m "slow and not kills"
 
 test-kills: install  # 40 kills in each mode: about an hour. SLIME_TEST_KILLS=10 makes it shorter, SLIME_TEST_KILL_SEED=1 draws others
 	$(BIN)/python -m pytest tests/test_kills.py -m kills
