@@ -71,14 +71,3 @@ def test_a_killed_engine_is_told_with_the_end_of_its_log_and_the_run_goes_on(inp
     assert "engine 0 is dead" in log and "engine 0 is healthy" in log and "restart 1 of" not in log
     assert run.metrics[-1]["step"] == 30 and run.metrics[-1]["ledger/drawn"] == 120
     assert offspring.left() == []
-
-
-def test_a_killed_driver_takes_everything_with_it_and_its_directory_is_one_run_s(inputs: Path):
-    process, offspring = start(inputs, "driver_killed", "run.steps=1000")
-    wait_for_line(inputs / "runs" / "driver_killed" / "metrics.jsonl", 2)
-    second = launch(inputs, "driver_killed")
-    assert second.code == 2 and "belongs to a run that is going on" in second.err
-    assert any("sglang" in command for command in offspring.alive().values())
-    process.kill()
-    process.communicate()
-    assert offspring.left(within_s=30.0) == []

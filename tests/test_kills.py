@@ -98,13 +98,24 @@ def assert_the_same_run(run: Launched, reference: Launched) -> None:
     assert run.offspring.left(30.0) == []
 
 
-@pytest.mark.parametrize("mode", ["sync", pytest.param("one_step_off", marks=pytest.mark.slow)])
+def test_a_run_whose_driver_and_engine_are_killed_gives_the_same_bits(inputs: Path) -> None:
+    overrides = recipe(inputs, STEPS, "sync")
+    reference, calls, _ = undisturbed(inputs, "two", overrides)
+    plan = [Kill("driver", call=calls // 3), Kill("engine", line=8)]
+    run, done = survive(inputs, "two_killed", plan, *overrides)
+    assert done == plan
+    assert "engine 0 is dead" in (run.run_dir / "logs" / "driver.log").read_text()
+    assert_the_same_run(run, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sync", "one_step_off"])
 def test_a_run_killed_a_few_times_gives_the_same_bits(inputs: Path, mode: str) -> None:
     overrides = recipe(inputs, STEPS, mode)
     reference, calls, _ = undisturbed(inputs, f"few_{mode}", overrides)
     plan = [Kill("driver", call=calls // 3), Kill("rank", line=6), Kill("engine", line=9)]
     run, done = survive(inputs, f"few_{mode}_killed", plan, *overrides)
-    assert len(done) == 3, done
+    assert done == plan
     log = (run.run_dir / "logs" / "driver.log").read_text()
     assert "restart 1 of 8" in log, "the run did not start again by itself"
     assert "engine 0 is dead" in log

@@ -42,8 +42,8 @@ def deterministic_recipe(inputs: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def deterministic(inputs: Path) -> Launched:
-    """A run of one engine and two ranks, whose bits others must repeat."""
-    run = launch(inputs, "deterministic", *deterministic_recipe(inputs))
+    """A run of two engines and two ranks, whose bits others must repeat."""
+    run = launch(inputs, "deterministic", *deterministic_recipe(inputs), *TWO_ENGINES)
     assert_done(run)
     assert hf_bytes(run)
     return run
@@ -54,11 +54,8 @@ def assert_the_same_bits(run: Launched, other: Launched) -> None:
     assert of_the_recipe(run) == of_the_recipe(other)
 
 
-def test_two_engines_and_two_ranks_train_together_and_one_engine_gives_the_same_bits(deterministic: Launched, inputs: Path):
-    run = launch(inputs, "two", *deterministic_recipe(inputs), *TWO_ENGINES)
-    assert_done(run)
-    assert_the_same_bits(deterministic, run)
-    lines = run.metrics
+def test_two_engines_and_two_ranks_train_together(deterministic: Launched, inputs: Path):
+    run, lines = deterministic, deterministic.metrics
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert all(line["mismatch/logprob_abs_diff"] < 1e-4 for line in lines[1:])
     assert all(line["train/grad_norm"] > 0 for line in lines[1:])
@@ -74,8 +71,9 @@ def test_two_engines_and_two_ranks_train_together_and_one_engine_gives_the_same_
 
 
 @pytest.mark.slow
-def test_two_runs_of_a_recipe_give_the_same_bits(deterministic: Launched, inputs: Path):
-    again = launch(inputs, "again", *deterministic_recipe(inputs))
+@pytest.mark.parametrize("engines", [TWO_ENGINES, ()], ids=["two_engines", "one_engine"])
+def test_another_run_of_the_recipe_gives_the_same_bits(deterministic: Launched, inputs: Path, engines: tuple[str, ...]):
+    again = launch(inputs, f"again_{len(engines)}", *deterministic_recipe(inputs), *engines)
     assert_done(again)
     assert_the_same_bits(deterministic, again)
 
@@ -95,8 +93,10 @@ def test_a_run_that_is_stopped_saves_and_the_same_command_goes_on(inputs: Path, 
     evaluation = f"data.eval={{heldout: {{path: {inputs}/eval.jsonl}}}}"
     overrides = f"rollout.mode={mode}", "run.eval_every=1", evaluation
     run_dir = inputs / "runs" / mode
-    process, offspring = start(inputs, mode, *overrides, "run.steps=40")
+    process, offspring = start(inputs, mode, *overrides, "run.steps=1000")
     wait_for_line(run_dir / "metrics.jsonl", 3)
+    beside = launch(inputs, mode, *overrides, "run.steps=1000")
+    assert beside.code == 2 and "belongs to a run that is going on" in beside.err
     process.send_signal(signal.SIGUSR1 if mode == "one_step_off" else signal.SIGTERM)
     first = finish(process, offspring, run_dir)
     assert first.code == 75, first.out + first.err
