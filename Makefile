@@ -7,10 +7,13 @@ VENV ?= .venv
 #   make quickstart EXTRA_INDEX=https://download.pytorch.org/whl/cpu
 EXTRA_INDEX ?=
 LEARN ?=
+# Whatever the caller has set: a run is ten processes, and each would compile the same files.
+export PYTHONDONTWRITEBYTECODE :=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
 INSTALLED := $(VENV)/.installed
+ENGINES := tests/engine tests/rollout
 UNIT := $(BIN)/python -m pytest tests -m "not e2e and not slow" --numprocesses=auto --maxprocesses=8
 
 .PHONY: quickstart quickstart-bf16 learn test test-slow test-kills test-gpu unit lint install clean
@@ -26,11 +29,12 @@ quickstart-bf16: install
 learn: install
 	$(BIN)/python -m benchmarks.learning $(LEARN)
 
-# The trainer's tests leave a core idle one by one, so two files of them run at once.
+# Engines and whole runs use both cores and are timed by clocks; of what else is not a unit, two files run at once.
 test: install
 	$(UNIT)
-	$(BIN)/python -m pytest tests/trainer -m "e2e and not slow" --numprocesses=2 --dist=loadfile --durations=15
-	$(BIN)/python -m pytest tests -m "e2e and not slow" --ignore=tests/trainer --durations=15
+	$(BIN)/python -m pytest tests --ignore-glob='tests/test_*' $(ENGINES:%=--ignore=%) -m "e2e and not slow" \
+		--numprocesses=2 --dist=loadfile --durations=15
+	$(BIN)/python -m pytest $(ENGINES) tests/test_*.py -m "e2e and not slow" --durations=15
 
 test-slow: install
 	$(BIN)/python -m pytest tests -m "slow and not kills"

@@ -1,4 +1,7 @@
-"""Promise 3: a run killed anywhere and started again by the same command gives the bits of one that nobody disturbed."""
+"""Promise 3: a run killed anywhere and started again by the same command gives the bits of one that nobody disturbed.
+
+One kill is in tests/test_train.py.
+"""
 
 import json
 import os
@@ -13,7 +16,7 @@ from slime.observe.metrics import read
 from tests.killing import VICTIMS, Kill, plan_of, survive
 from tests.launch import Launched, make_inputs
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 NOT_OF_THE_RECIPE = ("time/", "sync/", "perf/", "engine/", "rollout/cpu")  # the clock, and who answered
 KILLS = int(os.environ.get("SLIME_TEST_KILLS", "40"))
 SEED = int(os.environ.get("SLIME_TEST_KILL_SEED", "0"))
@@ -98,17 +101,6 @@ def assert_the_same_run(run: Launched, reference: Launched) -> None:
     assert run.offspring.left(30.0) == []
 
 
-def test_a_run_whose_driver_and_engine_are_killed_gives_the_same_bits(inputs: Path) -> None:
-    overrides = recipe(inputs, STEPS, "sync")
-    reference, calls, _ = undisturbed(inputs, "two", overrides)
-    plan = [Kill("driver", call=calls // 3), Kill("engine", line=8)]
-    run, done = survive(inputs, "two_killed", plan, *overrides)
-    assert done == plan
-    assert "engine 0 is dead" in (run.run_dir / "logs" / "driver.log").read_text()
-    assert_the_same_run(run, reference)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sync", "one_step_off"])
 def test_a_run_killed_a_few_times_gives_the_same_bits(inputs: Path, mode: str) -> None:
     overrides = recipe(inputs, STEPS, mode)
@@ -123,7 +115,6 @@ def test_a_run_killed_a_few_times_gives_the_same_bits(inputs: Path, mode: str) -
 
 
 @pytest.mark.kills
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sync", "one_step_off"])
 def test_a_run_killed_at_many_random_moments_gives_the_same_bits(quickstart: Path, mode: str) -> None:
     """SLIME_TEST_KILLS moments, over as many runs as it takes; SLIME_TEST_KILL_SEED draws others."""
@@ -143,7 +134,6 @@ def test_a_run_killed_at_many_random_moments_gives_the_same_bits(quickstart: Pat
 
 
 @pytest.mark.kills
-@pytest.mark.slow
 def test_a_run_killed_in_every_phase_of_a_save_gives_the_same_bits(inputs: Path) -> None:
     """The driver, at each request of one save to make something durable, visible or gone; the first save succeeds."""
     overrides = [*recipe(inputs, STEPS, "sync"), "run.keep_last=1"]

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.e2e
 
 TWO_RANKS = ("cluster.roles.actor.devices=2", "cluster.cpus_per_rank=0.5", "cluster.cpus_per_engine=0.5")
 TWO_ENGINES = ("cluster.roles.rollout.devices=2", "rollout.engines=2")
+STEPS = 8
 NOT_OF_THE_RECIPE = ("time/", "sync/", "perf/", "engine/", "rollout/cpu")  # depend on the clock or on how many engines there are
 
 
@@ -37,7 +38,8 @@ def of_the_recipe(run: Launched) -> list[dict]:
 
 def deterministic_recipe(inputs: Path) -> list[str]:
     evaluation = f"data.eval={{heldout: {{path: {inputs}/eval.jsonl, samples: 2, temperature: 1}}}}"
-    return ["run.deterministic=true", "run.steps=3", "run.eval_every=2", "run.save_every=2", "rollout.dump=true", evaluation, *TWO_RANKS]
+    steps = f"run.steps={STEPS}", "run.eval_every=4", "run.save_every=4"
+    return ["run.deterministic=true", "rollout.mode=one_step_off", "rollout.dump=true", *steps, evaluation, *TWO_RANKS]
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +58,45 @@ def assert_the_same_bits(run: Launched, other: Launched) -> None:
 
 def test_two_engines_and_two_ranks_train_together(deterministic: Launched, inputs: Path):
     run, lines = deterministic, deterministic.metrics
-    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert [line["step"] for line in lines] == list(range(STEPS + 1))
     assert all(line["mismatch/logprob_abs_diff"] < 1e-4 for line in lines[1:])
     assert all(line["train/grad_norm"] > 0 for line in lines[1:])
-    assert [k for k, line in enumerate(lines) if "eval/heldout/pass_at_k" in line] == [0, 2, 3]
-    assert lines[-1]["ledger/drawn"] == lines[-1]["ledger/trained"] == 12 and lines[-1]["ledger/pending"] == 0
-    assert lines[-1]["sync/version"] == 3
-    assert (run.run_dir / "latest_checkpointed_iteration.txt").read_text() == "3\n"
+    assert [line["staleness/max"] for line in lines[1:]] == [0] + [1] * (STEPS - 1)
+    assert [k for k, line in enumerate(lines) if "eval/heldout/pass_at_k" in line] == [0, 4, 8]
+    assert lines[-1]["ledger/drawn"] == lines[-1]["ledger/trained"] == 4 * STEPS and lines[-1]["ledger/pending"] == 0
+    assert lines[-1]["sync/version"] == STEPS
+    assert (run.run_dir / "latest_checkpointed_iteration.txt").read_text() == f"{STEPS}\n"
     for name in ("config.yaml", "report.html", "trace.json.gz", "hf/model.safetensors", "hf/tokenizer.json", "logs/engine_1.log"):
         assert (run.run_dir / name).stat().st_size > 0, name
     before, after = load_file(inputs / "model" / "model.safetensors"), load_file(run.run_dir / "hf" / "model.safetensors")
     assert set(before) == set(after) and any(not np.array_equal(before[n], after[n]) for n in before)
-    assert "done: 3 updates" in run.out and run.err == ""
+    assert f"done: {STEPS} updates" in run.out and run.err == ""
+
+
+def test_a_run_that_is_stopped_and_then_killed_gives_the_same_bits(deterministic: Launched, inputs: Path):
+    """By the same command each time; beside it the command is refused, and after it there is nothing to do."""
+    command = inputs, "disturbed", *deterministic_recipe(inputs), *TWO_ENGINES
+    run_dir = inputs / "runs" / "disturbed"
+    process, offspring = start(*command)
+    wait_for_line(run_dir / "metrics.jsonl", 1)
+    beside = launch(*command)
+    assert beside.code == 2 and "belongs to a run that is going on" in beside.err
+    wait_for_line(run_dir / "metrics.jsonl", 2)
+    process.send_signal(signal.SIGUSR1)
+    stopped = finish(process, offspring, run_dir)
+    assert stopped.code == 75, stopped.out + stopped.err
+    assert offspring.left() == []
+    process, offspring = start(*command)
+    wait_for_line(run_dir / "metrics.jsonl", int((run_dir / "latest_checkpointed_iteration.txt").read_text()) + 3)
+    process.kill()
+    process.communicate()
+    assert offspring.left(within_s=30.0) == []
+    run = launch(*command)
+    assert_done(run)
+    assert_the_same_bits(run, deterministic)
+    assert read(run.run_dir / "ledger.jsonl") == read(deterministic.run_dir / "ledger.jsonl")
+    again = launch(*command)
+    assert again.code == 4 and "has completed" in again.err
 
 
 @pytest.mark.slow
@@ -80,7 +109,7 @@ def test_another_run_of_the_recipe_gives_the_same_bits(deterministic: Launched, 
 
 @pytest.mark.slow
 def test_training_again_on_dumped_rollouts_gives_the_same_bits(deterministic: Launched, inputs: Path):
-    overrides = "run.deterministic=true", "run.steps=3", *TWO_RANKS
+    overrides = "run.deterministic=true", f"run.steps={STEPS}", *TWO_RANKS
     replayed = launch(inputs, "replayed", *overrides, "run.only=train", f"run.replay={deterministic.run_dir}")
     assert_done(replayed)
     assert hf_bytes(replayed) == hf_bytes(deterministic)
@@ -88,15 +117,14 @@ def test_training_again_on_dumped_rollouts_gives_the_same_bits(deterministic: La
         assert line["train/grad_norm"] == first["train/grad_norm"] and line["reward/mean"] == first["reward/mean"]
 
 
-@pytest.mark.parametrize("mode", ["one_step_off", pytest.param("sync", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["one_step_off", "sync"])
 def test_a_run_that_is_stopped_saves_and_the_same_command_goes_on(inputs: Path, mode: str):
     evaluation = f"data.eval={{heldout: {{path: {inputs}/eval.jsonl}}}}"
     overrides = f"rollout.mode={mode}", "run.eval_every=1", evaluation
     run_dir = inputs / "runs" / mode
     process, offspring = start(inputs, mode, *overrides, "run.steps=1000")
     wait_for_line(run_dir / "metrics.jsonl", 3)
-    beside = launch(inputs, mode, *overrides, "run.steps=1000")
-    assert beside.code == 2 and "belongs to a run that is going on" in beside.err
     process.send_signal(signal.SIGUSR1 if mode == "one_step_off" else signal.SIGTERM)
     first = finish(process, offspring, run_dir)
     assert first.code == 75, first.out + first.err

@@ -342,6 +342,7 @@ with alone() as parallel:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_memory_of_loading_and_exporting(tmp_path: Path) -> None:
     """Peak host memory stays below 1.2 times the rank's shard and its largest tensor, above that of the libraries."""
     sizes = {"hidden": 1024, "intermediate": 3072, "layers": 10, "vocab": 1 << 15, "heads": 16, "kv_heads": 8, "head_dim": 64}

@@ -59,7 +59,7 @@ class Others:
             work.result(60)
 
 
-@pytest.mark.parametrize("pause", ["drain", "in_place"])
+@pytest.mark.parametrize("pause", ["drain", pytest.param("in_place", marks=pytest.mark.slow)])
 def test_requests_of_others_do_not_hinder_a_version(pause: str, tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model", dtype="bf16")
     with ExitStack() as stack:
@@ -80,7 +80,7 @@ def test_requests_of_others_do_not_hinder_a_version(pause: str, tmp_path: Path) 
         assert host.run(host.live[0].label()) == f"run/0/{VERSIONS}"
 
 
-@pytest.mark.parametrize("how", ["heal", "full"])
+@pytest.mark.parametrize("how", ["heal", pytest.param("full", marks=pytest.mark.slow)])
 def test_an_engine_that_others_use_is_loaded_whole(how: str, tmp_path: Path) -> None:
     """Their answers begin anew or, before SGLang 0.5.21, are cut short."""
     model = make_tiny(tmp_path / "model", dtype="bf16")

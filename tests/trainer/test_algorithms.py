@@ -137,6 +137,14 @@ def test_tokens_outside_the_mask_have_no_say(ranks, models, batch, old, alone, c
     assert found[0] == expected[0] and all(torch.equal(grad, expected[1][name]) for name, grad in found[1].items())
 
 
-@pytest.mark.parametrize(("case", "layout"), [(case, layout) for layout in LAYOUTS for case in CASES if applies(case, layout)])
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [
+        pytest.param(case, layout, marks=() if world == 4 else pytest.mark.slow)
+        for layout, (world, _) in LAYOUTS.items()
+        for case in CASES
+        if applies(case, layout)
+    ],
+)
 def test_layouts_do_not_matter(alone, laid_out, case, layout, record_property) -> None:
     record_property("worst gradient", assert_same(laid_out(layout)[case], alone[case]))
