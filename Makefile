@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
 INSTALLED := $(VENV)/.installed
 ENGINES := tests/engine tests/rollout
-UNIT := $(BIN)/python -m pytest tests -m "not e2e and not slow" --numprocesses=auto --maxprocesses=8
+UNIT := $(BIN)/python -m pytest tests -m "not e2e and not thorough and not slow" --numprocesses=auto --maxprocesses=8
 
 .PHONY: quickstart quickstart-bf16 learn test test-slow test-kills test-gpu unit lint install clean
 
@@ -32,9 +32,9 @@ learn: install
 # Engines and whole runs use both cores and are timed by clocks; of what else is not a unit, two files run at once.
 test: install
 	$(UNIT)
-	$(BIN)/python -m pytest tests --ignore-glob='tests/test_*' $(ENGINES:%=--ignore=%) -m "e2e and not slow" \
+	$(BIN)/python -m pytest tests --ignore-glob='tests/test_*' $(ENGINES:%=--ignore=%) -m "(e2e or thorough) and not slow" \
 		--numprocesses=2 --dist=loadfile --durations=15
-	$(BIN)/python -m pytest $(ENGINES) tests/test_*.py -m "e2e and not slow" --durations=15
+	$(BIN)/python -m pytest $(ENGINES) tests/test_*.py -m "(e2e or thorough) and not slow" --durations=15
 
 test-slow: install
 	$(BIN)/python -m pytest tests -m "slow and not kills"

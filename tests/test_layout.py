@@ -78,6 +78,7 @@ def test_load_then_export_returns_every_element(case: tuple[Layout, int]) -> Non
         np.testing.assert_array_equal(out[name], hf[name])
 
 
+@pytest.mark.thorough
 @FAST
 @given(layouts(), st.randoms(use_true_random=False))
 def test_positions_translate_to_where_the_values_came_from(case: tuple[Layout, int], random) -> None:

@@ -31,6 +31,7 @@ def log(rows: list[float]) -> Tensor:
     return torch.tensor([[math.log(p) if p else -math.inf for p in rows]], dtype=torch.float64)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("kind", "beta"), [("reverse", 0.5), ("forward", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.9)])
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(logits, logits), min_size=1, max_size=3))
@@ -42,6 +43,7 @@ def test_every_divergence_follows_its_paper(kind, beta, rows):
     np.testing.assert_allclose(got.tolist(), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @settings(max_examples=50, deadline=None)
 @given(logits, logits)
@@ -52,6 +54,7 @@ def test_no_divergence_is_negative_and_only_equals_are_at_zero(kind, student, te
     assert divergence(p, q, kind).item() >= 0.5 * distance**2 - 1e-12  # Pinsker, four times as loose as for a KL
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("beta", [0.2, 0.5])
 def test_gradients_agree_with_finite_differences(kind, beta):
@@ -114,6 +117,7 @@ def test_the_outcomes_with_the_tail_are_a_distribution(row, k):
     assert got[k].exp().item() == pytest.approx(math.fsum(p[k:]), abs=1e-14)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @settings(max_examples=50, deadline=None)
 @given(logits, logits, st.integers(1, 5))

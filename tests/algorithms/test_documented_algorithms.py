@@ -51,6 +51,7 @@ def written(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+@pytest.mark.thorough
 def test_every_algorithm_and_every_recipe_has_its_place() -> None:
     rows = table("`algorithm.name` |")
     assert [quoted(row[0])[0] for row in rows] == list(ALGORITHMS)

@@ -82,6 +82,7 @@ def test_the_loss_follows_the_papers(given, bounds, far):
     np.testing.assert_allclose(out.loss.tolist(), expected, rtol=1e-9)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("far", [False, True], ids=["after several updates", "far"])
 @pytest.mark.parametrize(("given", "bounds"), CLIPS, ids=str)
 def test_gradients_agree_with_finite_differences(given, bounds, far):

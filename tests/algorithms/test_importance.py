@@ -58,6 +58,7 @@ def test_the_levels_are_those_of_the_knobs():
     assert tuple(LEVELS) == REJECT_LEVELS and set(WEIGHTS) == set(REJECT_LEVELS) - {"lowest"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("level", ["none", *WEIGHTS])
 @settings(max_examples=50, deadline=None)
 @given(tokens, rejections)

@@ -34,6 +34,7 @@ def gradient(loss: torch.Tensor, of: torch.Tensor) -> list[float]:
     return torch.autograd.grad(loss.sum(), of)[0].tolist()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("clip", CLIPS, ids=str)
 @settings(max_examples=50, deadline=None)
 @given(tokens)
@@ -91,6 +92,7 @@ def test_dual_clip_alters_only_negative_advantages_of_ratios_above_its_bound(tok
             assert loss[i] == without[i] and slopes[i] == plain_slopes[i] and held[i] == plainly_held[i]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("clip", CLIPS, ids=str)
 @settings(max_examples=50, deadline=None)
 @given(tokens)

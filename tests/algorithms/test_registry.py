@@ -144,6 +144,7 @@ def pairs(name: str, knob: str) -> list[tuple[AlgorithmConfig, AlgorithmConfig]]
 # Knobs
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_knob_changes_a_result_or_is_refused_by_name(name):
     for knob in KNOBS:
@@ -166,6 +167,7 @@ def test_an_algorithm_reads_what_it_says_and_nothing_else(name):
             assert not any(differ(one, other) for one, other in pairs(name, knob)), knob
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_nothing_that_an_algorithm_is_given_is_changed(name):
     recipes = {str(other): other for knob in KNOBS for _, other in pairs(name, knob) if accepted(other)}

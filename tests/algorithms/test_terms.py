@@ -271,6 +271,7 @@ def test_the_loss_is_the_sum_of_its_terms(terms):
     np.testing.assert_allclose(with_terms(x, **terms).loss.tolist(), expected, rtol=1e-9)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("terms", TERMS, ids=str)
 def test_gradients_of_the_terms_agree_with_finite_differences(terms):
     assert gradients_agree_with_finite_differences(lambda x: with_terms(x, **terms), away_from_the_engine())

@@ -17,6 +17,8 @@ from slime.checkpoint.save import POINTER, begin, commit, iteration, iterations
 from slime.checkpoint.state import DriverState, read_state, write_state
 from slime.types import Batch, WeightVersion
 
+pytestmark = pytest.mark.thorough
+
 
 def batch_of(seed: int) -> Batch:
     rng = np.random.default_rng(seed)

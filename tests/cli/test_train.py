@@ -14,6 +14,8 @@ from slime.cli.main import main
 from slime.config import SlimeConfig
 from slime.config.exits import ConfigError, SavedRunAgain
 
+pytestmark = pytest.mark.thorough
+
 RECIPES = (
     "cispo, dapo, grpo, gspo, opd_full, opd_multi_teacher, opd_sampled, opd_topk, ppo, quickstart, quickstart_bf16, quickstart_sft, "
     "reinforce_pp, rloo, sft"

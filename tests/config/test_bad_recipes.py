@@ -366,6 +366,7 @@ def test_good_recipes_pass(overrides: str, workdir) -> None:
     check(composed(*GOOD, *split(overrides)))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml") if path.stem != "base"))
 def test_shipped_recipes_pass(name: str) -> None:
     """But for their files, which `make quickstart` makes."""

@@ -39,6 +39,7 @@ def short_and_long(overrides: list[str]) -> tuple[str, str]:
     return outcome(lambda given: composed(*given), overrides), outcome(lambda given: compose(overrides=given).cfg, overrides)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("overrides", FEW, ids=" ".join)
 def test_the_short_way_gives_what_hydra_gives(overrides: list[str], workdir: Path) -> None:
     short, long = short_and_long(overrides)

@@ -165,6 +165,7 @@ FAILURES = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("what", "kind", "says"), FAILURES, ids=[failure[0] for failure in FAILURES])
 def test_a_teacher_that_fails(what: str, kind: type[Exception], says: str) -> None:
     """It is asked again under another id, and ends the run with all reasons when it has failed three times."""

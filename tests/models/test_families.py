@@ -47,6 +47,7 @@ def test_a_field_that_is_missing_is_named(changed: Changed, family: str, field: 
         load_map(changed(family, **{field: ...}))
 
 
+@pytest.mark.thorough
 @each_family
 def test_every_tensor_is_needed(changed: Changed, family: str) -> None:
     """One of each kind: without it, the text names it."""

@@ -50,6 +50,7 @@ def load_shards(model: ModelMap, hf: dict[str, np.ndarray], tp: int, expert_tp: 
     return shards
 
 
+@pytest.mark.thorough
 def test_hf_to_shards_to_hf_is_bit_exact(path: Path) -> None:
     hf = read_bits(path)
     for tp, expert_tp in SIZES:

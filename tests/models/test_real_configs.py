@@ -82,6 +82,7 @@ def test_a_real_config_is_read_in_both_spellings(tmp_path: Path, name: str) -> N
     assert replace(again, hf_config={}) == replace(old, hf_config={})
 
 
+@pytest.mark.thorough
 @each_model
 def test_a_map_holds_the_parameters_that_the_model_has(tmp_path: Path, name: str) -> None:
     model = build(tmp_path, CONFIGS[name])

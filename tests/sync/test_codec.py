@@ -67,6 +67,7 @@ def check(kind: ElementType, old: np.ndarray, new: np.ndarray, codec: str, compl
     return coded
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("name", ELEMENT_TYPES)
 def test_every_dtype_at_every_density(name: str, density: float) -> None:
@@ -134,6 +135,7 @@ def test_gaps_are_of_16_bits_below_a_density() -> None:
     assert methods == {0.001: STEPS16, 0.0025: STEPS16, 0.0035: STEPS8, 0.01: STEPS8}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("gap", [254, 255, 256, 510, 765, 65534, 65535, 65536, 131070, 200_000, BLOCK - 2])
 @pytest.mark.parametrize("codec", ["steps", "exponent"])
 def test_gaps_around_the_escapes(gap: int, codec: str) -> None:
@@ -176,6 +178,7 @@ def test_exponent_refuses_another_old() -> None:
         encode_block(BF16, entries_of(old, new), "exponent", new, PACKER)
 
 
+@pytest.mark.thorough
 @given(st.data())
 @settings(max_examples=100, deadline=None)
 def test_any_pair_of_arrays(data: st.DataObject) -> None:

@@ -151,6 +151,7 @@ def test_changes_with_a_structure_show(change) -> None:
     assert 0 not in found and len(found) == 100
 
 
+@pytest.mark.thorough
 def test_differences_of_random_changes_spread_evenly() -> None:
     """The top byte of a difference stands for a hash of 8 bits: two to five changed words hide from it once in 256 times, as from a random
     function's. 20,000 trials; the bounds are 5 sigma."""

@@ -130,6 +130,7 @@ def test_encoders_refuse_what_no_block_has(positions: list[int], why: str) -> No
         native.exponent_encode((7, 8), block, where, new, 3)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("width", WIDTHS)
 def test_fingerprint_at_positions_in_a_row_or_not(width: int) -> None:
     """Whole rows of 1024 words are hashed as they lie, where their positions are those of a row, and only there."""
@@ -160,6 +161,7 @@ def blocks(random: np.random.Generator) -> tuple[Block, Block]:
     return source, target
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("width", WIDTHS)
 def test_project_is_find_and_at(width: int) -> None:
     random = np.random.default_rng(width)

@@ -203,6 +203,7 @@ def test_every_sequence_of_one_engine(heal: bool) -> None:
     assert phases == {Phase.DONE, Phase.ABORTED} and found[0] > 50
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("heal", [False, True])
 def test_every_sequence_of_two_engines(heal: bool) -> None:
     """With the fates that differ most, which keeps the number of sequences in reach."""
@@ -213,6 +214,7 @@ def test_every_sequence_of_two_engines(heal: bool) -> None:
     assert ends == {(phase, live) for phase in (Phase.DONE, Phase.ABORTED) for live in (0, 1, 2)} and found[0] > 500
 
 
+@pytest.mark.thorough
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 5), st.booleans(), st.data())
 def test_any_sequence(count: int, heal: bool, data: st.DataObject) -> None:

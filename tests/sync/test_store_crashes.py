@@ -44,6 +44,7 @@ STEPS = VolatileFiles()
 publish_two(STEPS)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dies_at", range(len(STEPS.steps) + 1))
 def test_power_is_lost_before_any_step(dies_at: int) -> None:
     """Whatever was not made durable is lost or kept, torn or whole: nothing of half a version is ever read, and going on succeeds."""
@@ -71,6 +72,7 @@ def go_on(files: VolatileFiles) -> None:
     assert found is not None and (found.epoch, found.number) == (epoch, number)
 
 
+@pytest.mark.thorough
 @settings(max_examples=75, deadline=None)
 @given(st.integers(0, len(STEPS.steps)), st.data())
 def test_any_part_of_what_is_not_durable_survives(dies_at: int, data: st.DataObject) -> None:

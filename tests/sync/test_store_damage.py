@@ -31,6 +31,7 @@ def read_all(weights: WeightStore) -> None:
         weights.parts(weights.manifest(Artefact(0, number)))
 
 
+@pytest.mark.thorough
 def test_every_cut_and_flip_is_noticed(published: WeightStore, tmp_path: Path) -> None:
     files = [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"]
     assert len(files) == 7
