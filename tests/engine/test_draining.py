@@ -59,7 +59,8 @@ class Others:
             work.result(60)
 
 
-@pytest.mark.parametrize("pause", ["drain", pytest.param("in_place", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("pause", ["drain", "in_place"])
 def test_requests_of_others_do_not_hinder_a_version(pause: str, tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model", dtype="bf16")
     with ExitStack() as stack:

@@ -193,6 +193,7 @@ def it_joins_when_nobody_waits_any_more(fleet: EngineFleet) -> None:
     assert {turn.engine for turn in turns} == {"engine 0"} and len(fleet.endpoints()) == 1
 
 
+@pytest.mark.slow
 def test_an_agent_that_is_lost_amid_a_publication_is_lost_to_the_run(
     placement: RolePlacement, models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +238,7 @@ def test_what_cannot_be_started(
     assert not list(tmp_path.rglob("*.log"))
 
 
+@pytest.mark.slow
 def test_a_server_that_ends_is_noticed_at_once_with_its_log(placement: RolePlacement, models: tuple[Path, Path], tmp_path: Path) -> None:
     """A model that SGLang does not know. Where a run starts again, it is a loss like others."""
     (tmp_path / "config.json").write_text(
