@@ -13,7 +13,6 @@ payload before it uses it, so that neither damage nor malice makes it read or wr
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 
 import numpy as np
 
@@ -90,24 +89,26 @@ class Blocks:
         return out
 
 
-def packed(
-    tensors: np.ndarray,
-    blocks: np.ndarray,
-    changed: np.ndarray,
-    streams: np.ndarray,
-    sizes: np.ndarray,
-    two_bytes: np.ndarray,
-    threads: int,
-) -> Blocks:
-    """Blocks [n] in steps, ascending by (tensor, block), each stream through zstd where that makes it shorter, on so many threads.
-    changed: entries of each; streams: uint8, those of every block in turn; sizes: int64 [n, STREAMS]; two_bytes: bool [n], of its gaps."""
-    flat = sizes.reshape(-1)
-    short = Packer().pack_all(streams, np.cumsum(flat) - flat, flat, threads)
-    rows = np.zeros(len(sizes), ROW)
-    rows["tensor"], rows["block"], rows["changed"] = tensors, blocks, changed
-    rows["method"], rows["gaps"] = np.where(two_bytes, STEPS16, STEPS8), sizes[:, 0]
-    rows["sizes"] = short.sizes.reshape(-1, STREAMS)
-    return Blocks(rows, short.addresses.reshape(-1, STREAMS), short.memory)
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """Blocks in steps, ascending by (tensor, block), none of their streams through zstd yet."""
+
+    tensor: np.ndarray  # int64 [n]
+    block: np.ndarray  # int64 [n]
+    changed: np.ndarray  # int64 [n], entries
+    streams: np.ndarray  # uint8, of every block in turn
+    sizes: np.ndarray  # int64 [n, STREAMS], bytes of each
+    two_bytes: np.ndarray  # bool [n], whether gaps have two
+
+    def pack(self, threads: int) -> Blocks:
+        """As they travel: each stream through zstd where that makes it shorter, on so many threads."""
+        flat = self.sizes.reshape(-1)
+        short = Packer().pack_all(self.streams, np.cumsum(flat) - flat, flat, threads)
+        rows = np.zeros(len(self.sizes), ROW)
+        rows["tensor"], rows["block"], rows["changed"] = self.tensor, self.block, self.changed
+        rows["method"], rows["gaps"] = np.where(self.two_bytes, STEPS16, STEPS8), self.sizes[:, 0]
+        rows["sizes"] = short.sizes.reshape(-1, STREAMS)
+        return Blocks(rows, short.addresses.reshape(-1, STREAMS), short.memory)
 
 
 def encode_part(
@@ -118,7 +119,7 @@ def encode_part(
     codec: "steps"; "exponent", which needs old_of(tensor), all old bits (1-D) of a tensor that has changes; "dense", for weights of
     which whoever decodes has no old ones: all elements of a block that has any must be listed. Raises ValueError for changes that are not
     of these tensors."""
-    return assemble(model, tensors, [encode_blocks(model, tensors, changes, codec, old_of)])
+    return lay_out(model, tensors, [encode_blocks(model, tensors, changes, codec, old_of)]).join()
 
 
 def encode_blocks(
@@ -144,7 +145,20 @@ def encode_blocks(
     return Blocks.of(np.array(rows, ROW), np.frombuffer(b"".join(streams), np.uint8))
 
 
-def assemble(model: ModelSpec, tensors: range, found: Sequence[Blocks]) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A part as the stretches of memory that become it."""
+
+    addresses: np.ndarray  # uint64 [n]
+    sizes: np.ndarray  # uint64 [n]
+    memory: tuple[object, ...]  # where they lie
+
+    def join(self) -> bytes:
+        """In a loop that other threads need not wait for."""
+        return native.joined(self.addresses, self.sizes)
+
+
+def lay_out(model: ModelSpec, tensors: range, found: Sequence[Blocks]) -> Layout:
     """The part of these tensors of which `found` has all blocks that changed, each once."""
     rows = np.concatenate([np.zeros(0, ROW), *(blocks.rows for blocks in found)])
     places = np.concatenate([np.zeros((0, STREAMS), np.uint64), *(blocks.places for blocks in found)])
@@ -154,12 +168,10 @@ def assemble(model: ModelSpec, tensors: range, found: Sequence[Blocks]) -> bytes
     table = Packer().pack(planes)
     signature = bytes.fromhex(model.signature)
     head = HEAD.pack(MAGIC, VERSION, 0, signature, tensors.start, tensors.stop, len(rows), len(table)) + table
-    sizes = rows["sizes"].astype(np.uint64).reshape(-1)
-    whole = BytesIO(bytes(len(head) + int(sizes.sum())))  # filled in place, by a loop that other threads need not wait for
-    with whole.getbuffer() as room:
-        room[: len(head)] = head
-        native.collect(places.reshape(-1), sizes, np.frombuffer(room, np.uint8)[len(head) :])
-    return whole.getvalue()
+    first = np.frombuffer(head, np.uint8)
+    addresses = np.append(np.uint64(first.ctypes.data), places.reshape(-1))
+    sizes = np.append(np.uint64(len(first)), rows["sizes"].astype(np.uint64).reshape(-1))
+    return Layout(addresses, sizes, (head, *found))
 
 
 def _encode_tensor(model: ModelSpec, change: Changes, codec: str, old: np.ndarray | None, packer: Packer) -> Iterator[tuple[int, Coded]]:
