@@ -123,7 +123,7 @@ def test_a_run_that_is_stopped_saves_and_the_same_command_goes_on(inputs: Path, 
     evaluation = f"data.eval={{heldout: {{path: {inputs}/eval.jsonl}}}}"
     overrides = f"rollout.mode={mode}", "run.eval_every=1", evaluation
     run_dir = inputs / "runs" / mode
-    process, offspring = start(inputs, mode, *overrides, "run.steps=1000")
+    process, offspring = start(inputs, mode, *overrides, "run.steps=40")
     wait_for_line(run_dir / "metrics.jsonl", 3)
     process.send_signal(signal.SIGUSR1 if mode == "one_step_off" else signal.SIGTERM)
     first = finish(process, offspring, run_dir)

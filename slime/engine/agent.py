@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from slime.engine.weights import HostWeights
 
 T = TypeVar("T")
+WEIGHTS = "slime.engine.weights"  # imports torch, for seconds in which calls are to be answered
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class EngineActor:
                     log=self._run_dir / "logs" / f"{self._called.replace(' ', '_')}_{a.index}.log",
                 )
                 self._tending.add(self._live(spec))
-            await asyncio.gather(self._every(self._ready), asyncio.to_thread(importlib.import_module, "slime.engine.weights"))
+            await asyncio.gather(self._every(self._ready), asyncio.to_thread(importlib.import_module, WEIGHTS))
         except BaseException:
             await self.stop()
             raise
@@ -101,6 +102,7 @@ class EngineActor:
         """Use servers that the user started. Raises PreflightError where one does not answer, or not as the recipe needs, ValueError for an
         SGLang that is too old."""
         self._session = open_session()
+        await asyncio.to_thread(importlib.import_module, WEIGHTS)
         for i, url in enumerate(urls):
             self._tending.add(await self._attached(Endpoint(url.rstrip("/"), self._key, f"engine {i}", ""), "rollout.external_urls"))
         return self.endpoints()
