@@ -31,7 +31,11 @@ class TorchNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer.rms_norm(x, self.weight, self.eps) if on_triton(x.device) else super().forward(x)
+        if not on_triton(x.device):
+            return super().forward(x)
+        out = layer.rms_norm(x, self.weight, self.eps)
+        out.again = lambda: layer.rms_norm(x.detach(), self.weight.detach(), self.eps)  # see `layer.forgetting`
+        return out
 
 
 class FusedAttention(SelfAttention):
@@ -50,7 +54,8 @@ class FusedAttention(SelfAttention):
             kwargs = {"rotary_pos_emb": rotary_pos_emb, "packed_seq_params": packed_seq_params, **rest}
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         assert packed_seq_params is not None and packed_seq_params.positions is not None and rotary_pos_emb is not None
-        mixed, _ = self.linear_qkv(hidden_states)
+        with layer.forgetting(hidden_states, hidden_states.again):
+            mixed, _ = self.linear_qkv(hidden_states)
         turn = layer.Turn(
             rotary_pos_emb[:, 0, 0],
             packed_seq_params.positions,
@@ -76,7 +81,8 @@ class FusedMLP(MLP):
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **rest: Any) -> tuple[Tensor, Tensor | None]:
         if not on_triton(hidden_states.device):
             return super().forward(hidden_states, per_token_scale, **rest)
-        pair, bias = self.linear_fc1(hidden_states)
+        with layer.forgetting(hidden_states, hidden_states.again):
+            pair, bias = self.linear_fc1(hidden_states)
         assert bias is None and per_token_scale is None, "no family has a bias on the MLP"
         active = layer.swiglu(pair)
         with layer.forgetting(active, lambda: layer.swiglu(pair.detach())):
