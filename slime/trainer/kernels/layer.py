@@ -48,9 +48,10 @@ def heads(mixed: Tensor, weights: tuple[Tensor, Tensor] | None, groups: int, siz
 @contextmanager
 def forgetting(tensor: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
     """Inside, who saves `tensor` for its backward pass keeps nothing, and gets `again()` then, which must give the same bits."""
+    place, size = tensor.data_ptr(), tensor.numel()  # torch keeps the hooks, and with them what they hold
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
-        return saved.shape if saved.data_ptr() == tensor.data_ptr() and saved.numel() == tensor.numel() else saved
+        return saved.shape if saved.data_ptr() == place and saved.numel() == size else saved
 
     def unpack(packed: Tensor | torch.Size) -> Tensor:
         return packed if isinstance(packed, Tensor) else again().view(packed)
