@@ -169,7 +169,7 @@ def profile(trainer: Trainer, sequences: int, length: int, trace: Path | None) -
         plain.unlink()
     kinds: dict[str, float] = defaultdict(float)
     for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
             name = event.name.lower()
             kinds[next((kind for part, kind in KINDS.items() if part in name), "elementwise and the rest")] += event.device_time / 1e3
     return dict(sorted(kinds.items(), key=lambda item: -item[1]))
