@@ -4,8 +4,8 @@
 
 Both loads send the same requests to the same server, which is started as a run starts it: 16 prompts of 128 random tokens each asked many
 times, log-probs wanted, 256 tokens to be drawn whatever they are, so many requests under way at once, twice as many in all.
-They take turns. The bare load is aiohttp posting ready bytes and throwing the answers away unread; ours is `EngineClient.generate`, with its
-router, its checks and its records. CPU is what the process that asks took, for each token drawn. Router: `acquire` and `release` alone,
+They take turns. The bare load is aiohttp posting ready bytes and throwing the answers away unread; ours is `EngineClient.generate`, with
+its router, its checks and its records. CPU is what the process that asks took, for each token drawn. Router: `acquire` and `release` alone,
 with so many requests under way on 32 engines.
 
 Prints a table, writes JSON to $OUT or benchmarks/results. Exit code 1 where ours is below 95 % of the bare load.
