@@ -11,6 +11,7 @@ LEARN ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
 INSTALLED := $(VENV)/.installed
+TWO := --numprocesses=2 --dist=loadfile
 UNIT := $(BIN)/python -m pytest tests -m "not e2e and not slow" --numprocesses=auto --maxprocesses=8
 
 .PHONY: quickstart quickstart-bf16 learn test test-slow test-kills test-gpu unit lint install clean
@@ -26,10 +27,11 @@ quickstart-bf16: install
 learn: install
 	$(BIN)/python -m benchmarks.learning $(LEARN)
 
-# Two files of end-to-end tests run at once: most of them wait for processes that start. The whole runs come first, they are the longest.
+# The trainer's tests leave a core idle one by one, so two files of them run at once.
 test: install
 	$(UNIT)
-	$(BIN)/python -m pytest tests/test_*.py tests -m "e2e and not slow" --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=25
+	$(BIN)/python -m pytest tests/trainer -m "e2e and not slow" $(TWO) --durations=15
+	$(BIN)/python -m pytest tests -m "e2e and not slow" --ignore=tests/trainer --durations=15
 
 test-slow: install
 	$(BIN)/python -m pytest tests -m "slow and not kills"

@@ -85,7 +85,8 @@ def survive(inputs: Path, name: str, plan: list[Kill], *overrides: str, timeout_
         if process.poll() is not None:
             assert offspring.left(GONE_S) == []
             ended = log.read_text()[-3000:]
-            may_end = process.returncode == -signal.SIGKILL or "while it started" in ended or _ended_by_ray(done, inputs / "runs" / name)
+            may_end = process.returncode == -signal.SIGKILL or "while it started" in ended
+            may_end = may_end or _ended_by_ray(done, inputs / "runs" / name, ended)
             assert may_end, f"it did not start again by itself ({process.returncode}):\n{ended}"
             left = left if struck else [kill, *left]  # an end that an earlier kill has brought
             process, offspring, log = _start(inputs, name, left[0] if left else None, overrides)
@@ -144,10 +145,12 @@ def _strike(process: subprocess.Popen, offspring: Offspring, kill: Kill, metrics
     return bool(pids)
 
 
-def _ended_by_ray(done: list[Kill], run_dir: Path) -> bool:
-    """Whether Ray has ended the driver, which was using the object store of the raylet that was killed last."""
+def _ended_by_ray(done: list[Kill], run_dir: Path, ended: str) -> bool:
+    """Whether Ray has ended the driver, which was registering with the raylet that was killed last, or using its object store."""
+    if not done or done[-1].victim != "raylet":
+        return False
     logs = run_dir.glob("logs/ray/*/python-core-driver-*.log")
-    return done[-1:] != [] and done[-1].victim == "raylet" and any("Terminate the process" in log.read_text() for log in logs)
+    return "Failed to register worker to Raylet" in ended or any("Terminate the process" in log.read_text() for log in logs)
 
 
 def _lines(path: Path, since_s: float) -> int:

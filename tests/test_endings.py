@@ -20,7 +20,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_limit_in_hours_saves_and_the_same_command_goes_on(inputs: Path) -> None:
-    limited = ("run.steps=100000", f"run.grace_s={GRACE_S}", f"run.max_hours={(60 + GRACE_S) / 3600}")
+    limited = ("run.steps=100000", f"run.grace_s={GRACE_S}", f"run.max_hours={(120 + GRACE_S) / 3600}")
     first = finish(*start(inputs, "limited", *limited), inputs / "runs" / "limited")
     assert first.code == 75 and "stopped by run.max_hours=" in first.err, first.out[-3000:] + first.err
     saved = int((first.run_dir / "latest_checkpointed_iteration.txt").read_text())

@@ -24,7 +24,7 @@ from slime.config.parallel import ParallelSizes, parallel_sizes
 from slime.models.map import Routing
 from slime.types import NOT_RECORDED, Batch
 
-ANSWER_S = 120
+ANSWER_S = 300
 KIND = os.environ.get("SLIME_TEST_DEVICE", "cpu")
 
 
