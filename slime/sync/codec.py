@@ -17,6 +17,7 @@ Streams, in the order of a row's sizes. A stream as long as its declared raw len
 """
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 import zstandard
@@ -59,8 +60,8 @@ class Packer:
             return Scattered(addresses, lengths, (raw,))
         segments = np.stack([begins[worth], sizes[worth]], axis=1).astype("<u8")
         packed = self._pack.multi_compress_to_buffer(zstandard.BufferWithSegments(raw, segments.tobytes()), threads=threads)
-        found = [packed[i] for i in range(len(packed))]
-        offsets = np.fromiter((one.offset for one in found), np.uint64, len(found))
+        found = list(packed)
+        offsets = np.fromiter(map(attrgetter("offset"), found), np.uint64, len(found))
         shorter = np.fromiter(map(len, found), np.int64, len(found))
         memories = np.cumsum(offsets == 0) - 1  # each thread has one, in which its first frame lies at 0
         bases = [np.frombuffer(found[i], np.uint8).ctypes.data for i in np.flatnonzero(offsets == 0).tolist()]

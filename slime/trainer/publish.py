@@ -24,12 +24,12 @@ from slime.sync.diff import Grid, Summary
 from slime.sync.kernels.audit import Audit
 from slime.sync.kernels.steps import Steps
 from slime.sync.manifest import root_of
+from slime.sync.own_blocks import OwnBlocks
 from slime.sync.records import Changes, ModelSpec
 from slime.trainer.distributed import Parallel
 from slime.trainer.model import Model
-from slime.trainer.publish_blocks import OwnBlocks
 from slime.trainer.publish_exchange import gather_blocks, gather_changes, gather_tensors
-from slime.trainer.publish_slices import Piece, Stretches, model_spec, own_pieces
+from slime.trainer.publish_slices import Piece, Stretches, model_spec, own_pieces, runs_of_pieces
 from slime.trainer.state import Trainer
 
 KEPT = 16  # what changed is kept from counting to coding while it is at most 1 element in this many; else it is listed again
@@ -88,7 +88,7 @@ def take_base(model: Model, parallel: Parallel, run_id: str, on_host: bool = Fal
     key, grid = fingerprint.run_key(run_id), Grid.of(spec)
     keys, table = np.array([fingerprint.tensor_key(key, tensor.name) for tensor in spec.tensors], np.uint64), fingerprint.table(key)
     pieces, shards = own_pieces(model, parallel, spec), _shards(model)
-    blocks = OwnBlocks.of(spec, grid, pieces, model.device)
+    blocks = OwnBlocks.of(spec, runs_of_pieces(pieces), model.device)
     live = [piece.bits_of(shards) for piece in pieces]
     held, owned, whole = [_keep(bits, on_host) for bits in live], np.zeros(len(keys), np.uint64), np.zeros(grid.blocks, np.uint64)
     np.add.at(owned, blocks.tensor, blocks.held.astype(np.uint64))
@@ -104,15 +104,16 @@ def encode(snapshot: Snapshot, trainer: Trainer, codec: str, part_bytes: int, th
     """The difference between the trainer's weights and the snapshot: (number, bytes) of the parts that this rank encodes, ascending, and
     the summary, which all ranks get. With codec "dense" all elements are listed, whether they changed or not. `threads` parts are encoded
     at a time. All ranks call it together."""
-    device, live = trainer.model.device, snapshot.live(_shards(trainer.model))
-    begun = time.perf_counter()
+    device, parts = trainer.model.device, snapshot.spec.parts(part_bytes)
+    live = snapshot.live(_shards(trainer.model))  # is read again, by its addresses, until all parts are there
+    times = [time.perf_counter()]
     difference = _compare(snapshot, live, codec, device)
-    compared = time.perf_counter()
+    times.append(time.perf_counter())
     coded = _code(snapshot, difference, threads)
-    coded_at = time.perf_counter()
-    parts = snapshot.spec.parts(part_bytes)
+    times.append(time.perf_counter())
     coded = gather_blocks(parts, coded, device)
-    exchange_s = time.perf_counter() - coded_at
+    times.append(time.perf_counter())
+    diff_s, encode_s, exchange_s = np.diff(times).tolist()
     encoded: list[tuple[int, bytes, float]] = []
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[tuple[int, bytes, float]]] = deque()
@@ -123,14 +124,14 @@ def encode(snapshot: Snapshot, trainer: Trainer, codec: str, part_bytes: int, th
             while len(waiting) > threads:
                 encoded.append(waiting.popleft().result())
         encoded += [part.result() for part in waiting]
-    encode_s = coded_at - compared + sum(seconds for _, _, seconds in encoded)
+    encode_s += sum(seconds for _, _, seconds in encoded)
     snapshot.pending = Pending((trainer.version, trainer.optimizer_steps), difference.fingerprints)
     summary = Summary(
         tuple(difference.fingerprints.tolist()),
         root_of(snapshot.fingerprints.tolist()),
         tuple(snapshot.grid.by_tensor(difference.counts).tolist()),
         int(difference.complete.sum()),
-        *_slowest([compared - begun, exchange_s, encode_s], device),
+        *_slowest([diff_s, exchange_s, encode_s], device),
     )
     return [(number, payload) for number, payload, _ in encoded], summary
 
@@ -140,7 +141,8 @@ def acknowledge(snapshot: Snapshot, trainer: Trainer) -> None:
     pending = snapshot.pending
     assert pending is not None, "nothing was published"
     assert pending.taken_at == (trainer.version, trainer.optimizer_steps), "the weights were trained on before they were acknowledged"
-    torch._foreach_copy_(snapshot.held, snapshot.live(_shards(trainer.model)))
+    for held, bits in zip(snapshot.held, snapshot.live(_shards(trainer.model)), strict=True):
+        held.copy_(bits)
     snapshot.fingerprints, snapshot.pending = pending.fingerprints, None
 
 

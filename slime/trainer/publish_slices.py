@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slime.layout import Block, Move
 from slime.models.map import ModelMap
+from slime.sync import own_blocks
 from slime.sync.bits import INTEGERS
 from slime.sync.diff import Grid
 from slime.sync.records import BLOCK, ModelSpec, TensorSpec
@@ -73,6 +74,15 @@ class Piece:
         mine = self.runs.tensor == tensor
         held = bits if mine.all() else bits[np.repeat(mine, self.runs.length)]
         return Stretches(self.runs.source[mine], self.runs.length[mine], held)
+
+
+def runs_of_pieces(pieces: Sequence[Piece]) -> own_blocks.Runs:
+    """All runs of the pieces, which are the memories."""
+    columns = [
+        np.stack([np.full_like(p.runs.source, n), p.runs.target - p.start, p.runs.tensor, p.runs.source, p.runs.length])
+        for n, p in enumerate(pieces)
+    ]
+    return own_blocks.Runs(*np.concatenate([np.zeros((5, 0), np.int64), *columns], axis=1))
 
 
 def model_spec(model: Model) -> ModelSpec:

@@ -136,11 +136,11 @@ def test_what_differs_is_counted_and_listed(case):
     counts = compared.count(live, held)
     expected = [entries(*block) for block in case.blocks()]
     assert counts.dtype == np.int64 and counts.tolist() == [len(at) for at, _, _ in expected]
-    listed = compared.list(np.arange(compared.blocks))
+    listed = compared.entries(np.arange(compared.blocks))
     assert listed.counts.tolist() == counts.tolist()
     for found, those in zip(listed.on_host(), zip(*expected, strict=True), strict=True):
         assert found.tolist() == np.concatenate(those).tolist()
-    last = compared.list(np.array([compared.blocks - 1]), everything=True)
+    last = compared.entries(np.array([compared.blocks - 1]), everything=True)
     old, new = case.blocks()[-1]
     assert [found.tolist() for found in last.on_host()] == [list(range(len(old))), old.tolist(), new.tolist()]
 
@@ -153,7 +153,7 @@ def test_blocks_are_coded_as_one_at_a_time(case):
     kind, there = ELEMENT_TYPES[case.name], [case.blocks()[n] for n in changed.tolist()]
     lengths, key = np.array([len(old) for old, _ in there], np.int64), np.arange(7, 7 + len(there), dtype=np.uint64)
     start = np.arange(len(there), dtype=np.int64) * BLOCK
-    steps = Steps(compared.list(changed), Blocks(key, start, lengths, kind.exponent is not None), TABLE)
+    steps = Steps(compared.entries(changed), Blocks(key, start, lengths, kind.exponent is not None), TABLE)
     sums = []
     for k, (old, new) in enumerate(there):
         at, before, after = entries(old, new)
@@ -193,7 +193,7 @@ def test_what_is_written_is_decoded():
     counts = compared.count(live, held)
     lengths = np.array([BLOCK, 5000, 3000], np.int64)
     blocks = Blocks(np.zeros(3, np.uint64), np.array([0, BLOCK, 0]), lengths, True)
-    coded = Steps(compared.list(np.arange(3)), blocks, TABLE).encode(np.ones(3, bool))
+    coded = Steps(compared.entries(np.arange(3)), blocks, TABLE).encode(np.ones(3, bool))
     packed = wire.packed(np.array([0, 0, 1]), np.array([0, 1, 0]), counts, coded.streams, coded.sizes, coded.two_bytes, 2)
     payload = wire.assemble(spec, range(2), [packed])
     olds = [old[: BLOCK + 5000], old[BLOCK + 5000 :]]
@@ -210,7 +210,7 @@ def test_memories_may_move():
     first = compared.count(live, held).tolist()
     moved = [torch.cat([torch.zeros(1, dtype=side[0].dtype, device=DEVICE), side[0]])[1:] for side in (live, held)]
     assert compared.count(moved[:1], moved[1:]).tolist() == first
-    assert compared.list(np.array([1])).positions.tolist() == entries(*case.blocks()[1])[0].tolist()
+    assert compared.entries(np.array([1])).positions.tolist() == entries(*case.blocks()[1])[0].tolist()
     assert compared.count(held, held).tolist() == [0] * compared.blocks
 
 

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from slime.cluster.placement import RolePlacement
 from slime.layout import Layout, to_hf
 from slime.models.registry import load_map
-from slime.sync import diff, fingerprint, records, wire
+from slime.sync import diff, fingerprint, own_blocks, records, wire
 from slime.sync.diff import Grid, Summary
 from slime.sync.manifest import root_of
 from slime.sync.records import Changes, ModelSpec, TensorSpec
-from slime.trainer import publish_blocks, publish_slices
+from slime.trainer import publish_slices
 from slime.trainer.group import TrainerGroup
 from slime.types import WeightVersion
 from tests.test_layout import layouts
@@ -332,7 +332,7 @@ def test_the_driver_gets_references_and_digests(group: TrainerGroup, versions, t
 def test_runs_are_the_moves(monkeypatch: pytest.MonkeyPatch, case: tuple[Layout, int]) -> None:
     """Every element of every piece, against the index algebra."""
     layout, tp = case
-    for module in (records, diff, publish_blocks, publish_slices):
+    for module in (records, diff, own_blocks, publish_slices):
         monkeypatch.setattr(module, "BLOCK", 7)
     spec = ModelSpec(tuple(TensorSpec(t.name, t.shape, "int16") for t in layout.sources))
     grid = Grid.of(spec)
@@ -347,7 +347,7 @@ def test_runs_are_the_moves(monkeypatch: pytest.MonkeyPatch, case: tuple[Layout,
             clipped = runs.clip(start, stop)
             pieces.append(publish_slices.Piece("x", start, stop, torch.int16, clipped, tuple(np.unique(clipped.tensor).tolist())))
             assert clipped.block.tolist() == [grid.first[t] + s // 7 for t, s in zip(clipped.tensor, clipped.source, strict=True)]
-        own = publish_blocks.OwnBlocks.of(spec, grid, pieces, torch.device("cpu"))
+        own = own_blocks.OwnBlocks.of(spec, publish_slices.runs_of_pieces(pieces), "cpu")
         shard = torch.arange(1, total + 1, dtype=torch.int16)
         live = [shard[piece.start : piece.stop] for piece in pieces]
         held = [torch.zeros_like(part) for part in live]

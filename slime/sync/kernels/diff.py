@@ -87,12 +87,12 @@ class Diff:
         self._widths = widths[self._spans.memory]
         self._kinds = np.unique(self._widths).tolist()
         self._first = np.searchsorted(self._spans.block, np.arange(self.blocks + 1))  # span of each block
-        self._bases = np.zeros((2, 0), np.uint64)
+        self._bases = np.zeros((0, 0), np.uint64)
         self._counts = np.zeros(0, np.int64)
 
     def count(self, live: Sequence[torch.Tensor], held: Sequence[torch.Tensor]) -> np.ndarray:
-        """int64 [blocks]: how many elements of each differ. Waits for the device. `list` reads the same memories, which must stay and not
-        change until then."""
+        """int64 [blocks]: how many elements of each differ. Waits for the device. `entries` reads the same memories, which must stay and
+        not change until then."""
         bases = np.array([[tensor.data_ptr() for tensor in side] for side in (held, live)], np.uint64).reshape(2, -1)
         if not np.array_equal(bases, self._bases):
             self._locate(bases)
@@ -105,7 +105,7 @@ class Diff:
                 self._counts[mine] = native.spans_count(self._records[mine], width)
         return np.add.reduceat(self._counts, self._first[:-1]) if self.blocks else np.zeros(0, np.int64)
 
-    def list(self, blocks: np.ndarray, everything: bool = False) -> Listed:
+    def entries(self, blocks: np.ndarray, everything: bool = False) -> Listed:
         """What differs in these blocks (int64 [k], ascending, of one width), or all their elements. As `count` saw it last."""
         numbers = ranges(self._first[blocks], self._first[blocks + 1])
         counts = self._spans.count[numbers] if everything else self._counts[numbers]
@@ -157,7 +157,7 @@ class Diff:
         counts = torch.empty(len(self._widths), dtype=torch.int32, device=self.device)
         with on(self.device):
             for order, constants in self._order:
-                diff_programs.count[(len(order),)](self._there, order, counts, **constants)
+                diff_programs.count_changes[(len(order),)](self._there, order, counts, **constants)
         return counts.cpu().numpy().astype(np.int64)
 
     def _list_on_triton(self, numbers: np.ndarray, begins: np.ndarray, widths: Sequence[int], *arguments: Any) -> None:
@@ -166,7 +166,7 @@ class Diff:
         with on(self.device):
             for mine, constants in self._alike(numbers, widths):
                 order, begin = upload(numbers[mine].astype(np.int32), self.device), upload(begins[mine], self.device)
-                diff_programs.entries[(len(order),)](self._there, order, begin, *arguments, **constants)
+                diff_programs.list_changes[(len(order),)](self._there, order, begin, *arguments, **constants)
 
 
 def ranges(low: np.ndarray, high: np.ndarray) -> np.ndarray:

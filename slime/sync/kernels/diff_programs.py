@@ -1,11 +1,11 @@
 """The kernels of a publication in Triton: what differs between two memories, and its coding as steps. Imported only where they run.
 
-`count` and `entries` take a span a program and read it in steps of STEP elements, 16 bytes a thread at once where WIDE says that both
-memories allow it. The second reads again what the first has read: counts must be known before there is room for the entries.
+`count_changes` and `list_changes` take a span a program and read it in steps of STEP elements, 16 bytes a thread at once where WIDE says
+that both memories allow it. The second reads again what the first has read: counts must be known before there is room for the entries.
 
-`measure` and `write` take a tile of the entries that `entries` has made, of one block, and are small beside those two: an entry is one in
-eighty elements. Bits are computed with as 64-bit numbers, whatever their width. Of the gaps only the last byte of each is written: the
-bytes before it are 255, which is what `write` finds everywhere.
+`measure` and `write` take a tile of the entries that `list_changes` has made, of one block, and are small beside those two: an entry is
+one in eighty elements. Bits are computed with as 64-bit numbers, whatever their width. Of a gap only the last byte is written: those before
+it are 255, which is what `write` finds everywhere.
 """
 
 import triton
@@ -34,7 +34,7 @@ def two_memories(span, first, count, STEP: tl.constexpr, TYPE: tl.constexpr, WID
 
 
 @triton.jit
-def count(spans, order, counts, FIELDS: tl.constexpr, STEP: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr):
+def count_changes(spans, order, counts, FIELDS: tl.constexpr, STEP: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr):
     """counts[span], int32: how many elements differ. `spans` int64 [n, FIELDS]: native.SPAN; `order` int32 [programs]: their spans."""
     number = tl.load(order + tl.program_id(0))
     span = spans + number.to(tl.int64) * FIELDS
@@ -47,7 +47,7 @@ def count(spans, order, counts, FIELDS: tl.constexpr, STEP: tl.constexpr, TYPE: 
 
 
 @triton.jit
-def entries(
+def list_changes(
     spans,
     order,
     begins,
