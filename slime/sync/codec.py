@@ -17,6 +17,7 @@ Streams, in the order of a row's sizes. A stream as long as its declared raw len
 """
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 import zstandard
@@ -51,6 +52,24 @@ class Packer:
         packed = self._pack.compress(raw.data if raw.dtype == np.uint8 else raw.view(np.uint8).data)
         return packed if len(packed) < raw.nbytes else raw.tobytes()
 
+    def pack_all(self, raw: np.ndarray, begins: np.ndarray, sizes: np.ndarray, threads: int) -> "Scattered":
+        """`pack` of many streams at once, on so many threads: those at begins (int64 [n]) of raw (uint8), sizes (int64 [n]) bytes each."""
+        worth = np.flatnonzero(sizes >= WORTH_BYTES)
+        addresses, lengths = raw.ctypes.data + begins.astype(np.uint64), sizes.copy()
+        if not len(worth):
+            return Scattered(addresses, lengths, (raw,))
+        segments = np.stack([begins[worth], sizes[worth]], axis=1).astype("<u8")
+        packed = self._pack.multi_compress_to_buffer(zstandard.BufferWithSegments(raw, segments.tobytes()), threads=threads)
+        found = list(packed)
+        offsets = np.fromiter(map(attrgetter("offset"), found), np.uint64, len(found))
+        shorter = np.fromiter(map(len, found), np.int64, len(found))
+        memories = np.cumsum(offsets == 0) - 1  # each thread has one, in which its first frame lies at 0
+        bases = [np.frombuffer(found[i], np.uint8).ctypes.data for i in np.flatnonzero(offsets == 0).tolist()]
+        gains = shorter < sizes[worth]
+        addresses[worth] = np.where(gains, np.array(bases, np.uint64)[memories] + offsets, addresses[worth])
+        lengths[worth] = np.where(gains, shorter, lengths[worth])
+        return Scattered(addresses, lengths, (raw, packed))
+
     def unpack(self, packed: memoryview, size: int) -> np.ndarray:
         """The uint8 [size] that `pack` had. Raises NativeError when they are not in there; never allocates more than size."""
         if len(packed) == size:
@@ -65,6 +84,15 @@ class Packer:
         if len(raw) != size:
             raise NativeError(f"a stream that ends after {len(raw)} of {size} bytes")
         return np.frombuffer(raw, np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Scattered:
+    """Bytes in this process's memory, many pieces, which `memory` keeps alive."""
+
+    addresses: np.ndarray  # uint64 [n]
+    sizes: np.ndarray  # int64 [n]
+    memory: tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,26 @@ payload before it uses it, so that neither damage nor malice makes it read or wr
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 
 import numpy as np
 
-from slime.sync.codec import CODECS, DENSE, METHODS, STREAMS, USED, Coded, Entries, Packer, decode_block, encode_block, most_gaps
+from slime.sync import native
+from slime.sync.codec import (
+    CODECS,
+    DENSE,
+    METHODS,
+    STEPS8,
+    STEPS16,
+    STREAMS,
+    USED,
+    Coded,
+    Entries,
+    Packer,
+    decode_block,
+    encode_block,
+    most_gaps,
+)
 from slime.sync.native import NativeError
 from slime.sync.records import BLOCK, Changes, ModelSpec
 
@@ -43,6 +59,57 @@ class PartBlock:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Coded blocks: what becomes rows and streams of a part."""
+
+    rows: np.ndarray  # ROW [n], ascending by (tensor, block)
+    places: np.ndarray  # uint64 [n, STREAMS], address of each stream, whose size is in the row
+    memory: tuple[object, ...]  # where the streams lie
+
+    @classmethod
+    def of(cls, rows: np.ndarray, streams: np.ndarray) -> "Blocks":
+        """From the streams of every row in turn, uint8."""
+        ends = np.cumsum(rows["sizes"].astype(np.uint64)).reshape(-1, STREAMS)
+        return cls(rows, streams.ctypes.data + ends - rows["sizes"], (streams,))
+
+    def of_tensors(self, tensors: range) -> "Blocks":
+        """The blocks of these tensors."""
+        those = slice(*np.searchsorted(self.rows["tensor"], (tensors.start, tensors.stop)).tolist())
+        return Blocks(self.rows[those], self.places[those], self.memory)
+
+    def by_tensor(self) -> "Iterator[tuple[int, Blocks]]":
+        for tensor in np.unique(self.rows["tensor"]).tolist():
+            yield tensor, self.of_tensors(range(tensor, tensor + 1))
+
+    def streams(self) -> np.ndarray:
+        """uint8, of every row in turn."""
+        sizes = self.rows["sizes"].astype(np.uint64).reshape(-1)
+        out = np.empty(int(sizes.sum()), np.uint8)
+        native.collect(self.places.reshape(-1), sizes, out)
+        return out
+
+
+def packed(
+    tensors: np.ndarray,
+    blocks: np.ndarray,
+    changed: np.ndarray,
+    streams: np.ndarray,
+    sizes: np.ndarray,
+    two_bytes: np.ndarray,
+    threads: int,
+) -> Blocks:
+    """Blocks [n] in steps, ascending by (tensor, block), each stream through zstd where that makes it shorter, on so many threads.
+    changed: entries of each; streams: uint8, those of every block in turn; sizes: int64 [n, STREAMS]; two_bytes: bool [n], of its gaps."""
+    flat = sizes.reshape(-1)
+    short = Packer().pack_all(streams, np.cumsum(flat) - flat, flat, threads)
+    rows = np.zeros(len(sizes), ROW)
+    rows["tensor"], rows["block"], rows["changed"] = tensors, blocks, changed
+    rows["method"], rows["gaps"] = np.where(two_bytes, STEPS16, STEPS8), sizes[:, 0]
+    rows["sizes"] = short.sizes.reshape(-1, STREAMS)
+    return Blocks(rows, short.addresses.reshape(-1, STREAMS), short.memory)
+
+
 def encode_part(
     model: ModelSpec, tensors: range, changes: Sequence[Changes], codec: str, old_of: Callable[[int], np.ndarray] | None = None
 ) -> bytes:
@@ -51,6 +118,13 @@ def encode_part(
     codec: "steps"; "exponent", which needs old_of(tensor), all old bits (1-D) of a tensor that has changes; "dense", for weights of
     which whoever decodes has no old ones: all elements of a block that has any must be listed. Raises ValueError for changes that are not
     of these tensors."""
+    return assemble(model, tensors, [encode_blocks(model, tensors, changes, codec, old_of)])
+
+
+def encode_blocks(
+    model: ModelSpec, tensors: range, changes: Sequence[Changes], codec: str, old_of: Callable[[int], np.ndarray] | None = None
+) -> Blocks:
+    """The blocks of `encode_part`, which says what the arguments are."""
     if codec not in CODECS:
         raise ValueError(f"codec {codec!r} is none of {', '.join(CODECS)}")
     if codec == "exponent" and old_of is None:
@@ -67,10 +141,25 @@ def encode_part(
             sizes = [len(stream) for stream in coded.streams]
             rows.append((last, block, coded.method, coded.changed, coded.gaps, sizes + [0] * (STREAMS - len(sizes))))
             streams.extend(coded.streams)
-    planes = np.array(rows, ROW).view(np.uint8).reshape(len(rows), ROW.itemsize).T.copy().reshape(-1)
-    table = packer.pack(planes)
+    return Blocks.of(np.array(rows, ROW), np.frombuffer(b"".join(streams), np.uint8))
+
+
+def assemble(model: ModelSpec, tensors: range, found: Sequence[Blocks]) -> bytes:
+    """The part of these tensors of which `found` has all blocks that changed, each once."""
+    rows = np.concatenate([np.zeros(0, ROW), *(blocks.rows for blocks in found)])
+    places = np.concatenate([np.zeros((0, STREAMS), np.uint64), *(blocks.places for blocks in found)])
+    order = np.lexsort((rows["block"], rows["tensor"]))
+    rows, places = rows[order], places[order]
+    planes = rows.view(np.uint8).reshape(len(rows), ROW.itemsize).T.copy().reshape(-1)
+    table = Packer().pack(planes)
     signature = bytes.fromhex(model.signature)
-    return b"".join([HEAD.pack(MAGIC, VERSION, 0, signature, tensors.start, tensors.stop, len(rows), len(table)), table, *streams])
+    head = HEAD.pack(MAGIC, VERSION, 0, signature, tensors.start, tensors.stop, len(rows), len(table)) + table
+    sizes = rows["sizes"].astype(np.uint64).reshape(-1)
+    whole = BytesIO(bytes(len(head) + int(sizes.sum())))  # filled in place, by a loop that other threads need not wait for
+    with whole.getbuffer() as room:
+        room[: len(head)] = head
+        native.collect(places.reshape(-1), sizes, np.frombuffer(room, np.uint8)[len(head) :])
+    return whole.getvalue()
 
 
 def _encode_tensor(model: ModelSpec, change: Changes, codec: str, old: np.ndarray | None, packer: Packer) -> Iterator[tuple[int, Coded]]:
