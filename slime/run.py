@@ -311,7 +311,7 @@ class Run:
             said = f"update {step}: trainer and engine log-probs differ by {drift:.3g} on average, above {limit}"
             raise GateStopped(f"{said}. {self._keep_stopped(step - 1, batch, said)}")
         if not drift <= observe.mismatch_warn:
-            limit = f"observe.mismatch_warn={observe.mismatch_warn:g}"
+            limit = f"a tenth of observe.mismatch_stop={observe.mismatch_stop:g}"
             log.warning("update %d: trainer and engine log-probs differ by %.3g on average, above %s", step, drift, limit)
 
     def _keep_stopped(self, step: int, batch: RolloutResult, reason: str) -> str:
