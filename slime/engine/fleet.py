@@ -301,7 +301,7 @@ def _gpus(placement: RolePlacement, positions: list[int]) -> list[int]:
     if placement.device == "cpu":
         return []
     ask = ray.remote(ray.get_gpu_ids)
-    refs = [ask.options(num_cpus=0, num_gpus=1, scheduling_strategy=placement.strategy(p)).remote() for p in positions]
+    refs = [ask.options(num_cpus=0, num_gpus=placement.gpus, scheduling_strategy=placement.strategy(p)).remote() for p in positions]
     return [int(ids[0]) for ids in deadline.get(refs, 60.0, "the rollout devices to name their GPUs", "cluster.start_timeout_s")]
 
 
