@@ -70,5 +70,6 @@ def _swap(cfg: SlimeConfig) -> None:
             )
     if cfg.trainer.megatron.get(REGISTERED):
         raise ConfigError(
-            f"trainer.megatron.{REGISTERED}=true with cluster.share=swap: NCCL would keep the addresses of memory that is given away; remove it"
+            f"trainer.megatron.{REGISTERED}=true with cluster.share=swap: NCCL would keep the addresses of memory that is given away; "
+            "remove it"
         )

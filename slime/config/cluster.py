@@ -20,7 +20,7 @@ class ClusterConfig:
     roles: dict[str, RoleConfig] = field(default_factory=lambda: {"actor": RoleConfig(), "rollout": RoleConfig()})
     """Devices by role: actor, rollout; critic, the actor's ranks unless named; teacher/<name> serves a teacher, with rollout's options."""
     share: str = choice("none", "split", "swap")
-    """Whether the actor's ranks and the engines sit on the same devices: split divides the memory, swap gives all of it to one at a time."""
+    """Do ranks and engines sit on the same devices? split divides their memory, swap gives all of it to one at a time."""
     cpus_per_rank: float = number(1.0, above=0)
     """Ray CPUs that one trainer rank reserves; on CPU also its thread count, rounded down."""
     cpus_per_engine: float = number(1.0, above=0)

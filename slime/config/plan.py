@@ -1,5 +1,5 @@
-"""What a recipe will occupy, by arithmetic alone: devices by role, the batch, memory of a rank and of an engine (`plan_memory`), and of both
-on one device (`plan_share`)."""
+"""What a recipe will occupy, by arithmetic alone: devices by role, the batch, memory of a rank and of an engine (`plan_memory`), and of
+both on one device (`plan_share`)."""
 
 import math
 from dataclasses import dataclass, replace
