@@ -123,12 +123,12 @@ def words_times_factors(position, old, new, key, start, table, inside, WIDTH: tl
     """By how much an entry changes the fingerprint of its tensor, see fingerprint.py."""
     size: tl.constexpr = 8 if WIDTH == 1 else 16  # bits of a word
     words: tl.constexpr = 1 if WIDTH == 1 else WIDTH // 2
+    mask: tl.constexpr = (1 << size) - 1
     total = tl.zeros_like(old)
     for nth in tl.static_range(words):
         word = (start + position.to(tl.uint64)) * words + nth
         factor = tl.load(table + (word & 1023).to(tl.int32), mask=inside, other=0)
         row = mix(key + ((word >> 10) + 1) * 0x9E3779B97F4A7C15) | 1
-        mask: tl.constexpr = (1 << size) - 1
         total += (((new >> (size * nth)) & mask) - ((old >> (size * nth)) & mask)) * factor * row
     return tl.where(inside, total, 0)
 
