@@ -63,7 +63,7 @@ def test_the_epoch_that_a_store_gives_is_taken_too(tmp_path: Path, monkeypatch: 
     for name in ("check_device", "check_resources", "place", "check_run_dir"):
         monkeypatch.setattr(start, name, lambda *_: None)
     monkeypatch.setattr(start, "start_parts", lambda *_: start.Parts(None, None, SimpleNamespace()))
-    monkeypatch.setattr(start, "Channel", lambda *_: SimpleNamespace(open=open_channel, close=lambda: None))
+    monkeypatch.setattr(start, "Channel", lambda *_, **__: SimpleNamespace(open=open_channel, close=lambda: None))
     cluster: Any = SimpleNamespace(device="cpu")
     signal: Any = SimpleNamespace()
     with ExitStack() as stack:
