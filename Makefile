@@ -11,7 +11,6 @@ LEARN ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
 INSTALLED := $(VENV)/.installed
-TWO := --numprocesses=2 --dist=loadfile
 UNIT := $(BIN)/python -m pytest tests -m "not e2e and not slow" --numprocesses=auto --maxprocesses=8
 
 .PHONY: quickstart quickstart-bf16 learn test test-slow test-kills test-gpu unit lint install clean
@@ -30,7 +29,7 @@ learn: install
 # The trainer's tests leave a core idle one by one, so two files of them run at once.
 test: install
 	$(UNIT)
-	$(BIN)/python -m pytest tests/trainer -m "e2e and not slow" $(TWO) --durations=15
+	$(BIN)/python -m pytest tests/trainer -m "e2e and not slow" --numprocesses=2 --dist=loadfile --durations=15
 	$(BIN)/python -m pytest tests -m "e2e and not slow" --ignore=tests/trainer --durations=15
 
 test-slow: install

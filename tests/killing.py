@@ -84,10 +84,9 @@ def survive(inputs: Path, name: str, plan: list[Kill], *overrides: str, timeout_
             break  # the run was at its end before
         if process.poll() is not None:
             assert offspring.left(GONE_S) == []
-            ended = log.read_text()[-3000:]
-            may_end = process.returncode == -signal.SIGKILL or "while it started" in ended
-            may_end = may_end or _ended_by_ray(done, inputs / "runs" / name, ended)
-            assert may_end, f"it did not start again by itself ({process.returncode}):\n{ended}"
+            ended = log.read_text().rpartition("\n--- ")[2][-3000:]  # of this start alone
+            explained = "while it started" in ended or _ended_by_ray(done, inputs / "runs" / name, ended)
+            assert process.returncode == -signal.SIGKILL or explained, f"it did not start again by itself ({process.returncode}):\n{ended}"
             left = left if struck else [kill, *left]  # an end that an earlier kill has brought
             process, offspring, log = _start(inputs, name, left[0] if left else None, overrides)
             struck = False

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import subprocess
 import sys
 import tokenize
 from functools import cache
@@ -160,3 +161,12 @@ def test_what_is_wrong_is_found(source: str, found: str | None, monkeypatch: pyt
     path.write_text(source)
     wrong = wrong_imports(path) + unwritten(path) + unfinished(path)
     assert wrong == [] if found is None else [each.endswith(found) for each in wrong] == [True]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("module", ["slime.train", "slime.engine.agent", "slime.rollout.manager"])
+def test_what_starts_first_does_not_wait_for_torch(module: str) -> None:
+    """The driver never needs it; a host agent starts its servers first, which take longer."""
+    program = f"import sys, {module}; sys.exit(sorted({{'torch', 'transformers', 'megatron'}} & set(sys.modules)) or 0)"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert ran.returncode == 0, ran.stderr

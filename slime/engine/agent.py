@@ -4,8 +4,9 @@ import asyncio
 import importlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import aiohttp
 import ray
@@ -20,13 +21,15 @@ from slime.engine.fraction import beside_rank
 from slime.engine.health import Trouble, Turn
 from slime.engine.live import LiveEngine
 from slime.engine.ports import free_ports
-from slime.engine.server import Server, ServerSpec
+from slime.engine.server import LOADED, Server, ServerSpec
 from slime.engine.tending import Tending
 from slime.engine.versions import facts
-from slime.engine.weights import LOADED, HostWeights
 from slime.models.registry import has_experts
 from slime.sync.protocol import Adoption, Answer, Bucket
 from slime.sync.publication import Action
+
+if TYPE_CHECKING:
+    from slime.engine.weights import HostWeights
 
 T = TypeVar("T")
 
@@ -51,8 +54,14 @@ class EngineActor:
         self._loaded_label = f"{run_id}/{LOADED}"  # weights that a server read from model.path
         self._labelled: str | None = None  # what the engines were told to call what they loaded themselves
         self._tending = Tending(cfg.rollout, self._bring, self._start_anew)
-        self._weights = HostWeights(cfg, lambda: self._tending.engines)
         self._joining = asyncio.Lock()
+
+    @cached_property
+    def _weights(self) -> "HostWeights":
+        """Needs torch, which takes seconds to import: not in the driver, which knows this class too, and here while servers start."""
+        from slime.engine.weights import HostWeights
+
+        return HostWeights(self._cfg, lambda: self._tending.engines)
 
     # --- starting -------------------------------------------------------------------------------------------------
 
@@ -83,8 +92,7 @@ class EngineActor:
                     log=self._run_dir / "logs" / f"{self._called.replace(' ', '_')}_{a.index}.log",
                 )
                 self._tending.add(self._live(spec))
-            starting = self._every(self._ready)
-            await asyncio.gather(starting, asyncio.to_thread(importlib.import_module, "torch"))  # or the first bucket waits for it
+            await asyncio.gather(self._every(self._ready), asyncio.to_thread(importlib.import_module, "slime.engine.weights"))
         except BaseException:
             await self.stop()
             raise

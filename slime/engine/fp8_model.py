@@ -9,9 +9,10 @@ import json
 import uuid
 from pathlib import Path
 
+from slime.config.check_fp8 import BLOCK
 from slime.engine.arguments import cache_dir
-from slime.sync.fp8 import CONFIG
 
+CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
 WEIGHTS = (".safetensors", ".bin", ".pt", ".safetensors.index.json")
 
 

@@ -19,6 +19,7 @@ from slime.engine.endpoint import Endpoint
 from slime.engine.errors import EngineError, NotStarted
 from slime.engine.ports import is_free
 
+LOADED = "loaded"  # what a server of ours calls the weights that it has read from model.path: <run_id>/loaded
 POLL_S = 0.1
 STOP_S = 10.0  # after which a killed group must be gone
 TAIL_LINES = 20

@@ -18,6 +18,7 @@ from slime.engine.host_copy import HostCopy
 from slime.engine.incoming import IncomingDelta, IncomingWhole
 from slime.engine.live import LiveEngine
 from slime.engine.served import Served, served
+from slime.engine.server import LOADED
 from slime.sync import transport
 from slime.sync.fold import Weights, anchor
 from slime.sync.manifest import Manifest, root_of, sign, verify
@@ -30,7 +31,6 @@ from slime.sync.store_fsspec import open_store
 from slime.types import WeightVersion
 
 PUBLICATIONS = 3  # times sync.timeout_s: longer than any publication takes
-LOADED = "loaded"  # what a server of ours calls the weights that it has read from model.path: <run_id>/loaded
 
 
 class HostWeights:

@@ -28,7 +28,6 @@ ANEW = 0.2  # share of a matrix's elements from which on it is quicker to quanti
 LARGEST, LEAST_PEAK = 448.0, 1e-4
 MAGNITUDE = 0x7FFF  # of bfloat16: everything but the sign
 QUANTISED = re.compile(r"\.layers\.\d+\..*(_proj|_proj_with_mqa|\.w[123])\.weight$")
-CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
 
 
 def is_quantised(tensor: TensorSpec) -> bool:

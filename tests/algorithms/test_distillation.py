@@ -32,7 +32,7 @@ def log(rows: list[float]) -> Tensor:
 
 
 @pytest.mark.parametrize(("kind", "beta"), [("reverse", 0.5), ("forward", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.9)])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(logits, logits), min_size=1, max_size=3))
 def test_every_divergence_follows_its_paper(kind, beta, rows):
     students, teachers = ([softmax(row[i]) for row in rows] for i in (0, 1))
@@ -43,7 +43,7 @@ def test_every_divergence_follows_its_paper(kind, beta, rows):
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(logits, logits)
 def test_no_divergence_is_negative_and_only_equals_are_at_zero(kind, student, teacher):
     p, q = log(softmax(student)), log(softmax(teacher))
@@ -70,7 +70,7 @@ def test_gradients_have_their_closed_form(kind, closed_form):
     np.testing.assert_allclose(got.tolist(), closed_form(softmax(student.tolist()), softmax(teacher.tolist())), atol=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(logits, logits, st.floats(0.05, 0.95))
 def test_jsd_is_symmetric_at_one_half_and_mirrored_elsewhere(student, teacher, beta):
     p, q = log(softmax(student)), log(softmax(teacher))
@@ -104,7 +104,7 @@ def test_an_unknown_divergence_is_our_bug():
         divergence(log([0.5, 0.5]), log([0.5, 0.5]), "chi2")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(logits, st.integers(1, 5))
 def test_the_outcomes_with_the_tail_are_a_distribution(row, k):
     p = softmax(row)
@@ -115,7 +115,7 @@ def test_the_outcomes_with_the_tail_are_a_distribution(row, k):
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(logits, logits, st.integers(1, 5))
 def test_what_is_known_at_k_tokens_never_exceeds_the_whole_divergence(kind, student, teacher, k):
     """The data-processing inequality; the tail of a single token hides nothing."""

@@ -32,7 +32,7 @@ def reference(kind: Callable, rewards: list[float], group: list[int]) -> list[fl
 
 
 @pytest.mark.parametrize("kind", ALL)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(rows)
 def test_every_kind_follows_its_paper(kind, rows):
     rewards, group = map(list, zip(*rows, strict=True))
@@ -42,7 +42,7 @@ def test_every_kind_follows_its_paper(kind, rows):
 
 
 @pytest.mark.parametrize("kind", ALL)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(rows, st.randoms(use_true_random=False))
 def test_any_interleaving_and_any_ids_give_the_same(kind, rows, random):
     """Peers take the group from the position."""

@@ -59,7 +59,7 @@ def test_the_levels_are_those_of_the_knobs():
 
 
 @pytest.mark.parametrize("level", ["none", *WEIGHTS])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(tokens, rejections)
 def test_every_level_follows_its_formula(level, given, reject):
     gaps, sample = [((g - 5) - -5.0) for g, _ in given], [s for _, s in given]

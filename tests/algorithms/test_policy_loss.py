@@ -35,7 +35,7 @@ def gradient(loss: torch.Tensor, of: torch.Tensor) -> list[float]:
 
 
 @pytest.mark.parametrize("clip", CLIPS, ids=str)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(tokens)
 def test_the_clipped_loss_follows_the_papers(clip, tokens):
     log_ratio, advantages = (torch.tensor(x, dtype=torch.float64) for x in zip(*tokens, strict=True))
@@ -73,7 +73,7 @@ def test_at_ratio_one_every_loss_has_the_gradient_of_reinforce(clip):
     assert clipped(ratio, x.advantages, clip)[1].sum() == cispo(x.logprobs, ratio, x.advantages, clip)[1].sum() == 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(tokens, st.sampled_from([1.05, 1.5, 3.0]))
 def test_dual_clip_alters_only_negative_advantages_of_ratios_above_its_bound(tokens, dual):
     """A peer never handed its bound on (slime #2247), which no output then shows."""
@@ -92,7 +92,7 @@ def test_dual_clip_alters_only_negative_advantages_of_ratios_above_its_bound(tok
 
 
 @pytest.mark.parametrize("clip", CLIPS, ids=str)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(tokens)
 def test_cispo_follows_its_paper_and_holds_the_weight_but_never_the_gradient(clip, tokens):
     """Equations 4 and 5 of arXiv 2506.13585, negated."""

@@ -48,7 +48,7 @@ def reference_gae(rewards, values, mask, cu_seqlens, gamma, lam) -> tuple[list[f
     return advantages, returns
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(masks, factors, factors, st.integers(0, 99))
 def test_the_scan_over_a_padded_matrix_equals_the_loop_over_each_sequence(masks, gamma, lam, seed):
     mask, cu_seqlens = pack(masks)
@@ -61,7 +61,7 @@ def test_the_scan_over_a_padded_matrix_equals_the_loop_over_each_sequence(masks,
     np.testing.assert_allclose(discounted(rewards, mask, cu_seqlens, gamma), expected, rtol=1e-10, atol=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(masks, st.integers(0, 99))
 def test_a_reward_lies_on_the_last_trainable_token_of_its_sequence(masks, seed):
     mask, cu_seqlens = pack(masks)
@@ -93,7 +93,7 @@ def test_gae_steps_over_tool_tokens():
     assert returns.tolist() == [0, 1.5, 0, 0, 4]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(masks, factors, factors, st.integers(0, 99))
 def test_leaving_masked_tokens_out_of_the_batch_changes_nothing(masks, gamma, lam, seed):
     mask, cu_seqlens = pack(masks)

@@ -25,7 +25,7 @@ def reference(v: float, old: float, target: float, clip: float) -> tuple[float, 
 
 
 @pytest.mark.parametrize("clip", [0.2, 1.0])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(tokens)
 def test_the_loss_follows_the_formula(clip, tokens):
     values, old, returns = torch.tensor(tokens, dtype=torch.float64).T

@@ -21,7 +21,7 @@ def reference(values: list[float], mask: list[bool], centre: bool = True) -> lis
 
 
 @pytest.mark.parametrize("centre", [True, False])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.floats(-100, 100), st.booleans()), max_size=30))
 def test_the_result_is_that_of_exact_arithmetic(centre, rows):
     values, mask = [x for x, _ in rows], [m for _, m in rows]

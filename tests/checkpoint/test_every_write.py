@@ -24,6 +24,7 @@ from tests.tiny import make_tiny
 from tests.trainer.ranks import Ranks, make_batch, make_cfg
 
 pytestmark = pytest.mark.e2e
+EVERY_S = 300.0  # for a save as often as it has operations
 
 
 class Written:
@@ -155,7 +156,7 @@ def model(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sampled", [pytest.param(True, id="of each kind"), pytest.param(False, id="all", marks=pytest.mark.slow)])
 def test_a_fault_at_any_operation_of_a_save(ranks, model, tmp_path, kind: str, sampled: bool) -> None:
-    [(operations, faults)] = ranks.run(every_operation, 1, make_cfg(model), tmp_path, kind, sampled)
+    [(operations, faults)] = ranks.run(every_operation, 1, make_cfg(model), tmp_path, kind, sampled, answer_s=EVERY_S)
     assert operations > 40
     assert not faults, "\n".join(faults)
 

@@ -58,7 +58,7 @@ def test_full_is_the_definition(width: int, level: int) -> None:
 
 
 @given(cuts=st.lists(st.integers(0, 5000), max_size=6), width=st.sampled_from([1, 2, 4, 8]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_any_division_gives_the_same_sum(cuts: list[int], width: int) -> None:
     bits, edges = random_bits(width, 5000), [0, *sorted(cuts), 5000]
     parts = [fingerprint.full(bits[a:b], TENSOR, TABLE, a) for a, b in pairwise(edges)]
@@ -66,7 +66,7 @@ def test_any_division_gives_the_same_sum(cuts: list[int], width: int) -> None:
 
 
 @given(seed=st.integers(0, 1 << 32), width=st.sampled_from([1, 2, 4, 8]), n=st.integers(0, 300))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_changes_cost_their_own_words(seed: int, width: int, n: int) -> None:
     random = np.random.default_rng(seed)
     old = random_bits(width, 5000, seed)
@@ -153,8 +153,8 @@ def test_changes_with_a_structure_show(change) -> None:
 
 def test_differences_of_random_changes_spread_evenly() -> None:
     """The top byte of a difference stands for a hash of 8 bits: two to five changed words hide from it once in 256 times, as from a random
-    function's. 8,000 trials; the bounds are 5 sigma."""
-    random, trials = np.random.default_rng(3), 8_000
+    function's. 20,000 trials; the bounds are 5 sigma."""
+    random, trials = np.random.default_rng(3), 20_000
     tops = np.zeros(256, int)
     for _ in range(trials):
         n = int(random.integers(2, 6))

@@ -213,7 +213,7 @@ def test_every_sequence_of_two_engines(heal: bool) -> None:
     assert ends == {(phase, live) for phase in (Phase.DONE, Phase.ABORTED) for live in (0, 1, 2)} and found[0] > 500
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.integers(1, 5), st.booleans(), st.data())
 def test_any_sequence(count: int, heal: bool, data: st.DataObject) -> None:
     play(count, heal, lambda n: data.draw(st.integers(0, n - 1)), (Fate.WELL, Fate.WELL, Fate.WELL, *Fate), interrupts=True)

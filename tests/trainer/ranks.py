@@ -24,13 +24,13 @@ from slime.config.parallel import ParallelSizes, parallel_sizes
 from slime.models.map import Routing
 from slime.types import NOT_RECORDED, Batch
 
-ANSWER_S = 300
+ANSWER_S = 120
 KIND = os.environ.get("SLIME_TEST_DEVICE", "cpu")
 
 
 class Ranks:
     """`run(fn, ...)` calls fn(place, ...) in `world` processes, within the device's scope, and returns their results. A process is started
-    when it is first needed."""
+    when it is first needed. Each has `answer_s` to answer."""
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
@@ -38,7 +38,7 @@ class Ranks:
         self.pipes: list[Connection] = []
         self.processes: list[Any] = []
 
-    def run(self, fn: Callable, world: int, *args: Any) -> list[Any]:
+    def run(self, fn: Callable, world: int, *args: Any, answer_s: float = ANSWER_S) -> list[Any]:
         while len(self.pipes) < world:
             self._start()
         store = str(self.scratch / uuid.uuid4().hex)
@@ -47,7 +47,7 @@ class Ranks:
             pipe.send((fn, rank, world, store, args))
         answers = []
         for pipe in pipes:
-            assert pipe.poll(ANSWER_S), f"a rank did not answer within {ANSWER_S} s"
+            assert pipe.poll(answer_s), f"a rank did not answer within {answer_s:g} s"
             answers.append(pipe.recv())
         failed = [text for ok, text in answers if not ok]
         assert not failed, "\n".join(failed)

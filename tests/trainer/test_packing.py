@@ -12,7 +12,7 @@ from tests.trainer.ranks import make_batch
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=60).map(lambda x: np.array(x))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(LENGTHS, st.integers(1, 5), st.integers(1, 100))
 def test_partition_places_every_sequence_once_within_the_budget(lengths, ranks, budget):
     plan = partition(lengths, ranks, budget, 64)
