@@ -56,7 +56,7 @@ def test_the_epoch_that_a_store_gives_is_taken_too(tmp_path: Path, monkeypatch: 
     """Before anything is published: the channel is open, and no more."""
     before: list[Any] = []
 
-    def open_channel() -> int:
+    def open_channel(**_: Any) -> int:
         before.append(json.loads((tmp_path / EPOCH).read_text())["epoch"])
         return 7
 
