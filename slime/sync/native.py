@@ -40,6 +40,10 @@ SEGMENT = np.dtype([("address", "<u8"), ("first", "<u8"), ("count", "<u8"), ("at
 # Elements of two live memories that are compared: `first` is the position of the first in its block, `at` where its first entry goes.
 SPAN = np.dtype([("old", "<u8"), ("live", "<u8"), ("first", "<u8"), ("count", "<u8"), ("at", "<u8")])
 
+# As in C: bytes that nobody else has seen yet may be written.
+_new_bytes = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t)(("PyBytes_FromStringAndSize", ctypes.pythonapi))
+_address_of_bytes = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object)(("PyBytes_AsString", ctypes.pythonapi))
+
 
 class NativeError(ValueError):
     """A loop refused its input: encoded bytes that say something impossible, or arrays that do not fit one another."""
@@ -116,6 +120,14 @@ def collect(addresses: np.ndarray, sizes: np.ndarray, out: np.ndarray) -> None:
     readable."""
     assert addresses.dtype == sizes.dtype == np.uint64 and len(addresses) == len(sizes) and int(sizes.sum()) == len(out) == out.nbytes
     library().slime_collect(at(addresses), at(sizes), u64(len(sizes)), at(out))
+
+
+def joined(addresses: np.ndarray, sizes: np.ndarray) -> bytes:
+    """What `collect` fills, in new memory that is written once, by a loop that other threads need not wait for."""
+    assert addresses.dtype == sizes.dtype == np.uint64 and len(addresses) == len(sizes)
+    whole = _new_bytes(None, int(sizes.sum()))
+    library().slime_collect(at(addresses), at(sizes), u64(len(sizes)), ctypes.c_void_p(_address_of_bytes(whole)))
+    return whole
 
 
 def steps_encode(

@@ -13,7 +13,6 @@ payload before it uses it, so that neither damage nor malice makes it read or wr
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 
 import numpy as np
 
@@ -154,12 +153,9 @@ def assemble(model: ModelSpec, tensors: range, found: Sequence[Blocks]) -> bytes
     table = Packer().pack(planes)
     signature = bytes.fromhex(model.signature)
     head = HEAD.pack(MAGIC, VERSION, 0, signature, tensors.start, tensors.stop, len(rows), len(table)) + table
-    sizes = rows["sizes"].astype(np.uint64).reshape(-1)
-    whole = BytesIO(bytes(len(head) + int(sizes.sum())))  # filled in place, by a loop that other threads need not wait for
-    with whole.getbuffer() as room:
-        room[: len(head)] = head
-        native.collect(places.reshape(-1), sizes, np.frombuffer(room, np.uint8)[len(head) :])
-    return whole.getvalue()
+    first = np.frombuffer(head, np.uint8)
+    addresses = np.append(np.uint64(first.ctypes.data), places.reshape(-1))
+    return native.joined(addresses, np.append(np.uint64(len(first)), rows["sizes"].astype(np.uint64).reshape(-1)))
 
 
 def _encode_tensor(model: ModelSpec, change: Changes, codec: str, old: np.ndarray | None, packer: Packer) -> Iterator[tuple[int, Coded]]:

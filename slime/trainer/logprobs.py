@@ -53,9 +53,7 @@ def local_ids(logits: Tensor, vocab_size: int, group: dist.ProcessGroup) -> int:
     return max(0, min(width, vocab_size - group.rank() * width))
 
 
-def reduced(
-    logits: Tensor, rows: Tensor, labels: Tensor, temperature: float, real: int, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
+def reduced(logits: Tensor, rows: Tensor, labels: Tensor, temperature: float, real: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """(sums [3, t], log Z [t]), fp32, over the whole vocabulary: the sums of `vocabulary.token_sums` with the largest x of all ranks."""
     top, sums = vocabulary.token_sums(logits, rows, labels, temperature, real)
     highest = top.clone()

@@ -124,6 +124,7 @@ def encode(snapshot: Snapshot, trainer: Trainer, codec: str, part_bytes: int, th
             while len(waiting) > threads:
                 encoded.append(waiting.popleft().result())
         encoded += [part.result() for part in waiting]
+    snapshot.blocks.diff.forget()
     encode_s += sum(seconds for _, _, seconds in encoded)
     snapshot.pending = Pending((trainer.version, trainer.optimizer_steps), difference.fingerprints)
     summary = Summary(

@@ -69,5 +69,9 @@ def allocate_adam_state(optimizer: Any) -> None:
         for group in part.optimizer.param_groups:
             for main in group["params"]:
                 group["fused"] = on_triton(main.device)
-                fresh = {"step": torch.zeros((), device=main.device), "exp_avg": torch.zeros_like(main), "exp_avg_sq": torch.zeros_like(main)}
+                fresh = {
+                    "step": torch.zeros((), device=main.device),
+                    "exp_avg": torch.zeros_like(main),
+                    "exp_avg_sq": torch.zeros_like(main),
+                }
                 part.optimizer.state[main].update(fresh)

@@ -5,10 +5,10 @@ A block's elements lie in one or more stretches that are contiguous in both memo
     old, live  addresses of its first element
     first      position of that in the block
     count      elements, at most SPAN; a multiple of TAIL, or fewer than that: the rest of a stretch has a span of its own
-    at         where its entries go, see native.c
+    at         where its entries go, see native.c; on CUDA its first word of the masks, a bit an element, that counting leaves
 
-The spans of a block follow one another by `first`, so that its entries ascend. Two passes read both memories: the number of entries is
-known before there is room for them, and what was counted and is not needed is not listed.
+The spans of a block follow one another by `first`, so that its entries ascend. There are two passes: the number of entries is known before
+there is room for them, and what was counted and is not needed is not listed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,6 +26,7 @@ from slime.sync.kernels.audit import VECTOR_BYTES, on, upload
 SPAN, TAIL = 1 << 15, 16
 STEP = 4096  # elements that a program reads at a time
 WARPS = 4
+WORD = 32  # elements of a word of a mask
 FIELDS = 5  # int64 fields of a span's record
 
 
@@ -89,10 +90,11 @@ class Diff:
         self._first = np.searchsorted(self._spans.block, np.arange(self.blocks + 1))  # span of each block
         self._bases = np.zeros((0, 0), np.uint64)
         self._counts = np.zeros(0, np.int64)
+        self._masks: torch.Tensor | None = None
 
     def count(self, live: Sequence[torch.Tensor], held: Sequence[torch.Tensor]) -> np.ndarray:
         """int64 [blocks]: how many elements of each differ. Waits for the device. `entries` reads the same memories, which must stay and
-        not change until then."""
+        not change until `forget`."""
         bases = np.array([[tensor.data_ptr() for tensor in side] for side in (held, live)], np.uint64).reshape(2, -1)
         if not np.array_equal(bases, self._bases):
             self._locate(bases)
@@ -119,12 +121,16 @@ class Diff:
         some = counts > 0
         numbers, begins = numbers[some], begins[some]
         if self.on_triton:
-            self._list_on_triton(numbers, begins, [width], int(everything), positions, old, new)
+            self._list_on_triton(numbers, begins, width, everything, positions, old, new)
         else:
             spans = self._records[numbers]
             spans["at"] = begins
             native.spans_list(spans, everything, positions.numpy(), old.numpy(), new.numpy())
         return Listed(blocks, starts, positions, old, new)
+
+    def forget(self) -> None:
+        """Give back what was kept for `entries`: on CUDA a bit an element."""
+        self._masks = None
 
     def _locate(self, bases: np.ndarray) -> None:
         """Addresses of all spans; the same from publication to publication unless memory was given back meanwhile."""
@@ -136,37 +142,43 @@ class Diff:
         either = self._records["old"] | self._records["live"]
         self._wide = (either % VECTOR_BYTES == 0) & (spans.count % TAIL == 0)
         if self.on_triton:
+            words = -(-spans.count // WORD)
+            self._words, self._records["at"] = int(words.sum()), np.cumsum(words) - words
             self._there = upload(self._records.view(np.int64).reshape(-1, FIELDS), self.device)
-            alike = [(np.flatnonzero(mine), constants) for mine, constants in self._alike(np.arange(len(self._widths)), self._kinds)]
-            self._order = [(upload(numbers.astype(np.int32), self.device), constants) for numbers, constants in alike]
+            self._order = list(self._alike())
 
-    def _alike(self, numbers: np.ndarray, widths: Sequence[int]) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-        """Which of these spans one launch can take, and its constants."""
+    def _alike(self) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+        """Spans that one launch can count, and its constants."""
         from slime.sync.kernels import diff_programs
 
-        for width in widths:
+        for width in self._kinds:
             for wide in (True, False):
-                mine = (self._widths[numbers] == width) & (self._wide[numbers] == wide)
+                mine = np.flatnonzero((self._widths == width) & (self._wide == wide))
                 constants = {"FIELDS": FIELDS, "STEP": STEP, "TYPE": diff_programs.TYPES[width], "WIDE": wide, "num_warps": WARPS}
-                if mine.any():
-                    yield mine, constants
+                if len(mine):
+                    yield upload(mine.astype(np.int32), self.device), constants
 
     def _count_on_triton(self) -> np.ndarray:
         from slime.sync.kernels import diff_programs
 
         counts = torch.empty(len(self._widths), dtype=torch.int32, device=self.device)
+        self._masks = torch.empty(self._words, dtype=torch.int32, device=self.device)
         with on(self.device):
             for order, constants in self._order:
-                diff_programs.count_changes[(len(order),)](self._there, order, counts, **constants)
+                diff_programs.count_changes[(len(order),)](self._there, order, self._masks, counts, **constants)
         return counts.cpu().numpy().astype(np.int64)
 
-    def _list_on_triton(self, numbers: np.ndarray, begins: np.ndarray, widths: Sequence[int], *arguments: Any) -> None:
+    def _list_on_triton(self, numbers: np.ndarray, begins: np.ndarray, width: int, everything: bool, *out: torch.Tensor) -> None:
         from slime.sync.kernels import diff_programs
 
+        assert self._masks is not None, "count comes first"
+        if not len(numbers):
+            return
+        order, begin = upload(numbers.astype(np.int32), self.device), upload(begins, self.device)
+        constants = {"FIELDS": FIELDS, "WORDS": SPAN // WORD, "TYPE": diff_programs.TYPES[width], "num_warps": WARPS}
         with on(self.device):
-            for mine, constants in self._alike(numbers, widths):
-                order, begin = upload(numbers[mine].astype(np.int32), self.device), upload(begins[mine], self.device)
-                diff_programs.list_changes[(len(order),)](self._there, order, begin, *arguments, **constants)
+            arguments = (self._there, order, begin, int(everything), self._masks, *out)
+            diff_programs.list_changes[(len(order),)](*arguments, **constants)
 
 
 def ranges(low: np.ndarray, high: np.ndarray) -> np.ndarray:

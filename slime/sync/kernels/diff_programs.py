@@ -1,7 +1,8 @@
 """The kernels of a publication in Triton: what differs between two memories, and its coding as steps. Imported only where they run.
 
-`count_changes` and `list_changes` take a span a program and read it in steps of STEP elements, 16 bytes a thread at once where WIDE says
-that both memories allow it. The second reads again what the first has read: counts must be known before there is room for the entries.
+`count_changes` takes a span a program and reads it in steps of STEP elements, 16 bytes a thread at once where WIDE says that both memories
+allow it. It leaves a bit an element for `list_changes`, which then reads what differs and nothing else: one element in eighty. Both are
+needed, since counts must be known before there is room for the entries.
 
 `measure` and `write` take a tile of the entries that `list_changes` has made, of one block, and are small beside those two: an entry is
 one in eighty elements. Bits are computed with as 64-bit numbers, whatever their width. Of a gap only the last byte is written: those before
@@ -34,16 +35,30 @@ def two_memories(span, first, count, STEP: tl.constexpr, TYPE: tl.constexpr, WID
 
 
 @triton.jit
-def count_changes(spans, order, counts, FIELDS: tl.constexpr, STEP: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr):
-    """counts[span], int32: how many elements differ. `spans` int64 [n, FIELDS]: native.SPAN; `order` int32 [programs]: their spans."""
+def count_changes(spans, order, masks, counts, FIELDS: tl.constexpr, STEP: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr):
+    """counts[span], int32: how many elements differ, and which, as bits of int32 masks from the span's `at` on. `spans` int64 [n, FIELDS]:
+    native.SPAN; `order` int32 [programs]: their spans."""
     number = tl.load(order + tl.program_id(0))
     span = spans + number.to(tl.int64) * FIELDS
     elements = tl.load(span + 3).to(tl.int32)
-    found = tl.zeros([STEP], tl.int32)
+    masks += tl.load(span + 4)
+    word, lane = tl.arange(0, STEP // 32), tl.arange(0, 32)
+    found = tl.zeros([STEP // 32], tl.int32)
     for first in range(0, elements, STEP):
         inside, before, after = two_memories(span, first, elements, STEP, TYPE, WIDE)
-        found += (inside & (before != after)).to(tl.int32)
+        differs = tl.reshape((inside & (before != after)).to(tl.int32), [STEP // 32, 32])
+        bits = tl.sum(differs << lane[None, :], axis=1)
+        tl.store(masks + first // 32 + word, bits, mask=first + word * 32 < elements)
+        found += ones(bits.to(tl.uint32, bitcast=True)).to(tl.int32)
     tl.store(counts + number, tl.sum(found, axis=0))
+
+
+@triton.jit
+def ones(bits):
+    """How many bits of a uint32 are set."""
+    bits -= (bits >> 1) & 0x55555555
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    return (((bits + (bits >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
 
 
 @triton.jit
@@ -52,29 +67,37 @@ def list_changes(
     order,
     begins,
     everything,
+    masks,
     positions,
     olds,
     news,
     FIELDS: tl.constexpr,
-    STEP: tl.constexpr,
+    WORDS: tl.constexpr,
     TYPE: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
-    """What differs in a span, or all of it where `everything` is not 0, from entry begins[program] on."""
+    """What differs in a span, or all of it where `everything` is not 0, from entry begins[program] on: what `masks` says, a word of it a
+    lane, a bit of every word at a time. A span has at most WORDS of them."""
     number = tl.load(order + tl.program_id(0))
     span = spans + number.to(tl.int64) * FIELDS
+    old = tl.load(span).to(tl.pointer_type(TYPE))
+    live = tl.load(span + 1).to(tl.pointer_type(TYPE))
     block_first = tl.load(span + 2).to(tl.int32)
     elements = tl.load(span + 3).to(tl.int32)
-    begin = tl.load(begins + tl.program_id(0))
-    for first in range(0, elements, STEP):
-        inside, before, after = two_memories(span, first, elements, STEP, TYPE, WIDE)
-        listed = inside & ((before != after) | (everything != 0))
-        one = listed.to(tl.int32)
-        there = begin + (tl.cumsum(one, axis=0) - 1)
-        tl.store(positions + there, block_first + first + tl.arange(0, STEP), mask=listed)
-        tl.store(olds + there, before, mask=listed)
-        tl.store(news + there, after, mask=listed)
-        begin += tl.sum(one, axis=0)
+    element = tl.arange(0, WORDS) * 32
+    inside = element < elements
+    bits = tl.load(masks + tl.load(span + 4) + tl.arange(0, WORDS), mask=inside, other=0).to(tl.uint32, bitcast=True)
+    if everything != 0:
+        some = tl.where(elements - element < 32, elements - element, 32)
+        bits = tl.where(inside, (tl.full([WORDS], 1, tl.uint64) << some.to(tl.uint64)) - 1, 0).to(tl.uint32)
+    number_of = ones(bits).to(tl.int32)
+    there = tl.load(begins + tl.program_id(0)) + tl.cumsum(number_of, axis=0) - number_of
+    while tl.max(number_of, axis=0) > 0:
+        listed = number_of > 0
+        at = element + ones((bits & (0 - bits)) - 1).to(tl.int32)  # of the lowest bit
+        tl.store(positions + there, block_first + at, mask=listed)
+        tl.store(olds + there, tl.load(old + at, mask=listed, other=0), mask=listed)
+        tl.store(news + there, tl.load(live + at, mask=listed, other=0), mask=listed)
+        bits, there, number_of = bits & (bits - 1), there + 1, number_of - 1
 
 
 @triton.jit
