@@ -16,8 +16,8 @@ Streams, in the order of a row's sizes. A stream as long as its declared raw len
     exponent  head and gap codes, value codes (never zstd)           dense     planes
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
-from operator import attrgetter
 
 import numpy as np
 import zstandard
@@ -60,13 +60,14 @@ class Packer:
             return Scattered(addresses, lengths, (raw,))
         segments = np.stack([begins[worth], sizes[worth]], axis=1).astype("<u8")
         packed = self._pack.multi_compress_to_buffer(zstandard.BufferWithSegments(raw, segments.tobytes()), threads=threads)
-        found = list(packed)
-        offsets = np.fromiter(map(attrgetter("offset"), found), np.uint64, len(found))
-        shorter = np.fromiter(map(len, found), np.int64, len(found))
-        memories = np.cumsum(offsets == 0) - 1  # each thread has one, in which its first frame lies at 0
-        bases = [np.frombuffer(found[i], np.uint8).ctypes.data for i in np.flatnonzero(offsets == 0).tolist()]
+        shorter = np.fromiter(map(len, packed), np.int64, len(packed))
+        ends = np.append(0, np.cumsum(shorter))
+        firsts = _firsts(packed, ends)
+        bases = np.array([np.frombuffer(packed[i], np.uint8).ctypes.data for i in firsts], np.uint64)
+        of = np.repeat(np.arange(len(firsts)), np.diff([*firsts, len(packed)]))
+        there = bases[of] + (ends[:-1] - ends[firsts][of]).astype(np.uint64)
         gains = shorter < sizes[worth]
-        addresses[worth] = np.where(gains, np.array(bases, np.uint64)[memories] + offsets, addresses[worth])
+        addresses[worth] = np.where(gains, there, addresses[worth])
         lengths[worth] = np.where(gains, shorter, lengths[worth])
         return Scattered(addresses, lengths, (raw, packed))
 
@@ -84,6 +85,18 @@ class Packer:
         if len(raw) != size:
             raise NativeError(f"a stream that ends after {len(raw)} of {size} bytes")
         return np.frombuffer(raw, np.uint8)
+
+
+def _firsts(packed: zstandard.BufferWithSegmentsCollection, ends: np.ndarray) -> list[int]:
+    """Frames with which a memory begins. Those of one lie one after the other; asking each of them where it lies takes longer than zstd."""
+    firsts = [0]
+
+    def elsewhere(frame: int) -> bool:
+        return packed[frame].offset != ends[frame] - ends[firsts[-1]]
+
+    while (first := bisect_left(range(len(packed)), True, lo=firsts[-1], key=elsewhere)) < len(packed):
+        firsts.append(first)
+    return firsts
 
 
 @dataclass(frozen=True, slots=True)
