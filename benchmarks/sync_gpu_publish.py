@@ -88,7 +88,7 @@ class Publisher:
 
         with ThreadPoolExecutor(self.threads) as pool:
             jobs = [
-                pool.submit(wire.assemble, self.spec, tensors, [blocks.of_tensors(tensors) for blocks in self.coded])
+                pool.submit(wire.lay_out(self.spec, tensors, [blocks.of_tensors(tensors) for blocks in self.coded]).join)
                 for tensors in self.parts
             ]
             self.payloads = [job.result() for job in jobs]

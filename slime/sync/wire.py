@@ -117,7 +117,7 @@ def encode_part(
     codec: "steps"; "exponent", which needs old_of(tensor), all old bits (1-D) of a tensor that has changes; "dense", for weights of
     which whoever decodes has no old ones: all elements of a block that has any must be listed. Raises ValueError for changes that are not
     of these tensors."""
-    return assemble(model, tensors, [encode_blocks(model, tensors, changes, codec, old_of)])
+    return lay_out(model, tensors, [encode_blocks(model, tensors, changes, codec, old_of)]).join()
 
 
 def encode_blocks(
@@ -143,7 +143,20 @@ def encode_blocks(
     return Blocks.of(np.array(rows, ROW), np.frombuffer(b"".join(streams), np.uint8))
 
 
-def assemble(model: ModelSpec, tensors: range, found: Sequence[Blocks]) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A part as the stretches of memory that become it."""
+
+    addresses: np.ndarray  # uint64 [n]
+    sizes: np.ndarray  # uint64 [n]
+    memory: tuple[object, ...]  # where they lie
+
+    def join(self) -> bytes:
+        """In a loop that other threads need not wait for."""
+        return native.joined(self.addresses, self.sizes)
+
+
+def lay_out(model: ModelSpec, tensors: range, found: Sequence[Blocks]) -> Layout:
     """The part of these tensors of which `found` has all blocks that changed, each once."""
     rows = np.concatenate([np.zeros(0, ROW), *(blocks.rows for blocks in found)])
     places = np.concatenate([np.zeros((0, STREAMS), np.uint64), *(blocks.places for blocks in found)])
@@ -155,7 +168,8 @@ def assemble(model: ModelSpec, tensors: range, found: Sequence[Blocks]) -> bytes
     head = HEAD.pack(MAGIC, VERSION, 0, signature, tensors.start, tensors.stop, len(rows), len(table)) + table
     first = np.frombuffer(head, np.uint8)
     addresses = np.append(np.uint64(first.ctypes.data), places.reshape(-1))
-    return native.joined(addresses, np.append(np.uint64(len(first)), rows["sizes"].astype(np.uint64).reshape(-1)))
+    sizes = np.append(np.uint64(len(first)), rows["sizes"].astype(np.uint64).reshape(-1))
+    return Layout(addresses, sizes, (head, *found))
 
 
 def _encode_tensor(model: ModelSpec, change: Changes, codec: str, old: np.ndarray | None, packer: Packer) -> Iterator[tuple[int, Coded]]:

@@ -114,16 +114,22 @@ def encode(snapshot: Snapshot, trainer: Trainer, codec: str, part_bytes: int, th
     coded = gather_blocks(parts, coded, device)
     times.append(time.perf_counter())
     diff_s, encode_s, exchange_s = np.diff(times).tolist()
-    encoded: list[tuple[int, bytes, float]] = []
+    encoded: list[tuple[int, bytes]] = []
     with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[tuple[int, bytes, float]]] = deque()
+        waiting: deque[tuple[int, Future[bytes]]] = deque()
         for number, changes, old, seconds in _own_parts(snapshot, difference, codec, parts, device):
-            exchange_s += seconds
+            exchange_s, encode_s = exchange_s + seconds, encode_s - seconds
             if number is not None:
-                waiting.append(pool.submit(_encode_part, snapshot.spec, parts[number], number, coded, changes, codec, old))
+                found = [blocks.of_tensors(parts[number]) for blocks in coded]
+                if changes:
+                    waiting.append((number, pool.submit(_encode_part, snapshot.spec, parts[number], found, changes, codec, old)))
+                else:  # but for the joining it is Python's work, for which threads would take turns
+                    waiting.append((number, pool.submit(wire.lay_out(snapshot.spec, parts[number], found).join)))
             while len(waiting) > threads:
-                encoded.append(waiting.popleft().result())
-        encoded += [part.result() for part in waiting]
+                first, part = waiting.popleft()
+                encoded.append((first, part.result()))
+        encoded += [(number, part.result()) for number, part in waiting]
+    encode_s += time.perf_counter() - times[-1]
     snapshot.blocks.diff.forget()
     encode_s += sum(seconds for _, _, seconds in encoded)
     snapshot.pending = Pending((trainer.version, trainer.optimizer_steps), difference.fingerprints)
@@ -134,7 +140,7 @@ def encode(snapshot: Snapshot, trainer: Trainer, codec: str, part_bytes: int, th
         int(difference.complete.sum()),
         *_slowest([diff_s, exchange_s, encode_s], device),
     )
-    return [(number, payload) for number, payload, _ in encoded], summary
+    return encoded, summary
 
 
 def acknowledge(snapshot: Snapshot, trainer: Trainer) -> None:
@@ -199,13 +205,9 @@ def _own_parts(
 
 
 def _encode_part(
-    spec: ModelSpec, tensors: range, number: int, coded: list[wire.Blocks], changes: list[Changes], codec: str, old: dict[int, np.ndarray]
-) -> tuple[int, bytes, float]:
-    """(number, bytes, seconds) of a part."""
-    begun = time.perf_counter()
-    found = [blocks.of_tensors(tensors) for blocks in coded]
-    found.append(wire.encode_blocks(spec, tensors, changes, codec, old.__getitem__))
-    return number, wire.assemble(spec, tensors, found), time.perf_counter() - begun
+    spec: ModelSpec, tensors: range, found: list[wire.Blocks], changes: list[Changes], codec: str, old: dict[int, np.ndarray]
+) -> bytes:
+    return wire.lay_out(spec, tensors, [*found, wire.encode_blocks(spec, tensors, changes, codec, old.__getitem__)]).join()
 
 
 def _list(snapshot: Snapshot, difference: Difference, listed: np.ndarray, tensors: range) -> dict[int, list[Changes]]:

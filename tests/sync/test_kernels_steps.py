@@ -195,7 +195,7 @@ def test_what_is_written_is_decoded():
     blocks = Blocks(np.zeros(3, np.uint64), np.array([0, BLOCK, 0]), lengths, True)
     coded = Steps(compared.entries(np.arange(3)), blocks, TABLE).encode(np.ones(3, bool))
     packed = wire.packed(np.array([0, 0, 1]), np.array([0, 1, 0]), counts, coded.streams, coded.sizes, coded.two_bytes, 2)
-    payload = wire.assemble(spec, range(2), [packed])
+    payload = wire.lay_out(spec, range(2), [packed]).join()
     olds = [old[: BLOCK + 5000], old[BLOCK + 5000 :]]
     after = [side.copy() for side in olds]
     for change in wire.decode_part(spec, range(2), payload, olds.__getitem__):

@@ -97,7 +97,7 @@ def test_what_is_coded_alone_and_the_changes_of_the_rest_are_a_part() -> None:
     rest = np.flatnonzero(~own.whole)
     shares = own.changes(rest, np.zeros(len(rest), bool))
     changes = [share for tensor in sorted(shares) for share in shares[tensor]]
-    payload = wire.assemble(SPEC, range(4), [*coded, wire.encode_blocks(SPEC, range(4), changes, "steps")])
+    payload = wire.lay_out(SPEC, range(4), [*coded, wire.encode_blocks(SPEC, range(4), changes, "steps")]).join()
     every = own.changes(np.arange(5), np.zeros(5, bool))
     assert payload == wire.encode_part(SPEC, range(4), [share for tensor in sorted(every) for share in every[tensor]], "steps")
     for change in wire.decode_part(SPEC, range(4), payload, old.__getitem__):

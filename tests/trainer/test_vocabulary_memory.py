@@ -12,10 +12,10 @@ from slime.algorithms.distillation import DIVERGENCES
 from slime.config import TrainerConfig
 from slime.config.parallel import parallel_sizes
 from slime.config.plan_memory import CHUNKS
-from slime.trainer.kernels import vocabulary_chunks
-from slime.trainer.logprobs import token_logprobs
 from slime.trainer.full_divergence import full_divergence
+from slime.trainer.kernels import vocabulary_chunks
 from slime.trainer.known_logprobs import known_logprobs, top_ids
+from slime.trainer.logprobs import token_logprobs
 
 ROWS, VOCAB, CHUNK_ROWS = 48, 1024, 8
 CHUNK = CHUNK_ROWS * VOCAB
