@@ -18,6 +18,7 @@ Streams, in the order of a row's sizes. A stream as long as its declared raw len
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import zstandard
@@ -59,7 +60,7 @@ class Packer:
         if not len(worth):
             return Scattered(addresses, lengths, (raw,))
         segments = np.stack([begins[worth], sizes[worth]], axis=1).astype("<u8")
-        packed = self._pack.multi_compress_to_buffer(zstandard.BufferWithSegments(raw, segments.tobytes()), threads=threads)
+        packed: Any = self._pack.multi_compress_to_buffer(zstandard.BufferWithSegments(raw.data, segments.tobytes()), threads=threads)
         shorter = np.fromiter(map(len, packed), np.int64, len(packed))
         ends = np.append(0, np.cumsum(shorter))
         firsts = _firsts(packed, ends)
@@ -87,7 +88,7 @@ class Packer:
         return np.frombuffer(raw, np.uint8)
 
 
-def _firsts(packed: zstandard.BufferWithSegmentsCollection, ends: np.ndarray) -> list[int]:
+def _firsts(packed: Any, ends: np.ndarray) -> list[int]:
     """Frames with which a memory begins. Those of one lie one after the other; asking each of them where it lies takes longer than zstd."""
     firsts = [0]
 

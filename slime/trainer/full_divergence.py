@@ -66,7 +66,9 @@ class _FullDivergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_found: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, log_z, teacher_log_z, of_student = ctx.saved_tensors
+        logits, teacher, rows, teacher_rows, log_z, teacher_log_z, of_student = ctx.saved_tensors
         known = (log_z, teacher_log_z, of_student, d_found)
-        d_logits = vocabulary.divergence_gradient(*tensors, ctx.temperature, ctx.real, *known, ctx.kind, ctx.beta)
+        d_logits = vocabulary.divergence_gradient(
+            logits, teacher, rows, teacher_rows, ctx.temperature, ctx.real, *known, ctx.kind, ctx.beta
+        )
         return d_logits, None, None, None, None, None, None, None, None

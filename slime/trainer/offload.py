@@ -10,6 +10,7 @@ is made by the first turn and kept: what is kept, once more.
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def _gradients(trained: Iterable[Trained]) -> Iterator[Tensor]:
             yield from (buffer.grad_data for buffer in _buffers(stage))
 
 
-def _buffers(stage: torch.nn.Module) -> list:
+def _buffers(stage: Any) -> list[Any]:
     """megatron-core's, of all parameters of a stage: dense ones and experts."""
     return [*stage.buffers, *stage.expert_parallel_buffers]
 
@@ -105,4 +106,4 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
     """uint8 [n], the storage itself."""
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

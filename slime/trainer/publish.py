@@ -131,7 +131,6 @@ def encode(snapshot: Snapshot, trainer: Trainer, codec: str, part_bytes: int, th
         encoded += [(number, part.result()) for number, part in waiting]
     encode_s += time.perf_counter() - times[-1]
     snapshot.blocks.diff.forget()
-    encode_s += sum(seconds for _, _, seconds in encoded)
     snapshot.pending = Pending((trainer.version, trainer.optimizer_steps), difference.fingerprints)
     summary = Summary(
         tuple(difference.fingerprints.tolist()),

@@ -1,6 +1,7 @@
 """Which modules a transformer layer is built from: megatron-core's own, without Transformer Engine, with our norm and attention."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,9 +34,9 @@ class TorchNorm(torch.nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not on_triton(x.device):
             return super().forward(x)
+        assert self.eps is not None
         out = layer.rms_norm(x, self.weight, self.eps)
-        out.again = lambda: layer.rms_norm(x.detach(), self.weight.detach(), self.eps)  # see `layer.forgetting`
-        return out
+        return layer.made_by(partial(layer.rms_norm, x.detach(), self.weight.detach(), self.eps), out)
 
 
 class FusedAttention(SelfAttention):
@@ -54,7 +55,7 @@ class FusedAttention(SelfAttention):
             kwargs = {"rotary_pos_emb": rotary_pos_emb, "packed_seq_params": packed_seq_params, **rest}
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         assert packed_seq_params is not None and packed_seq_params.positions is not None and rotary_pos_emb is not None
-        with layer.forgetting(hidden_states, hidden_states.again):
+        with layer.forgetting(hidden_states):
             mixed, _ = self.linear_qkv(hidden_states)
         turn = layer.Turn(
             rotary_pos_emb[:, 0, 0],
@@ -81,11 +82,11 @@ class FusedMLP(MLP):
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **rest: Any) -> tuple[Tensor, Tensor | None]:
         if not on_triton(hidden_states.device):
             return super().forward(hidden_states, per_token_scale, **rest)
-        with layer.forgetting(hidden_states, hidden_states.again):
+        with layer.forgetting(hidden_states):
             pair, bias = self.linear_fc1(hidden_states)
         assert bias is None and per_token_scale is None, "no family has a bias on the MLP"
-        active = layer.swiglu(pair)
-        with layer.forgetting(active, lambda: layer.swiglu(pair.detach())):
+        active = layer.made_by(partial(layer.swiglu, pair.detach()), layer.swiglu(pair))
+        with layer.forgetting(active):
             return self.linear_fc2(active)
 
 

@@ -68,8 +68,8 @@ class Listed:
 
     def on_host(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Positions, old and new bits, unsigned."""
-        width = self.old.element_size()
-        return (self.positions.cpu().numpy(), *(bits.cpu().numpy().view(f"<u{width}") for bits in (self.old, self.new)))
+        unsigned = f"<u{self.old.element_size()}"
+        return self.positions.cpu().numpy(), self.old.cpu().numpy().view(unsigned), self.new.cpu().numpy().view(unsigned)
 
 
 class Diff:

@@ -45,16 +45,23 @@ def heads(mixed: Tensor, weights: tuple[Tensor, Tensor] | None, groups: int, siz
     return _Heads.apply(mixed, *(weights or (None, None)), groups, size, turn, eps)
 
 
+def made_by(make: Callable[[], Tensor], tensor: Tensor) -> Tensor:
+    """The tensor, which says how it is made: the same bits again."""
+    tensor.make = make  # type: ignore[attr-defined]
+    return tensor
+
+
 @contextmanager
-def forgetting(tensor: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
-    """Inside, who saves `tensor` for its backward pass keeps nothing, and gets `again()` then, which must give the same bits."""
+def forgetting(tensor: Tensor) -> Iterator[None]:
+    """Inside, who saves for its backward pass what `made_by` returned keeps nothing, and gets it made again then."""
+    make: Callable[[], Tensor] = tensor.make  # type: ignore[attr-defined]
     place, size = tensor.data_ptr(), tensor.numel()  # torch keeps the hooks, and with them what they hold
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
         return saved.shape if saved.data_ptr() == place and saved.numel() == size else saved
 
     def unpack(packed: Tensor | torch.Size) -> Tensor:
-        return packed if isinstance(packed, Tensor) else again().view(packed)
+        return packed if isinstance(packed, Tensor) else make().view(packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

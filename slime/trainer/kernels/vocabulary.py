@@ -110,8 +110,8 @@ def divergence_gradient(
 
     d_logits, count = torch.zeros_like(logits), len(rows)
     if count and real:
-        tensors = (logits, teacher, logits.stride(0), teacher.stride(0), rows, teacher_rows, *(x.contiguous() for x in known))
+        strided = (logits, teacher, logits.stride(0), teacher.stride(0), rows, teacher_rows, *(x.contiguous() for x in known))
         grid = (count, -(-real // (BLOCK // 2)))
         numbers = (d_logits, real, float(temperature))
-        programs.divergence_gradient[grid](*tensors, *numbers, KIND=kind, BETA=beta, BLOCK=BLOCK // 2, num_warps=WARPS)
+        programs.divergence_gradient[grid](*strided, *numbers, KIND=kind, BETA=beta, BLOCK=BLOCK // 2, num_warps=WARPS)
     return d_logits

@@ -109,7 +109,7 @@ def test_divergence(width, real, kind, beta, dtype):
 @pytest.mark.e2e
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="this is that run")
 def test_the_triton_programs_interpreted_on_the_cpu():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, __file__.replace("vocabulary", "layer")]
+    command = [sys.executable, "-m", "pytest", "-v", "-x", __file__, __file__.replace("vocabulary", "layer")]
     found = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
     assert "passed" in found.stdout
