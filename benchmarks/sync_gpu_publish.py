@@ -72,16 +72,15 @@ class Publisher:
             np.add.at(self.sums, self.blocks.tensor[batch], steps.fingerprints())
 
     def write(self) -> None:
-        self.streams = [steps.encode(np.ones(len(batch), bool)) for batch, steps in zip(self.batches, self.steps, strict=True)]
+        every = [np.ones(len(batch), bool) for batch in self.batches]
+        self.streams = [self.blocks.streams(steps, which) for steps, which in zip(self.steps, every, strict=True)]
 
     def pack(self) -> None:
-        from slime.sync import wire
+        self.coded = [streams.pack(self.threads) for streams in self.streams]
 
-        self.coded = []
-        for batch, steps, found in zip(self.batches, self.steps, self.streams, strict=True):
-            places = self.blocks.start[batch] >> 20
-            arguments = (self.blocks.tensor[batch], places, steps.listed.counts, found.streams, found.sizes, found.two_bytes)
-            self.coded.append(wire.packed(*arguments, self.threads))
+    def code(self) -> None:
+        batches, every = self.blocks.batches(self.counts), np.ones(len(self.counts), bool)
+        self.coded, self.sums = self.blocks.code(batches, every, self.keys, self.table, self.threads)
 
     def assemble(self) -> None:
         from slime.sync import wire
@@ -94,7 +93,7 @@ class Publisher:
             self.payloads = [job.result() for job in jobs]
 
     def all(self) -> None:
-        for stage in (self.count, self.find, self.fingerprints, self.write, self.pack, self.assemble):
+        for stage in (self.count, self.code, self.assemble):
             stage()
 
     def acknowledge(self) -> None:
@@ -117,6 +116,8 @@ def run(layers: int, vocab: int) -> int:
     rate = next((rate for card, rate in BANDWIDTH.items() if card in name), None) or copy_rate()
     begun = time.perf_counter()
     publisher.all()
+    for stage in (publisher.find, publisher.write):
+        stage()
     report.facts |= {"device": name, "torch": torch.__version__, "CPU threads": publisher.threads, "GB": nbytes / 1e9}
     report.facts |= {"tensors": len(publisher.spec.tensors), "memories": len(publisher.live), "blocks": len(publisher.counts)}
     report.facts |= {"plan, s": publisher.plan_s, "first time, compilation included, s": time.perf_counter() - begun}
@@ -127,6 +128,7 @@ def run(layers: int, vocab: int) -> int:
         "fingerprints to the host": (publisher.fingerprints, None),
         "write the streams, copy them to the host": (publisher.write, (8 * entries + 2 * raw) / rate + raw / TO_HOST),
         "zstd": (publisher.pack, None),
+        "list, write, zstd, a batch after the other": (publisher.code, None),
         "put the parts together": (publisher.assemble, None),
     }
     for what, (stage, floor) in rates.items():

@@ -3,6 +3,8 @@
 Blocks are numbered here by (dtype, number in the Grid), so that those of one dtype, which a launch can take, are together.
 """
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,7 +17,7 @@ from slime.sync.kernels.diff import Diff, Listed, Stretches
 from slime.sync.kernels.steps import Blocks, Steps
 from slime.sync.records import BLOCK, Changes, ModelSpec
 
-LISTED = 1 << 26  # entries that are listed at a time
+LISTED = 1 << 23  # entries that are listed at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +77,25 @@ class OwnBlocks:
         is_float = self.spec.tensors[self.tensor[batch[0]]].type.exponent is not None
         return Steps(self.diff.entries(batch), Blocks(keys[self.tensor[batch]], self.start[batch], self.length[batch], is_float), table)
 
-    def coded(self, steps: Steps, which: np.ndarray, threads: int) -> wire.Blocks:
-        """Some (bool) of the blocks of a batch, as they travel."""
+    def streams(self, steps: Steps, which: np.ndarray) -> wire.Streams:
+        """Some (bool) of the blocks of a batch, coded."""
         blocks = steps.listed.blocks[which]
         found, changed = steps.encode(which), steps.listed.counts[which]
-        places = self.start[blocks] // BLOCK
-        return wire.packed(self.tensor[blocks], places, changed, found.streams, found.sizes, found.two_bytes, threads)
+        return wire.Streams(self.tensor[blocks], self.start[blocks] // BLOCK, changed, found.streams, found.sizes, found.two_bytes)
+
+    def code(
+        self, batches: Sequence[np.ndarray], coded: np.ndarray, keys: np.ndarray, table: np.ndarray, threads: int
+    ) -> tuple[list[wire.Blocks], np.ndarray]:
+        """Those of the blocks that are to be `coded` (bool [k]), and what all that changed in any of them adds to the fingerprints (uint64
+        [tensors]). While zstd has one batch, on so many threads, the device lists the next."""
+        sums, packed = np.zeros(len(keys), np.uint64), []
+        with ThreadPoolExecutor(1) as packing:
+            for batch in batches:
+                steps = self.steps(batch, keys, table)
+                np.add.at(sums, self.tensor[batch], steps.fingerprints())
+                if coded[batch].any():
+                    packed.append(packing.submit(self.streams(steps, coded[batch]).pack, threads))
+            return [blocks.result() for blocks in packed], sums
 
     def changes(self, blocks: np.ndarray, everything: np.ndarray) -> dict[int, list[Changes]]:
         """By tensor, this rank's share of the blocks (int64 [n], ascending): what changed in them, or all (bool [n]) of their elements."""

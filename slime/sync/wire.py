@@ -89,24 +89,26 @@ class Blocks:
         return out
 
 
-def packed(
-    tensors: np.ndarray,
-    blocks: np.ndarray,
-    changed: np.ndarray,
-    streams: np.ndarray,
-    sizes: np.ndarray,
-    two_bytes: np.ndarray,
-    threads: int,
-) -> Blocks:
-    """Blocks [n] in steps, ascending by (tensor, block), each stream through zstd where that makes it shorter, on so many threads.
-    changed: entries of each; streams: uint8, those of every block in turn; sizes: int64 [n, STREAMS]; two_bytes: bool [n], of its gaps."""
-    flat = sizes.reshape(-1)
-    short = Packer().pack_all(streams, np.cumsum(flat) - flat, flat, threads)
-    rows = np.zeros(len(sizes), ROW)
-    rows["tensor"], rows["block"], rows["changed"] = tensors, blocks, changed
-    rows["method"], rows["gaps"] = np.where(two_bytes, STEPS16, STEPS8), sizes[:, 0]
-    rows["sizes"] = short.sizes.reshape(-1, STREAMS)
-    return Blocks(rows, short.addresses.reshape(-1, STREAMS), short.memory)
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """Blocks in steps, ascending by (tensor, block), none of their streams through zstd yet."""
+
+    tensor: np.ndarray  # int64 [n]
+    block: np.ndarray  # int64 [n]
+    changed: np.ndarray  # int64 [n], entries
+    streams: np.ndarray  # uint8, of every block in turn
+    sizes: np.ndarray  # int64 [n, STREAMS], bytes of each
+    two_bytes: np.ndarray  # bool [n], whether gaps have two
+
+    def pack(self, threads: int) -> Blocks:
+        """As they travel: each stream through zstd where that makes it shorter, on so many threads."""
+        flat = self.sizes.reshape(-1)
+        short = Packer().pack_all(self.streams, np.cumsum(flat) - flat, flat, threads)
+        rows = np.zeros(len(self.sizes), ROW)
+        rows["tensor"], rows["block"], rows["changed"] = self.tensor, self.block, self.changed
+        rows["method"], rows["gaps"] = np.where(self.two_bytes, STEPS16, STEPS8), self.sizes[:, 0]
+        rows["sizes"] = short.sizes.reshape(-1, STREAMS)
+        return Blocks(rows, short.addresses.reshape(-1, STREAMS), short.memory)
 
 
 def encode_part(

@@ -22,7 +22,6 @@ from torch import Tensor
 from slime.sync import fingerprint, wire
 from slime.sync.diff import Grid, Summary
 from slime.sync.kernels.audit import Audit
-from slime.sync.kernels.steps import Steps
 from slime.sync.manifest import root_of
 from slime.sync.own_blocks import OwnBlocks
 from slime.sync.records import Changes, ModelSpec
@@ -31,8 +30,6 @@ from slime.trainer.model import Model
 from slime.trainer.publish_exchange import gather_blocks, gather_changes, gather_tensors
 from slime.trainer.publish_slices import Piece, Stretches, model_spec, own_pieces, runs_of_pieces
 from slime.trainer.state import Trainer
-
-KEPT = 16  # what changed is kept from counting to coding while it is at most 1 element in this many; else it is listed again
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +42,12 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What changed since the snapshot: over all ranks, but for `batches` and `kept`, which are of this rank's blocks."""
+    """Where something changed since the snapshot: over all ranks, but for `batches`, which are of this rank's blocks."""
 
     counts: np.ndarray  # int64 [blocks], elements that changed
     complete: np.ndarray  # bool [blocks], whether a block is listed whole
     coded: np.ndarray  # bool [blocks], whether the one rank that holds a block codes it
-    fingerprints: np.ndarray  # uint64 [tensors], of the new version
     batches: list[np.ndarray]
-    kept: list[Steps | None]  # what changed in each batch; None where that is much
 
 
 @dataclass(slots=True)
@@ -109,7 +104,9 @@ def encode(snapshot: Snapshot, trainer: Trainer, codec: str, part_bytes: int, th
     times = [time.perf_counter()]
     difference = _compare(snapshot, live, codec, device)
     times.append(time.perf_counter())
-    coded = _code(snapshot, difference, threads)
+    mine = difference.coded[snapshot.blocks.number]
+    coded, fingerprints = snapshot.blocks.code(difference.batches, mine, snapshot.keys, snapshot.table, threads)
+    fingerprints = snapshot.fingerprints + _sum_over_ranks(fingerprints, device)
     times.append(time.perf_counter())
     coded = gather_blocks(parts, coded, device)
     times.append(time.perf_counter())
@@ -131,9 +128,9 @@ def encode(snapshot: Snapshot, trainer: Trainer, codec: str, part_bytes: int, th
         encoded += [(number, part.result()) for number, part in waiting]
     encode_s += time.perf_counter() - times[-1]
     snapshot.blocks.diff.forget()
-    snapshot.pending = Pending((trainer.version, trainer.optimizer_steps), difference.fingerprints)
+    snapshot.pending = Pending((trainer.version, trainer.optimizer_steps), fingerprints)
     summary = Summary(
-        tuple(difference.fingerprints.tolist()),
+        tuple(fingerprints.tolist()),
         root_of(snapshot.fingerprints.tolist()),
         tuple(snapshot.grid.by_tensor(difference.counts).tolist()),
         int(difference.complete.sum()),
@@ -153,33 +150,15 @@ def acknowledge(snapshot: Snapshot, trainer: Trainer) -> None:
 
 
 def _compare(snapshot: Snapshot, live: list[Tensor], codec: str, device: torch.device) -> Difference:
-    """What changed, over all ranks."""
+    """How much changed, over all ranks."""
     grid, blocks = snapshot.grid, snapshot.blocks
-    counts, sums = np.zeros(grid.blocks, np.int64), np.zeros(len(snapshot.keys), np.uint64)
+    counts = np.zeros(grid.blocks, np.int64)
     own = blocks.diff.count(live, snapshot.held)
     counts[blocks.number] = own
-    batches, room = blocks.batches(own), int(blocks.held.sum()) // KEPT
-    kept: list[Steps | None] = []
-    for batch in batches:
-        steps = blocks.steps(batch, snapshot.keys, snapshot.table)
-        np.add.at(sums, blocks.tensor[batch], steps.fingerprints())
-        room -= int(own[batch].sum())
-        kept.append(steps if room >= 0 else None)
-    total = _sum_over_ranks(np.concatenate([counts.view(np.uint64), sums]), device)
-    counts = total[: grid.blocks].view(np.int64)
+    counts = _sum_over_ranks(counts.view(np.uint64), device).view(np.int64)
     complete = grid.complete(counts) if codec != "dense" else np.ones(grid.blocks, bool)
     coded = snapshot.whole & ~complete if codec == "steps" else np.zeros(grid.blocks, bool)
-    return Difference(counts, complete, coded, snapshot.fingerprints + total[grid.blocks :], batches, kept)
-
-
-def _code(snapshot: Snapshot, difference: Difference, threads: int) -> list[wire.Blocks]:
-    """The blocks that this rank codes alone."""
-    found, blocks = [], snapshot.blocks
-    for batch, kept in zip(difference.batches, difference.kept, strict=True):
-        which = difference.coded[blocks.number[batch]]
-        if which.any():
-            found.append(blocks.coded(kept or blocks.steps(batch, snapshot.keys, snapshot.table), which, threads))
-    return found
+    return Difference(counts, complete, coded, blocks.batches(own))
 
 
 def _own_parts(

@@ -194,7 +194,8 @@ def test_what_is_written_is_decoded():
     lengths = np.array([BLOCK, 5000, 3000], np.int64)
     blocks = Blocks(np.zeros(3, np.uint64), np.array([0, BLOCK, 0]), lengths, True)
     coded = Steps(compared.entries(np.arange(3)), blocks, TABLE).encode(np.ones(3, bool))
-    packed = wire.packed(np.array([0, 0, 1]), np.array([0, 1, 0]), counts, coded.streams, coded.sizes, coded.two_bytes, 2)
+    streams = wire.Streams(np.array([0, 0, 1]), np.array([0, 1, 0]), counts, coded.streams, coded.sizes, coded.two_bytes)
+    packed = streams.pack(threads=2)
     payload = wire.lay_out(spec, range(2), [packed]).join()
     olds = [old[: BLOCK + 5000], old[BLOCK + 5000 :]]
     after = [side.copy() for side in olds]

@@ -89,11 +89,7 @@ def test_what_is_coded_alone_and_the_changes_of_the_rest_are_a_part() -> None:
     live = stepped(held, 50)
     counts = own.diff.count(live, held)
     old, new = tensors(held), tensors(live)
-    sums, coded = np.zeros(4, np.uint64), []
-    for batch in own.batches(counts):
-        steps = own.steps(batch, KEYS, TABLE)
-        np.add.at(sums, own.tensor[batch], steps.fingerprints())
-        coded.append(own.coded(steps, own.whole[batch], 2))
+    coded, sums = own.code(own.batches(counts), own.whole, KEYS, TABLE, threads=2)
     rest = np.flatnonzero(~own.whole)
     shares = own.changes(rest, np.zeros(len(rest), bool))
     changes = [share for tensor in sorted(shares) for share in shares[tensor]]
