@@ -17,7 +17,7 @@ from slime.sync.kernels.diff import Diff, Listed, Stretches
 from slime.sync.kernels.steps import Blocks, Steps
 from slime.sync.records import BLOCK, Changes, ModelSpec
 
-LISTED = 1 << 23  # entries that are listed at a time
+LISTED = 1 << 26  # entries that are listed at a time; every call of zstd's threads costs some 10 ms beside its work
 
 
 @dataclass(frozen=True, slots=True)
