@@ -1,12 +1,14 @@
 """The weight channel on a GPU: its kernels alone, and a publication into a running SGLang.
 
     python -m benchmarks.sync_gpu kernels [--sweep]     one GPU with 30 GB; torch, numpy, triton, gcc
+    python -m benchmarks.sync_gpu publish               one GPU with 40 GB; torch, numpy, triton, zstandard, gcc; 30 GB of memory
     python -m benchmarks.sync_gpu engine                one GPU with 60 GB, SGLang beside it, 40 GB of disk and 60 of memory; 8 minutes
 
 `kernels`: Qwen3-4B's weights as SGLang holds them (398 Hugging Face tensors in 290 parameters, 8.04 GB of bf16), random bits. The audit
 reads all of it; 1.2 % of every tensor, at random places, is read and overwritten. Beside each figure stands what its memory traffic would
 take alone. Results are compared bit for bit with torch's indexing and, tensor by tensor, with the fingerprint in C. Times are of the call
-from the host, wait included; `device` is the GPU's own, where queued calls hide the host. `engine`: see benchmarks/sync_gpu_engine.py.
+from the host, wait included; `device` is the GPU's own, where queued calls hide the host. `publish`, `engine`: see
+benchmarks/sync_gpu_publish.py and sync_gpu_engine.py.
 
 Prints a table and writes JSON to $OUT, or else to benchmarks/results. Exit code 1 where a bar fails or bits differ.
 """
@@ -84,7 +86,7 @@ class Report:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kernels", "engine"))
+    parser.add_argument("what", choices=("kernels", "publish", "engine"))
     parser.add_argument("--sweep", action="store_true", help="time the audit for other divisions of its work too")
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--vocab", type=int, default=VOCAB)
@@ -95,6 +97,10 @@ def main() -> int:
         from benchmarks import sync_gpu_engine
 
         return sync_gpu_engine.run(args.folder, args.layers, args.vocab)
+    if args.what == "publish":
+        from benchmarks import sync_gpu_publish
+
+        return sync_gpu_publish.run(args.layers, args.vocab)
     return kernels(args.layers, args.vocab, args.sweep)
 
 

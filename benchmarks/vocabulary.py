@@ -31,8 +31,9 @@ from torch import Tensor
 from benchmarks.checkpoint_save import forget_peak, memory
 from slime.algorithms.distillation import divergence, with_tail
 from slime.trainer.full_divergence import full_divergence
+from slime.trainer.kernels.vocabulary_chunks import CHUNK_ELEMENTS
 from slime.trainer.known_logprobs import known_logprobs
-from slime.trainer.logprobs import CHUNK_ELEMENTS, token_logprobs
+from slime.trainer.logprobs import token_logprobs
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS = {"cpu": 2048, "cuda": 8192}

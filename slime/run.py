@@ -22,6 +22,7 @@ from slime.checkpoint.state import DriverState, write_state
 from slime.cluster import deadline
 from slime.cluster.deadline import STEP_KNOB
 from slime.cluster.signals import StopSignal
+from slime.cluster.tenancy import ENGINES, TRAINER, Tenancy
 from slime.config import SlimeConfig
 from slime.config.exits import GateStopped, NotFinite, SavedRunAgain
 from slime.data.ledger import Ledger
@@ -70,6 +71,7 @@ class Run:
     origin: Origin  # code and data, for checkpoints
     begins_from: Path | None = None  # the checkpoint of another run
     fleet: EngineFleet | None = None
+    tenancy: Tenancy = field(default_factory=Tenancy)  # of devices that ranks and engines have in turn
     restored_batch: Pending[RolloutResult] | None = None
     in_flight: Pending[RolloutResult] | None = None  # the rollout under way, until it is joined
     published: int = -1  # the version that engines hold
@@ -115,7 +117,7 @@ class Run:
         with self.tracer.span("publish", version=number):
             if self.fleet is not None:
                 self._take_in(self.fleet)
-            self._sync |= self._published(number)
+            self._sync |= self._published(number) | self.tenancy.have(ENGINES)
             self._record_changes()
             self._tend()
             self.rollout.expect(WeightVersion(self.version.epoch, number, self.version.run_id))
@@ -169,6 +171,7 @@ class Run:
 
     def update(self, batch: RolloutResult) -> dict[str, float]:
         """Train on a batch; returns the update's metrics. Raises NotFinite, with the batch kept for run.replay."""
+        self._sync |= self.tenancy.have(TRAINER)
         with self.console.bar(f"update {self.step + 1}", None):
             try:
                 probe = self._probe(batch)
@@ -311,7 +314,7 @@ class Run:
             said = f"update {step}: trainer and engine log-probs differ by {drift:.3g} on average, above {limit}"
             raise GateStopped(f"{said}. {self._keep_stopped(step - 1, batch, said)}")
         if not drift <= observe.mismatch_warn:
-            limit = f"observe.mismatch_warn={observe.mismatch_warn:g}"
+            limit = f"a tenth of observe.mismatch_stop={observe.mismatch_stop:g}"
             log.warning("update %d: trainer and engine log-probs differ by %.3g on average, above %s", step, drift, limit)
 
     def _keep_stopped(self, step: int, batch: RolloutResult, reason: str) -> str:
@@ -329,6 +332,7 @@ class Run:
     def commit(self, step: int, batch: RolloutResult | None) -> None:
         """Begin to write iter_<step>: shards, ledger, the finished batch if there is one. Whole or not at all. Returns once the ranks hold
         what they write, which a later look at `saver` finds durable."""
+        self._sync |= self.tenancy.have(TRAINER)
         begun = time.time()
         version = WeightVersion(self.version.epoch, step, self.version.run_id)
         state = DriverState(step, version, self.ledger.to_dict(), self.trackers.ids(), self.resolved, self.wall_s, self.origin)
@@ -364,6 +368,7 @@ class Run:
             return
         if self._save_begun != self.step:
             self.commit(self.step, None)
+        self.tenancy.have(TRAINER)
         self.trainer.export_hf(self.directory / "hf")
         self._wait_for_save()
 

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -16,14 +16,18 @@ from slime.checkpoint import batch as batch_file
 from slime.checkpoint.origin import Origin, origin_of
 from slime.checkpoint.restore import Restored
 from slime.checkpoint.saver import Saver
+from slime.cluster.gpus import device_bytes
 from slime.cluster.placement import RolePlacement, place
 from slime.cluster.preflight import check_resources, check_run_dir
 from slime.cluster.session import Cluster, connect
 from slime.cluster.signals import StopSignal
+from slime.cluster.tenancy import ENGINES, TRAINER, Tenancy
 from slime.config import SlimeConfig
 from slime.config.checks import check_device
 from slime.config.exits import GateStopped, SavedRunAgain
-from slime.config.roles import TEACHER, generates, needed_roles, needs_rollouts, served_teachers
+from slime.config.plan import plan
+from slime.config.plan_share import with_fraction
+from slime.config.roles import TEACHER, generates, needed_roles, needs_rollouts, served_teachers, shares, swaps
 from slime.data.ledger import Ledger
 from slime.data.source import PromptSource, eval_prompts
 from slime.data.teachers import check_vocabulary, same_vocabulary, teacher_of
@@ -54,6 +58,8 @@ from slime.trainer.group import TrainerGroup
 from slime.types import RolloutSummary, WeightVersion
 
 log = logging.getLogger(__name__)
+
+RANKS, FLEET = "ranks", "fleet"  # what starts
 
 
 @contextmanager
@@ -226,9 +232,10 @@ def build(
     placements = place(cfg, cluster)
     check_run_dir(placements, directory)
     parts = start_parts(cfg, directory, version, placements, stack)
-    channel = Channel(cfg.sync, parts.trainer, parts.fleet, version, directory / "weights")
+    tenancy = Tenancy({TRAINER: parts.trainer, ENGINES: parts.fleet} if swaps(cfg) and parts.trainer and parts.fleet else {})
+    channel = Channel(cfg.sync, parts.trainer, parts.fleet, version, directory / "weights", away=bool(tenancy.tenants))
     stack.callback(channel.close)
-    version = replace(version, epoch=channel.open())
+    version = replace(version, epoch=channel.open(between=lambda: tenancy.have(TRAINER)))
     take_epoch(directory, version)  # a store may know of later ones
     ledger, restored_batch, wall_s = Ledger(), None, 0.0
     metrics, account = MetricsLog(directory / "metrics.jsonl"), AccountLog(directory / LEDGER)
@@ -269,6 +276,7 @@ def build(
         origin=origin,
         begins_from=restored.path if restored is not None and not own else None,
         fleet=parts.fleet,
+        tenancy=tenancy,
         restored_batch=restored_batch,
         saved=version.number if own else -1,
         wall_before_s=wall_s,
@@ -285,31 +293,44 @@ def read_batch(restored: Restored) -> Pending[RolloutResult] | None:
 
 
 def start_parts(cfg: SlimeConfig, directory: Path, version: WeightVersion, placements: dict[str, RolePlacement], stack: ExitStack) -> Parts:
-    """Start ranks, engines and the rollout manager side by side. Raises what any of them raises; the others are ended."""
-    serves = generates(cfg)
+    """Start ranks, engines and the rollout manager side by side. Raises what any of them raises; the others are ended.
+
+    On shared devices one starts after the other. SGLang takes a fraction of the memory that it finds free: with cluster.share=split it
+    comes first; with swap the ranks do, and have given their memory away when it comes.
+    """
+    serves, share = generates(cfg), cfg.cluster.share if shares(cfg) else "none"
+    of_engines = divided(cfg, placements) if share != "none" else cfg
 
     def start_trainer() -> TrainerGroup | None:
+        if share == "split":
+            starting[FLEET].result()
         return TrainerGroup.start(cfg, placements["actor"], placements.get("critic")) if "actor" in placements else None
 
     def start_fleet() -> EngineFleet | None:
-        return EngineFleet.start(cfg, placements.get("rollout"), directory, version.run_id) if serves else None
+        if share == "swap" and (trainer := starting[RANKS].result()) is not None:
+            trainer.leave()
+        return EngineFleet.start(of_engines, placements.get("rollout"), directory, version.run_id) if serves else None
 
     def start_teacher(role: str) -> EngineFleet:
         return teacher_fleet.start_teacher(cfg, role.removeprefix(TEACHER), placements[role], directory, version.run_id)
 
+    starting: dict[str, Future[Any]] = {}
     teaching = [role for role in placements if role.startswith(TEACHER)]
     rollout = Rollout.launch(cfg, directory) if serves else None
     if rollout is not None:
         stack.callback(rollout.stop)
     with ThreadPoolExecutor(2 + len(teaching)) as pool:
-        starting = (pool.submit(start_trainer), pool.submit(start_fleet))
+        first, second = (FLEET, RANKS) if share == "split" else (RANKS, FLEET)
+        starts: dict[str, Callable[[], Any]] = {RANKS: start_trainer, FLEET: start_fleet}
+        starting[first] = pool.submit(starts[first])
+        starting[second] = pool.submit(starts[second])
         teachers = {role.removeprefix(TEACHER): pool.submit(start_teacher, role) for role in teaching}
         written = None if serves else pool.submit(written_batches, cfg)
-    futures: list[Future[Any]] = [*starting, *teachers.values()]
+    futures: list[Future[Any]] = [*starting.values(), *teachers.values()]
     for future in futures:
         if future.exception() is None and (started := future.result()) is not None:
             stack.callback(started.stop)
-    trainer, fleet = starting[0].result(), starting[1].result()
+    trainer, fleet = starting[RANKS].result(), starting[FLEET].result()
     if written is not None:
         return Parts(trainer, fleet, written.result())
     assert fleet is not None and rollout is not None
@@ -317,6 +338,15 @@ def start_parts(cfg: SlimeConfig, directory: Path, version: WeightVersion, place
     servers = teacher_fleet.endpoints(cfg, {name: future.result() for name, future in teachers.items()})
     rollout.connect(fleet.endpoints(), model.vocab_size, model.routing if cfg.rollout.replay_experts else None, servers)
     return Parts(trainer, fleet, rollout)
+
+
+def divided(cfg: SlimeConfig, placements: dict[str, RolePlacement]) -> SlimeConfig:
+    """The recipe with the part of a shared GPU that engines take stated. Raises ConfigError where a rank and an engine do not fit, naming
+    the knob, PreflightError where a GPU's memory is not known."""
+    shared = plan(cfg).shared
+    if placements["rollout"].device == "cpu" or shared is None:
+        return cfg
+    return with_fraction(cfg, shared.fit(device_bytes(placements["rollout"])))
 
 
 def written_batches(cfg: SlimeConfig) -> BatchSource:

@@ -11,6 +11,7 @@ from slime import train
 from slime.checkpoint.origin import Origin
 from slime.checkpoint.saver import Saver
 from slime.cluster.signals import StopSignal
+from slime.cluster.tenancy import ENGINES, TRAINER, Tenancy, Turn
 from slime.config import DataConfig, EvalSet, RolloutConfig, RunConfig, SlimeConfig
 from slime.config.exits import GateStopped, NotFinite, SavedRunAgain
 from slime.data.ledger import Ledger
@@ -225,6 +226,51 @@ def test_sync_publishes_what_it_has_just_trained(tmp_path: Path):
         *("update", "publish 2", "rollout 2", "evaluate 2"),
         *("update", "publish 3", "evaluate 3"),
     ]
+
+
+@dataclass
+class Guest:
+    """A tenant of shared devices, who says when it moves."""
+
+    name: str
+    events: list[str]
+
+    def leave(self) -> None:
+        self.events.append(f"{self.name} leaves")
+
+    def enter(self) -> None:
+        self.events.append(f"{self.name} enters")
+
+
+def swapping(tmp_path: Path, world: World, **knobs: int) -> Run:
+    """A run whose trainer has the memory of the shared devices, as after its start."""
+    run = make_run(tmp_path, world, **knobs)
+    run.tenancy = Tenancy({name: Guest(name, world.events) for name in (TRAINER, ENGINES)}, Turn(TRAINER))
+    return run
+
+
+def test_trainer_and_engines_have_the_memory_in_turn(tmp_path: Path):
+    """Weights are published while the trainer has it, before the engines; nothing is generated or evaluated before they have it."""
+    world = World()
+    train.train(swapping(tmp_path, world, eval_every=2))
+    there, back = ("trainer leaves", "engines enters"), ("engines leaves", "trainer enters")
+    assert world.events == [
+        *("publish 0", *there, "evaluate 0", "rollout 0"),
+        *(*back, "update", "publish 1", *there, "rollout 1"),
+        *(*back, "update", "publish 2", *there, "rollout 2", "evaluate 2"),
+        *(*back, "update", "publish 3", *there, "evaluate 3"),
+    ]
+    lines = read(tmp_path / "metrics.jsonl")
+    assert all({f"time/{move}_s" for move in ("release", "reload", "offload", "restore")} <= line.keys() for line in lines[1:])
+
+
+def test_a_stop_takes_the_memory_from_engines_that_generate(tmp_path: Path):
+    world = World()
+    run = swapping(tmp_path, world)
+    world.on_wait = lambda step: setattr(run.signal, "received", "SIGTERM" if step == 1 else None)
+    with pytest.raises(SavedRunAgain, match="stopped by SIGTERM before update 2; saved at step 1"):
+        train.train(run)
+    assert world.events[-4:] == ["rollout 1", "engines leaves", "trainer enters", "save"]
 
 
 def test_the_trainer_is_given_what_is_finished_while_a_rollout_is_waited_for(tmp_path: Path):

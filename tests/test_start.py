@@ -56,14 +56,14 @@ def test_the_epoch_that_a_store_gives_is_taken_too(tmp_path: Path, monkeypatch: 
     """Before anything is published: the channel is open, and no more."""
     before: list[Any] = []
 
-    def open_channel() -> int:
+    def open_channel(**_: Any) -> int:
         before.append(json.loads((tmp_path / EPOCH).read_text())["epoch"])
         return 7
 
     for name in ("check_device", "check_resources", "place", "check_run_dir"):
         monkeypatch.setattr(start, name, lambda *_: None)
     monkeypatch.setattr(start, "start_parts", lambda *_: start.Parts(None, None, SimpleNamespace()))
-    monkeypatch.setattr(start, "Channel", lambda *_: SimpleNamespace(open=open_channel, close=lambda: None))
+    monkeypatch.setattr(start, "Channel", lambda *_, **__: SimpleNamespace(open=open_channel, close=lambda: None))
     cluster: Any = SimpleNamespace(device="cpu")
     signal: Any = SimpleNamespace()
     with ExitStack() as stack:

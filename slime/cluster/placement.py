@@ -1,4 +1,8 @@
-"""Where the processes of a role may run: one placement group a device pool, one bundle a device."""
+"""Where the processes of a role may run: one placement group a device pool, one bundle a device.
+
+Roles that share devices (cluster.share) have one pool: bundle i is one device, with the CPUs of both roles beside it, and a process of each
+reserves half of its GPU. Ray gives the parts of one bundle's GPU from the same physical one.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,27 +14,29 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from slime.cluster.session import Cluster
 from slime.config import SlimeConfig
 from slime.config.exits import PreflightError
-from slime.config.roles import RoleNeed, role_needs
+from slime.config.roles import Pool, pools
 
 
 @dataclass(frozen=True)
 class RolePlacement:
-    """The devices of one role: bundle `bundles[i]` of `group` holds device i, with `cpus` CPUs beside it."""
+    """The devices of one role: bundle `bundles[i]` of `group` holds device i. A process of the role reserves `cpus` CPUs and `gpus` GPUs of
+    it."""
 
     role: str
     group: PlacementGroup
     bundles: list[int]
     device: Literal["cpu", "cuda"]
     cpus: float
+    gpus: float = 1.0  # on CUDA
 
     def strategy(self, index: int) -> PlacementGroupSchedulingStrategy:
         """Scheduling strategy of an actor that runs on device `index` of the role."""
         return PlacementGroupSchedulingStrategy(self.group, self.bundles[index], placement_group_capture_child_tasks=False)
 
 
-def bundle(need: RoleNeed, device: str) -> dict[str, float]:
-    """Ray resources of one device of a role."""
-    return {"CPU": need.cpus} | ({"GPU": 1.0} if device == "cuda" else {})
+def bundle(pool: Pool, device: str) -> dict[str, float]:
+    """Ray resources of one device of a pool."""
+    return {"CPU": pool.cpus} | ({"GPU": 1.0} if device == "cuda" else {})
 
 
 def place(cfg: SlimeConfig, cluster: Cluster) -> dict[str, RolePlacement]:
@@ -39,18 +45,20 @@ def place(cfg: SlimeConfig, cluster: Cluster) -> dict[str, RolePlacement]:
     Raises PreflightError if a role is not placed within cluster.start_timeout_s; it says what was free.
     """
     placed = {}
-    for role, need in role_needs(cfg).items():
-        asked = bundle(need, cluster.device)
+    for pool in pools(cfg):
+        asked = bundle(pool, cluster.device)
         free = ray.available_resources()
-        group = placement_group([asked] * need.devices, strategy="PACK")
+        group = placement_group([asked] * pool.devices, strategy="PACK")
         if not group.wait(cfg.cluster.start_timeout_s):
             remove_placement_group(group)
+            lower = " and ".join(f"cluster.roles.{need.role}.devices" for need in pool.needs)
             raise PreflightError(
-                f"role {role} asks for {need.devices} x {_resources(asked)} and the cluster had {_resources(free)} free; "
-                f"not placed after {cfg.cluster.start_timeout_s:g} s (cluster.start_timeout_s): end what else runs there or "
-                f"lower cluster.roles.{role}.devices"
+                f"role {pool.name} asks for {pool.devices} x {_resources(asked)} and the cluster had {_resources(free)} free; "
+                f"not placed after {cfg.cluster.start_timeout_s:g} s (cluster.start_timeout_s): end what else runs there or lower {lower}"
             )
-        placed[role] = RolePlacement(role, group, list(range(need.devices)), cluster.device, need.cpus)
+        bundles = list(range(pool.devices))
+        for need in pool.needs:
+            placed[need.role] = RolePlacement(need.role, group, bundles, cluster.device, need.cpus, 1 / len(pool.needs))
     return placed
 
 

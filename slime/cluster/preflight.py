@@ -13,7 +13,7 @@ from slime.cluster.placement import RolePlacement
 from slime.cluster.session import Cluster
 from slime.config import SlimeConfig
 from slime.config.exits import PreflightError
-from slime.config.roles import role_needs, tensor_parallel
+from slime.config.roles import pools, role_needs, tensor_parallel
 
 VISIBLE_S = 8.0  # for a file to show on another host: network file systems cache
 CPU_KNOB = dict.fromkeys(("actor", "critic"), "cluster.cpus_per_rank")  # of those that are ranks
@@ -25,11 +25,18 @@ def check_resources(cfg: SlimeConfig, cluster: Cluster) -> None:
     needs = role_needs(cfg)
     has = ray.cluster_resources()
     hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    widest = max((host.get("CPU", 0) for host in hosts), default=0)
     for role, need in needs.items():
-        widest, knob = max((host.get("CPU", 0) for host in hosts), default=0), CPU_KNOB.get(role, ENGINE_CPU_KNOB)
+        knob = CPU_KNOB.get(role, ENGINE_CPU_KNOB)
         if need.cpus > widest:
             raise PreflightError(
                 f"{knob}={need.cpus:g}: no host of the cluster has that many CPUs (the largest has {widest:g}); lower {knob}"
+            )
+    for pool in pools(cfg):
+        if pool.cpus > widest:
+            raise PreflightError(
+                f"cluster.share={cfg.cluster.share}: a device of {pool.name} needs {pool.cpus:g} CPUs on its host (cluster.cpus_per_rank + "
+                f"cluster.cpus_per_engine) and the largest has {widest:g}; lower one of them"
             )
     asked = " + ".join(f"{role} {need.devices} x {need.cpus:g}" for role, need in needs.items())
     cpus = sum(need.devices * need.cpus for need in needs.values())
@@ -44,9 +51,9 @@ def check_resources(cfg: SlimeConfig, cluster: Cluster) -> None:
 
 def _check_gpus(cfg: SlimeConfig, total: float, widest: float) -> None:
     needs = role_needs(cfg)
-    gpus = sum(need.devices for need in needs.values())
+    gpus = sum(pool.devices for pool in pools(cfg))
     if gpus > total:
-        asked = " + ".join(f"{role} {need.devices}" for role, need in needs.items())
+        asked = " + ".join(f"{' and '.join(need.role for need in pool.needs)} {pool.devices}" for pool in pools(cfg))
         raise PreflightError(
             f"the recipe asks for {gpus} GPUs ({asked}) and the cluster has {total:g}: lower cluster.roles.<role>.devices, "
             "set cluster.device=cpu, or join a larger cluster (cluster.address)"

@@ -38,8 +38,8 @@ FREE = {
     **_names("reward", "timeout_s workers max_error_frac"),
     **_names("trainer", "tensor_parallel pipeline_parallel context_parallel expert_parallel max_tokens_per_rank"),
     **_names("sync", "mode codec transport snapshot url pause on_mismatch bucket_mb anchor_every keep key_env timeout_s"),
-    **_names("cluster", "device address roles cpus_per_rank cpus_per_engine object_store_mb start_timeout_s step_timeout_s"),
-    **_names("observe", "wandb tensorboard examples mismatch_warn mismatch_stop"),
+    **_names("cluster", "device address roles share cpus_per_rank cpus_per_engine object_store_mb start_timeout_s step_timeout_s"),
+    **_names("observe", "wandb tensorboard examples mismatch_stop"),
 }
 PROMPTS = {
     **_names("run", "seed"),

@@ -34,15 +34,6 @@ def check_combinations(cfg: SlimeConfig) -> None:
     _evaluation(cfg)
     _cluster(cfg)
     check_sync(cfg)
-    _observe(cfg)
-
-
-def _observe(cfg: SlimeConfig) -> None:
-    if cfg.observe.mismatch_stop and cfg.observe.mismatch_warn > cfg.observe.mismatch_stop:
-        raise ConfigError(
-            f"observe.mismatch_warn={cfg.observe.mismatch_warn:g} is above "
-            f"observe.mismatch_stop={cfg.observe.mismatch_stop:g}, so it never warns: lower it"
-        )
 
 
 def _inert(setting: str, because: str, mend: str) -> ConfigError:

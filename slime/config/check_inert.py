@@ -24,7 +24,7 @@ SERVING = tuple(
 GENERATING = tuple(f"rollout.{knob}" for knob in ("mode", "top_p", "stop", "generate", "filter", "select", "oversample"))
 OF_BATCHES = ("rollout.mask_truncated", "rollout.dump")
 EVALUATING = ("data.eval", "run.eval_every")
-MISMATCH = ("observe.mismatch_warn", "observe.mismatch_stop")  # compares a trainer with an engine
+MISMATCH = ("observe.mismatch_stop",)  # compares a trainer with an engine
 
 INERT = {
     "demonstrations": (

@@ -12,6 +12,7 @@ FROM_KNOBS = {  # SGLang's argument -> the knob that slime sets it from, see sli
     "random_seed": "run.seed",
     "quantization": "rollout.quantization",
     "enable_return_routed_experts": "rollout.replay_experts",
+    "enable_memory_saver": "cluster.share",
 }
 
 

@@ -15,8 +15,10 @@ from slime.config.check_files import check_files
 from slime.config.check_fp8 import FP8_ON_GPU, check_fp8
 from slime.config.check_functions import check_functions
 from slime.config.check_serving import check_serving
+from slime.config.check_share import SWAP_ON_GPU, check_share
 from slime.config.check_sizes import check_sizes
 from slime.config.exits import ConfigError, PreflightError
+from slime.config.roles import swaps
 from slime.config.tree import figure, nearest
 
 SIGNS = {
@@ -33,6 +35,7 @@ def check(cfg: SlimeConfig) -> None:
     check_functions(cfg)
     check_combinations(cfg)
     check_sizes(cfg)
+    check_share(cfg)
     check_serving(cfg)
     check_files(cfg)
     check_fp8(cfg)
@@ -44,6 +47,8 @@ def check_device(cfg: SlimeConfig, device: Literal["cpu", "cuda"]) -> None:
         raise PreflightError(f"run.deterministic=true with cluster.device={cfg.cluster.device}, which is cuda here: {CPU_ONLY}")
     if cfg.rollout.quantization == "fp8" and device == "cpu":
         raise PreflightError(f"rollout.quantization=fp8 with cluster.device={cfg.cluster.device}, which is cpu here: {FP8_ON_GPU}")
+    if swaps(cfg) and device == "cpu":
+        raise PreflightError(f"cluster.share=swap with cluster.device={cfg.cluster.device}, which is cpu here: {SWAP_ON_GPU}")
 
 
 def check_values(group: Any, prefix: str = "") -> None:

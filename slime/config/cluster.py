@@ -19,6 +19,8 @@ class ClusterConfig:
     """Ray cluster to join; by default RAY_ADDRESS, the surrounding Ray job, or a local one started for the run."""
     roles: dict[str, RoleConfig] = field(default_factory=lambda: {"actor": RoleConfig(), "rollout": RoleConfig()})
     """Devices by role: actor, rollout; critic, the actor's ranks unless named; teacher/<name> serves a teacher, with rollout's options."""
+    share: str = choice("none", "split", "swap")
+    """Do ranks and engines sit on the same devices? split divides their memory, swap gives all of it to one at a time."""
     cpus_per_rank: float = number(1.0, above=0)
     """Ray CPUs that one trainer rank reserves; on CPU also its thread count, rounded down."""
     cpus_per_engine: float = number(1.0, above=0)

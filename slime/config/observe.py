@@ -1,5 +1,6 @@
 """observe: what is shown, where, and what raises an alarm."""
 
+import math
 from dataclasses import dataclass
 
 from slime.config.fields import choice, number
@@ -13,7 +14,10 @@ class ObserveConfig:
     """Write TensorBoard events into the run's directory."""
     examples: int = number(8, low=0)
     """Samples a step that are kept for the report."""
-    mismatch_warn: float = number(0.05, low=0)
-    """Warn when trainer and engine log-probs differ by more than this on average (mismatch/logprob_abs_diff)."""
     mismatch_stop: float = number(0.5, low=0)
-    """Stop the run when they differ by more than this; 0 never stops."""
+    """Stop the run when trainer and engine log-probs differ by more than this on average, warn from a tenth of it on; 0 does neither."""
+
+    @property
+    def mismatch_warn(self) -> float:
+        """Above which mean difference of log-probs a run warns; infinite where it does not."""
+        return self.mismatch_stop / 10 if self.mismatch_stop else math.inf

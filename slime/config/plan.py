@@ -1,4 +1,5 @@
-"""What a recipe will occupy, by arithmetic alone: devices by role, the batch, memory of a rank and of an engine (`plan_memory`)."""
+"""What a recipe will occupy, by arithmetic alone: devices by role, the batch, memory of a rank and of an engine (`plan_memory`), and of
+both on one device (`plan_share`)."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,7 +11,8 @@ from slime.config.exits import ConfigError
 from slime.config.of_critic import of_critic
 from slime.config.parallel import parallel_sizes
 from slime.config.plan_memory import Beside, EngineMemory, Model, RankMemory, count_parameters, engine_memory, longest, rank_memory
-from slime.config.roles import RoleNeed, generates, held_teachers, role_needs, samples_per_prompt, uses_critic, uses_reference
+from slime.config.plan_share import SharePlan, share_plan
+from slime.config.roles import RoleNeed, generates, held_teachers, role_needs, samples_per_prompt, shares, uses_critic, uses_reference
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,25 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The resource plan of a recipe. `memory` is None where a model is still on the hub."""
+    """The resource plan of a recipe. `memory` is None where a model is still on the hub, `shared` also where no devices are shared, or they
+    are of a CPU."""
 
     roles: dict[str, RoleNeed]
     batch: BatchPlan
     memory: MemoryPlan | None
+    shared: SharePlan | None
 
 
 def plan(cfg: SlimeConfig) -> Plan:
     """The plan of a checked recipe; reads the model's config.json and the headers of its safetensors."""
     roles = role_needs(cfg)
     batch = batch_plan(cfg, roles)
-    return Plan(roles, batch, memory_plan(cfg, roles, batch))
+    memory = memory_plan(cfg, roles, batch)
+    shared = None
+    if shares(cfg) and cfg.cluster.device != "cpu" and memory is not None:
+        assert memory.rank is not None and memory.engine is not None, "both are needed"
+        shared = share_plan(cfg, memory.rank, memory.engine)
+    return Plan(roles, batch, memory, shared)
 
 
 def batch_plan(cfg: SlimeConfig, roles: dict[str, RoleNeed]) -> BatchPlan:

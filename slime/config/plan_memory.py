@@ -48,7 +48,7 @@ from slime.config.parallel import ParallelSizes, parallel_sizes, stage_layers
 
 BYTES = {"bf16": 2, "fp32": 4}
 ADAM_BYTES = {"bf16": 12, "fp32": 8}
-CHUNK_ELEMENTS = 1 << 24  # of slime.trainer.logprobs
+CHUNK_ELEMENTS = 1 << 24  # of slime.trainer.kernels.vocabulary_chunks
 CHUNKS = 3  # arrays of a chunk alive at once in its backward pass, as large as fp32: two for the arithmetic, one that is read or written
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"

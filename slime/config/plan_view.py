@@ -4,10 +4,12 @@ from rich.console import Console
 from rich.table import Table
 
 from slime.config import SlimeConfig
+from slime.config.check_share import FRACTION
 from slime.config.parallel import ParallelSizes, parallel_sizes
 from slime.config.plan import BatchPlan, MemoryPlan, Plan
 from slime.config.plan_memory import RankMemory
-from slime.config.roles import tensor_parallel
+from slime.config.plan_share import SharePlan
+from slime.config.roles import pools, tensor_parallel
 
 
 def show(cfg: SlimeConfig, plan: Plan, console: Console) -> None:
@@ -19,6 +21,8 @@ def show(cfg: SlimeConfig, plan: Plan, console: Console) -> None:
     else:
         title = f"memory of one device, estimated ({plan.memory.parameters:,} parameters, {cfg.model.dtype})"
         _print(console, title, _memory(plan.memory, cfg.trainer.pipeline_parallel))
+    if plan.shared is not None:
+        _print(console, f"a device of actor and rollout (cluster.share={plan.shared.share})", _shared(plan.shared))
 
 
 def _print(console: Console, title: str, table: Table) -> None:
@@ -54,8 +58,10 @@ def _roles(cfg: SlimeConfig, plan: Plan) -> Table:
             _, width = tensor_parallel(cfg, role)
             made_of[role] = f"{need.devices // width} engines x {width} tensor-parallel"
     table = _table("role", "devices", "CPUs a device", "made of")
-    for need in plan.roles.values():
-        table.add_row(need.role, str(need.devices), f"{need.cpus:g}", made_of[need.role])
+    for pool in pools(cfg):
+        for place, need in enumerate(pool.needs):
+            devices = str(need.devices) if place == 0 else f"{need.devices}, those of {pool.needs[0].role}"
+            table.add_row(need.role, devices, f"{need.cpus:g}", made_of[need.role])
     if "rollout" not in plan.roles:
         where = f"{len(cfg.rollout.external_urls)} servers that run already" if cfg.rollout.external_urls else "none needed"
         table.add_row("rollout", "0", "", where)
@@ -81,6 +87,17 @@ def _batch(batch: BatchPlan) -> Table:
         table.add_row("optimizer steps", f"{update.optimizer_steps} of {update.samples} samples")
         share = f"{update.samples_per_rank} samples, {update.tokens_per_rank} tokens at full length, {update.micro_batches} micro-batches"
         table.add_row("a rank in one of them", f"about {share}")
+    return table
+
+
+def _shared(shared: SharePlan) -> Table:
+    """Raises ConfigError for a fraction that fits on no device."""
+    table = _table()
+    table.add_row("rank", f"{size(shared.rank)}, {'beside the engine' if shared.share == 'split' else 'by turns with the engine'}")
+    table.add_row("engine: weights and KV cache of the longest request", size(shared.engine))
+    stated = "chosen when the device is known" if shared.fraction is None else f"{shared.fraction:g} of the device"
+    table.add_row("engine: " + FRACTION, stated)
+    table.add_row("device: at least", size(shared.least()))
     return table
 
 

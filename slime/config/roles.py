@@ -13,11 +13,11 @@ TEACHER = "teacher/"  # begins the name of a role
 
 @dataclass(frozen=True)
 class RoleNeed:
-    """What one role asks for: `devices` bundles of `cpus` CPUs each, and a GPU each on CUDA."""
+    """What one role asks for: `devices` devices with `cpus` CPUs each. Where roles share devices, see `Pool`."""
 
     role: str
     devices: int
-    cpus: float  # of one bundle
+    cpus: float  # beside one device
 
 
 def needs_rollouts(algorithm: AlgorithmConfig) -> bool:
@@ -115,6 +115,45 @@ def needed_roles(cfg: SlimeConfig) -> tuple[str, ...]:
         **dict.fromkeys(own, answers),
     }
     return tuple(role for role, is_needed in needed.items() if is_needed)
+
+
+def shares(cfg: SlimeConfig) -> bool:
+    """Whether this run puts the actor's ranks and slime's engines on the same devices, as cluster.share asks where it has both."""
+    return cfg.cluster.share != "none" and {"actor", "rollout"} <= set(needed_roles(cfg))
+
+
+def swaps(cfg: SlimeConfig) -> bool:
+    """Whether they have the memory of those devices in turn."""
+    return cfg.cluster.share == "swap" and shares(cfg)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Devices that are reserved together: those of one role, or of two that share them. Each is one bundle."""
+
+    needs: tuple[RoleNeed, ...]  # of as many devices each
+
+    @property
+    def name(self) -> str:
+        """Its roles."""
+        return " + ".join(need.role for need in self.needs)
+
+    @property
+    def devices(self) -> int:
+        return self.needs[0].devices
+
+    @property
+    def cpus(self) -> float:
+        """Of one bundle."""
+        return sum(need.cpus for need in self.needs)
+
+
+def pools(cfg: SlimeConfig) -> list[Pool]:
+    """The pools of every needed role, in the roles' order; the actor's comes first."""
+    needs = role_needs(cfg)
+    together = ("actor", "rollout") if shares(cfg) else ()
+    shared = [Pool(tuple(needs[role] for role in together))] if together else []
+    return shared + [Pool((need,)) for role, need in needs.items() if role not in together]
 
 
 def role_needs(cfg: SlimeConfig) -> dict[str, RoleNeed]:

@@ -9,7 +9,6 @@ megatron-core names CUDA in about 25 places of the training path. `install()` an
     the MoE dispatcher's device-to-host stream               nothing to copy
     gathers of unequal parts between tensor-parallel         gloo has none: gathered padded; summed whole, then cut
     ranks that share experts, and their reduce-scatters
-    torch.compile of small helpers                           off: no compiler is needed
 
 Where the CPU has no bf16 instructions, bf16 matrix products are computed in fp32 and rounded, which is what their emulation
 yields, and about ten times as fast.
@@ -25,7 +24,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -40,7 +38,6 @@ def install() -> None:
     assert not torch.cuda.is_available(), "hide the CUDA devices (CUDA_VISIBLE_DEVICES) of a rank that computes on the CPU"
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *_: None
-    torch._dynamo.config.disable = True
     _stay_in_scope_backward()
     _use_cpu_rng()
     _use_host_splits_in_moe()

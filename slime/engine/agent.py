@@ -13,10 +13,11 @@ import ray
 
 from slime.config import SlimeConfig
 from slime.config.exits import PreflightError
-from slime.engine import arguments, settings
+from slime.engine import arguments, settings, swapping
 from slime.engine.control import Control
 from slime.engine.endpoint import Endpoint
 from slime.engine.errors import EngineError, EngineLost, NotStarted
+from slime.engine.fraction import beside_rank
 from slime.engine.health import Trouble, Turn
 from slime.engine.live import LiveEngine
 from slime.engine.ports import free_ports
@@ -184,6 +185,16 @@ class EngineActor:
         self._labelled = label
         self._tending.proven(self._names())
 
+    # --- memory: see swapping.py ----------------------------------------------------------------------------------
+
+    async def leave(self, timeout_s: float) -> None:
+        """No engine of this host has memory of its devices when this returns, nor will before `enter`."""
+        await swapping.leave(self._tending, timeout_s, self._cfg.rollout.health_timeout_s)
+
+    async def enter(self, timeout_s: float) -> None:
+        """Engines have their memory, and hold the host's version, proven; those that do not are started anew."""
+        await swapping.enter(self._tending, timeout_s)
+
     # --- health: see tending.py -----------------------------------------------------------------------------------
 
     async def health(self, since: int, wait_s: float) -> tuple[int, list[Turn]]:
@@ -195,7 +206,7 @@ class EngineActor:
         self._tending.report(troubles)
 
     async def _start_anew(self, spec: ServerSpec) -> LiveEngine:
-        engine = self._live(spec)
+        engine = self._live(await asyncio.to_thread(beside_rank, self._cfg, spec))
         await self._ready(engine)
         return engine
 

@@ -1,4 +1,4 @@
-"""The control calls of one SGLang server: pause, update, flush, continue, version. Each is sent once and never again."""
+"""The control calls of one SGLang server: pause, update, flush, continue, version, memory. Each is sent once and never again."""
 
 import json
 from typing import Any
@@ -77,6 +77,15 @@ class Control:
         custom weight loader that takes them."""
         body = {"serialized_named_tensors": payloads, "flush_cache": flush, "weight_version": label, "load_format": loader}
         await self._call("POST", "/update_weights_from_tensor", body, timeout_s)
+
+    async def release(self, timeout_s: float) -> None:
+        """Give up the memory of weights, KV cache and CUDA graphs, with nothing running (else its scheduler ends); cached prefixes are
+        dropped. Does nothing in a server without --enable-memory-saver."""
+        await self._call("POST", "/release_memory_occupation", {}, timeout_s)
+
+    async def take_back(self, timeout_s: float) -> None:
+        """Have the memory again, with whatever lies in it. Only after `release`: else its scheduler ends."""
+        await self._call("POST", "/resume_memory_occupation", {}, timeout_s)
 
     async def relabel(self, label: str) -> None:
         """Call the weights that it holds `label`."""

@@ -27,6 +27,7 @@ from slime.sync.records import ModelSpec
 log = logging.getLogger(__name__)
 
 SYNC_KNOB, START_KNOB = "sync.timeout_s", "rollout.start_timeout_s"
+MOVES = 3  # times sync.timeout_s: longer than an agent takes to let its engines leave their devices, or come back
 GRACE_S = 30.0  # beyond an agent's own deadline, which explains more
 STOP_S = 20.0
 ASK_S = 60.0
@@ -171,6 +172,20 @@ class EngineFleet:
     def _names(self, number: int) -> str:
         return ", ".join(name for name, agent in self._hosts.items() if agent is self._agents[number])
 
+    # --- memory: cluster.tenancy.Tenant -----------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """Every engine gives up the memory of its devices, or is killed. Raises what `tend` raises."""
+        timeout_s, what = self._cfg.sync.timeout_s, "every engine to give up its memory"
+        self._all(lambda agent: agent.leave.remote(timeout_s), MOVES * timeout_s + 2 * GRACE_S, what)
+
+    def enter(self) -> None:
+        """Engines take their memory back and prove the committed weights. One is healthy when this returns; others may still be started
+        anew. Raises what `wait_for_engines` raises."""
+        timeout_s, what = self._cfg.sync.timeout_s, "every engine to take its memory back"
+        self._all(lambda agent: agent.enter.remote(timeout_s), MOVES * timeout_s + 2 * GRACE_S, what)
+        self.wait_for_engines(self._cfg.rollout.start_timeout_s + timeout_s)
+
     # --- weights: sync.protocol.Receivers -----------------------------------------------------------------------------
 
     def adopt(self, spec: ModelSpec, run: Adoption, timeout_s: float) -> None:
@@ -301,7 +316,7 @@ def _gpus(placement: RolePlacement, positions: list[int]) -> list[int]:
     if placement.device == "cpu":
         return []
     ask = ray.remote(ray.get_gpu_ids)
-    refs = [ask.options(num_cpus=0, num_gpus=1, scheduling_strategy=placement.strategy(p)).remote() for p in positions]
+    refs = [ask.options(num_cpus=0, num_gpus=placement.gpus, scheduling_strategy=placement.strategy(p)).remote() for p in positions]
     return [int(ids[0]) for ids in deadline.get(refs, 60.0, "the rollout devices to name their GPUs", "cluster.start_timeout_s")]
 
 

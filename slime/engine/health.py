@@ -5,7 +5,7 @@ each engine and does what its state asks for (see tending.py); the driver and th
     SUSPECT     a probe was not answered, or the client lost it: no new requests; the next answer clears it
     DEAD        its process ended, it has not answered for rollout.health_timeout_s, or its answers are late or none
     RESTARTING  a new process comes up (of servers that slime started)
-    STALE       it answers; its weights are not the committed ones, or not proven
+    STALE       it answers; its weights are not the committed ones, not proven, or its memory is released (see tenancy.py)
     RETIRED     it was brought back more than rollout.max_restarts times without a version published in between, or cannot be followed
 
                  HEALTHY     SUSPECT     DEAD                     RESTARTING  STALE
@@ -15,6 +15,7 @@ each engine and does what its state asks for (see tending.py); the driver and th
     ended        DEAD        DEAD        -                        DEAD        DEAD
     reported     see report  see report  -                        -           -
     stale        STALE       STALE       -                        -           -
+    released     STALE       STALE       -                        -           -
     restarting   -           -           RESTARTING, if slime's   -           -
     up           -           -           -                        STALE       -
     caught_up    -           -           -                        -           HEALTHY
@@ -139,6 +140,11 @@ class Health:
         """It holds other weights than the committed ones, or nobody knows."""
         if self.state in (State.HEALTHY, State.SUSPECT):
             self._again(State.STALE, reason)
+
+    def released(self) -> None:
+        """It has been asked to give up its memory: no failure, which does not count."""
+        if self.state in (State.HEALTHY, State.SUSPECT):
+            self._go(State.STALE, "its memory is released")
 
     def restarting(self) -> None:
         """A new process is started."""

@@ -55,6 +55,7 @@ class LiveEngine:
         self.proof: Proof | None = None
         self.state: Receiver | None = None
         self.lost = ""  # why an update has given it up
+        self.released = False  # it has given up its memory, and has not been loaded since
         self._links: list[RankClient] = []
         self._control = Control(endpoint, session)
 
@@ -74,6 +75,22 @@ class LiveEngine:
         """What it held is gone."""
         if self.state is not None:
             self.state.died()
+
+    async def release(self, timeout_s: float) -> None:
+        """Give up the memory of everything that was learned, whatever goes on: it stays paused and holds nothing. Its map stays right,
+        since addresses stay. Waits until nothing runs; to be called with a deadline."""
+        await self.halt()
+        while not await self._control.try_flush():  # where it still works, `release` would end its scheduler
+            await asyncio.sleep(IDLE_POLL_S)
+        self.released = True
+        if self.state is not None:
+            self.state.released()
+        await self._control.release(timeout_s)
+
+    async def take_back(self, timeout_s: float) -> None:
+        """Have the memory again, paused; what lies in it is nobody's weights."""
+        assert self.released, "nothing was given up"
+        await self._control.take_back(timeout_s)
 
     # --- the map ----------------------------------------------------------------------------------------------------
 

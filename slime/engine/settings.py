@@ -22,6 +22,7 @@ from slime.config import SlimeConfig
 from slime.config.check_files import model_config
 from slime.config.check_serving import longest_answers
 from slime.config.plan_memory import kv_bytes_per_token
+from slime.config.roles import swaps
 from slime.cpu import serving
 from slime.engine.arguments import cache_dir
 from slime.engine.fp8_model import fp8_model_dir
@@ -69,6 +70,8 @@ def server_arguments(cfg: SlimeConfig, device: Device) -> dict[str, Any]:
         chosen["enable_return_routed_experts"] = True
     if cfg.rollout.quantization == "fp8":
         chosen |= {"model_path": str(fp8_model_dir(Path(cfg.model.path))), "load_format": "dummy", "quantization": "fp8"}
+    if swaps(cfg) and device == "cuda":
+        chosen["enable_memory_saver"] = True
     if device == "cpu":
         chosen |= serving.arguments(cfg.run.deterministic) | cpu_pool(cfg)
     chosen |= cfg.rollout.sglang

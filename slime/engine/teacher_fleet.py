@@ -55,7 +55,8 @@ def serving(cfg: SlimeConfig, name: str) -> SlimeConfig:
         quantization="none",
         replay_experts=False,
     )
-    return replace(cfg, model=model, rollout=rollout, data=replace(cfg.data, eval={}))
+    cluster = replace(cfg.cluster, share="none")  # its devices are its own
+    return replace(cfg, model=model, rollout=rollout, cluster=cluster, data=replace(cfg.data, eval={}))
 
 
 def endpoints(cfg: SlimeConfig, own: Mapping[str, EngineFleet]) -> dict[str, list[Endpoint]]:

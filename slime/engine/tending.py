@@ -4,20 +4,25 @@ An engine is looked at every WATCH_S: whether its process lives, and now and the
 alone says little). While an update works on it, the update's own deadlines hold and no probe counts. A DEAD server of slime's is killed
 with its whole process group, which works on stopped processes too, and started anew at its old address; a STALE engine is brought to the
 committed weights, proven. A server of the user's is probed, but never killed: it is DEAD until it answers again, then STALE.
+
+While the devices are the trainer's (tenancy.py, swapping.py), nothing is started and nothing is loaded.
 """
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from slime.config import RolloutConfig
+from slime.config.exits import PreflightError
 from slime.engine.errors import EngineError
 from slime.engine.health import Health, State, Trouble, Turn
 from slime.engine.live import LiveEngine
 from slime.engine.ports import is_free
 from slime.engine.server import ServerSpec
+from slime.engine.tenancy import Tenancy
 from slime.sync.inserver_client import RankError
 from slime.sync.states import Fenced, Refused
 
@@ -39,13 +44,15 @@ class Tended:
         self.updates = 0  # that work on it now
         self.probe_s = 0.0  # time.monotonic() of the next probe
         self.nudge = asyncio.Event()  # something has changed
+        self.starting: asyncio.Task[LiveEngine] | None = None  # its new process
 
 
 class Tending:
     """See the module. `start` makes a new server at the address of one that ended and waits until it answers."""
 
-    def __init__(self, cfg: RolloutConfig, bring: Bring, start: Callable[[ServerSpec], Awaitable[LiveEngine]]) -> None:
+    def __init__(self, cfg: RolloutConfig, bring: Bring, start: Callable[[ServerSpec], Coroutine[Any, Any, LiveEngine]]) -> None:
         self._cfg, self._bring, self._start = cfg, bring, start
+        self.tenancy = Tenancy()
         self._tended: dict[str, Tended] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._turns: list[Turn] = []
@@ -62,6 +69,16 @@ class Tending:
         cfg = self._cfg
         health = Health(name, time.monotonic(), cfg.health_timeout_s, cfg.max_restarts, ours, self._turned)
         self._tended[name] = Tended(engine, health)
+        self.tenancy.add(name)
+
+    def of(self, name: str) -> Tended:
+        """The engine of this name, as it is now."""
+        return self._tended[name]
+
+    def nudge(self) -> None:
+        """Look at all of them now."""
+        for one in self._tended.values():
+            one.nudge.set()
 
     def proven(self, names: Iterable[str]) -> None:
         """These hold the committed weights; they are looked after from here on."""
@@ -142,11 +159,12 @@ class Tending:
                 case State.RETIRED:
                     if server is not None:
                         await asyncio.to_thread(server.stop)
+                    self.tenancy.ended(one.health.name)
                     return
                 case State.DEAD if server is not None:
                     await self._restart(one, server.spec)
-                case State.STALE:
-                    await self._catch_up(one)
+                case State.STALE if self.tenancy.resident(one.health.name):
+                    await self.catch_up(one)
                 case _:
                     await self._look(one)
             with contextlib.suppress(TimeoutError):
@@ -173,9 +191,12 @@ class Tending:
                 health.missed(now, missed)
 
     async def _restart(self, one: Tended, spec: ServerSpec) -> None:
-        """Kill what is left of it, and start it anew at its address."""
+        """Kill what is left of it, and start it anew at its address, where and when the devices are the engines'."""
         assert one.engine.server is not None
         await asyncio.to_thread(one.engine.server.stop)
+        self.tenancy.ended(one.health.name)
+        if not self.tenancy.ours:
+            return
         one.health.restarting()
         if one.health.state is not State.RESTARTING:
             return
@@ -185,13 +206,35 @@ class Tending:
         while not is_free(*spec.address) and time.monotonic() < give_up_s:
             await asyncio.sleep(WATCH_S)
         try:
-            one.engine = await self._start(spec)
-        except (EngineError, TimeoutError, OSError, ValueError) as error:
+            one.engine = await self._started(one, spec)
+        except (EngineError, PreflightError, TimeoutError, OSError, ValueError) as error:
+            self.tenancy.ended(one.health.name)
             one.health.failed(f"it did not start anew: {error}")
         else:
+            self.tenancy.started(one.health.name)
             one.health.up(time.monotonic())
 
-    async def _catch_up(self, one: Tended) -> None:
+    async def _started(self, one: Tended, spec: ServerSpec) -> LiveEngine:
+        """A new process that answers. Raises EngineError where the devices are the trainer's, or become so meanwhile: it is ended then."""
+        if not self.tenancy.may_start(one.health.name):
+            raise EngineError("the trainer has its devices")
+        one.starting = asyncio.create_task(self._start(spec))
+        try:
+            made = await one.starting
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # this task is to end, and not the start alone
+                raise
+            raise EngineError("the trainer took its devices") from None
+        finally:
+            one.starting = None
+        if not self.tenancy.ours:  # it had just answered
+            assert made.server is not None
+            await asyncio.to_thread(made.server.stop)
+            raise EngineError("the trainer took its devices")
+        return made
+
+    async def catch_up(self, one: Tended) -> None:
         """Bring it to the committed weights, proven."""
         try:
             with self.at_work([one.health.name]):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from slime.cluster.shared_folder import SharedFolder
 from slime.config import SlimeConfig
+from slime.config.roles import swaps
 from slime.engine.actions import MIB, Actions, wrong
 from slime.engine.errors import EngineError, EngineLost
 from slime.engine.host_copy import HostCopy
@@ -127,13 +128,14 @@ class HostWeights:
             yield
 
     async def _take_in(self, engine: LiveEngine) -> None:
-        """Nothing is answered between the first look at its weights and their proof, nor with prefixes of weights from before."""
+        """Nothing is answered between the first look at its weights and their proof, nor with prefixes of weights from before. The map of
+        one that was released is known: what had no source then, and is not loaded either, must be as it was."""
         copy, timeout_s = self.copy, self._cfg.sync.timeout_s
         engine.facts.check_pause(self._cfg.sync.pause, engine.endpoint.sglang, engine.endpoint.name)
         await engine.halt()
         try:
-            reason = await self._learn(engine)
-            whole = bool(reason) or copy.label != self._base
+            reason = "" if engine.released else await self._learn(engine)
+            whole = bool(reason) or engine.released or copy.label != self._base
             if not whole and engine.server is None:
                 await engine.flush()
         except BaseException:
@@ -150,7 +152,9 @@ class HostWeights:
                 self.warnings.append(f"{name} is loaded whole: {reason}")
             written = await engine.load_whole(self.served.buckets(self._cfg.sync.bucket_mb * MIB), copy.label, timeout_s)
             if left := wrong(engine, written, self.served.engine.fingerprints):
-                raise ValueError(f"{name} does not hold {copy.label} after it was loaded whole: {left}; it stays paused")
+                said = f"{name} does not hold {copy.label} after it was loaded whole: {left}; it stays paused"
+                raise EngineError(said) if engine.released else ValueError(said)  # something was not restored: another process has it all
+            engine.released = False
         assert engine.state is not None
         engine.state.adopted(Held(WeightVersion.parse(copy.label), root_of(copy.fingerprints)))
         await engine.resume()
@@ -170,6 +174,8 @@ class HostWeights:
                 raise ValueError(f"{error}: {mend}") from error
             if self.served.converts or self._cfg.sync.mode == "delta" or isinstance(error, EngineLost):
                 raise
+            if swaps(self._cfg):
+                raise ValueError(f"{error}; with cluster.share=swap every engine is proven: set cluster.share to split or none") from error
             self.warnings.append(f"{name}: its weights are not proven, only labelled: {error}")
             engine.forget(copy.spec, self._run.run_id)
             return ""

@@ -74,7 +74,7 @@ TRAINER_AND_ENGINE = (
             ("mismatch/logprob_abs_diff_without_replay", "mean without replay"),
         ),
         log=True,
-        limit="mismatch_warn",
+        limit="mismatch_stop",
         note="same tokens, same weights",
     ),
     Curve("KL(engine, trainer)", (("mismatch/kl", "k3 estimate"),), log=True, note="same tokens, same weights"),

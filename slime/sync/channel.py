@@ -5,7 +5,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,14 +52,17 @@ class Channel:
         receivers: Receivers | None,
         version: WeightVersion,
         weights_dir: Path = Path("weights"),
+        away: bool = False,
     ) -> None:
         """`version` gives run id and epoch. Without receivers nothing is published; without a publisher engines keep what they loaded.
-        `weights_dir` is the default of sync.url."""
+        `weights_dir` is the default of sync.url. `away`: engines have no memory when a version is published (cluster.share=swap). It goes
+        to their hosts, which bring them to it, proven, when they come back; see protocol.py."""
         self._cfg = cfg
         self._publisher = publisher
         self._receivers = receivers
         self._run = version
-        self._held: WeightVersion | None = None  # that every engine is proven to hold
+        self._away = away
+        self._held: WeightVersion | None = None  # that every engine is proven to hold, or will be before it comes back
         self._broken = ""  # why nobody knows any more what engines hold
         lasting = os.environ[cfg.key_env].encode() if cfg.key_env else None
         self._key = lasting or secrets.token_bytes(KEY_BYTES)
@@ -74,17 +77,19 @@ class Channel:
         """Names and elements of what travels."""
         return [(tensor.name, tensor.size) for tensor in self._spec.tensors] if self._spec else []
 
-    def open(self) -> int:
+    def open(self, between: Callable[[], object] = lambda: None) -> int:
         """Take what trainer and engines loaded from the model directory as the common base, before the trainer loads a checkpoint; the
-        epoch to publish in. Raises what `publish` raises, and ValueError for an engine that cannot be followed."""
+        epoch to publish in. `between` is called when the engines have done their part and before the trainer does its own. Raises what
+        `publish` raises, and ValueError for an engine that cannot be followed."""
         if self._publisher is None or self._receivers is None:
             return self._run.epoch
         self._run = replace(self._run, epoch=self._transport.claim(self._run.epoch))
         with self._tracer.span("adopt"):
             self._spec = self._publisher.spec()
+            self._receivers.adopt(self._spec, Adoption(self._run.run_id, self._key, self._url), self._cfg.timeout_s)
+            between()
             if self._cfg.mode == "delta":
                 self._publisher.take_base(self._run.run_id)
-            self._receivers.adopt(self._spec, Adoption(self._run.run_id, self._key, self._url), self._cfg.timeout_s)
         return self._run.epoch
 
     def publish(self, number: int) -> dict[str, float]:
@@ -132,7 +137,11 @@ class Channel:
             self._let_go(version, receivers)
             raise
         self._broken = f"{version.label} was interrupted"
-        metrics |= self._commit(version, publisher, receivers, clock)
+        if self._away:
+            self._acknowledge(version, publisher, receivers)
+            self._broken = ""
+        else:
+            metrics |= self._commit(version, publisher, receivers, clock)
         return {**metrics, "time/sync_s": time.perf_counter() - begun}
 
     def _let_go(self, version: WeightVersion, receivers: Receivers) -> None:
@@ -240,7 +249,7 @@ class Channel:
         return publication.failed(action, failed)
 
     def _acknowledge(self, version: WeightVersion, publisher: Publisher, receivers: Receivers) -> None:
-        """Every engine that is left has proven it: the trainer's snapshot and the host copies become the version."""
+        """Every engine that is left has proven it, or none is there: the trainer's snapshot and the host copies become the version."""
         if self._cfg.mode == "delta":
             publisher.acknowledge(version)
         receivers.advance(version.label, self._cfg.timeout_s)

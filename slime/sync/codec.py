@@ -16,7 +16,9 @@ Streams, in the order of a row's sizes. A stream as long as its declared raw len
     exponent  head and gap codes, value codes (never zstd)           dense     planes
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import zstandard
@@ -51,6 +53,25 @@ class Packer:
         packed = self._pack.compress(raw.data if raw.dtype == np.uint8 else raw.view(np.uint8).data)
         return packed if len(packed) < raw.nbytes else raw.tobytes()
 
+    def pack_all(self, raw: np.ndarray, begins: np.ndarray, sizes: np.ndarray, threads: int) -> "Scattered":
+        """`pack` of many streams at once, on so many threads: those at begins (int64 [n]) of raw (uint8), sizes (int64 [n]) bytes each."""
+        worth = np.flatnonzero(sizes >= WORTH_BYTES)
+        addresses, lengths = raw.ctypes.data + begins.astype(np.uint64), sizes.copy()
+        if not len(worth):
+            return Scattered(addresses, lengths, (raw,))
+        segments = np.stack([begins[worth], sizes[worth]], axis=1).astype("<u8")
+        packed: Any = self._pack.multi_compress_to_buffer(zstandard.BufferWithSegments(raw.data, segments.tobytes()), threads=threads)
+        shorter = np.fromiter(map(len, packed), np.int64, len(packed))
+        ends = np.append(0, np.cumsum(shorter))
+        firsts = _firsts(packed, ends)
+        bases = np.array([np.frombuffer(packed[i], np.uint8).ctypes.data for i in firsts], np.uint64)
+        of = np.repeat(np.arange(len(firsts)), np.diff([*firsts, len(packed)]))
+        there = bases[of] + (ends[:-1] - ends[firsts][of]).astype(np.uint64)
+        gains = shorter < sizes[worth]
+        addresses[worth] = np.where(gains, there, addresses[worth])
+        lengths[worth] = np.where(gains, shorter, lengths[worth])
+        return Scattered(addresses, lengths, (raw, packed))
+
     def unpack(self, packed: memoryview, size: int) -> np.ndarray:
         """The uint8 [size] that `pack` had. Raises NativeError when they are not in there; never allocates more than size."""
         if len(packed) == size:
@@ -65,6 +86,27 @@ class Packer:
         if len(raw) != size:
             raise NativeError(f"a stream that ends after {len(raw)} of {size} bytes")
         return np.frombuffer(raw, np.uint8)
+
+
+def _firsts(packed: Any, ends: np.ndarray) -> list[int]:
+    """Frames with which a memory begins. Those of one lie one after the other; asking each of them where it lies takes longer than zstd."""
+    firsts = [0]
+
+    def elsewhere(frame: int) -> bool:
+        return packed[frame].offset != ends[frame] - ends[firsts[-1]]
+
+    while (first := bisect_left(range(len(packed)), True, lo=firsts[-1], key=elsewhere)) < len(packed):
+        firsts.append(first)
+    return firsts
+
+
+@dataclass(frozen=True, slots=True)
+class Scattered:
+    """Bytes in this process's memory, many pieces, which `memory` keeps alive."""
+
+    addresses: np.ndarray  # uint64 [n]
+    sizes: np.ndarray  # int64 [n]
+    memory: tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@
 #define AVX2 __attribute__((target("avx2,bmi,popcnt")))
 #endif
 
-enum { VERSION = 3, BAD_POSITIONS = -1, BAD_VALUES = -2, BAD_STREAM = -3, NO_ROOM = -4, BAD_ARGUMENT = -5 };
+enum { VERSION = 4, BAD_POSITIONS = -1, BAD_VALUES = -2, BAD_STREAM = -3, NO_ROOM = -4, BAD_ARGUMENT = -5 };
 
 API int64_t slime_version(void) { return VERSION; }
 
@@ -156,6 +156,61 @@ API int64_t slime_diff(const uint8_t *a, const uint8_t *b, uint64_t n, int width
     (void)level;
 #endif
     BY_WIDTH(width, return (int64_t)diff_from(0, 0, a, b, n, base, out, W));
+}
+
+// ---- spans: many stretches of two memories, compared at once; kernels/diff.py says what for ----
+
+typedef struct {
+    uint64_t old, live;  // addresses of `count` elements each
+    uint64_t first;  // position of the first one in its block
+    uint64_t count;
+    uint64_t at;  // where its first entry goes; read by slime_spans_list alone
+} Span;
+
+enum { SPAN_CHUNK = 4096 };
+
+API int64_t slime_spans_count(const Span *spans, uint64_t n, int width, int64_t *counts) {
+    int64_t found[SPAN_CHUNK];
+    if (width != 1 && width != 2 && width != 4 && width != 8) return BAD_ARGUMENT;
+    for (uint64_t s = 0; s < n; s++) {
+        const uint8_t *old = (const uint8_t *)(uintptr_t)spans[s].old, *live = (const uint8_t *)(uintptr_t)spans[s].live;
+        counts[s] = 0;
+        for (uint64_t i = 0; i < spans[s].count; i += SPAN_CHUNK) {
+            uint64_t some = spans[s].count - i < SPAN_CHUNK ? spans[s].count - i : SPAN_CHUNK;
+            counts[s] += slime_diff(old + i * (uint64_t)width, live + i * (uint64_t)width, some, width, 0, found, 0);
+        }
+    }
+    return 0;
+}
+
+// positions, old, new [room]: what changed, or with `everything` all elements, of each span from its `at` on.
+API int64_t slime_spans_list(const Span *spans, uint64_t n, int width, int everything, int32_t *positions, uint8_t *old, uint8_t *new, uint64_t room) {
+    int64_t found[SPAN_CHUNK];
+    if (width != 1 && width != 2 && width != 4 && width != 8) return BAD_ARGUMENT;
+    for (uint64_t s = 0; s < n; s++) {
+        const uint8_t *before = (const uint8_t *)(uintptr_t)spans[s].old, *after = (const uint8_t *)(uintptr_t)spans[s].live;
+        uint64_t at = spans[s].at;
+        for (uint64_t i = 0; i < spans[s].count; i += SPAN_CHUNK) {
+            uint64_t some = spans[s].count - i < SPAN_CHUNK ? spans[s].count - i : SPAN_CHUNK, k = some;
+            const uint8_t *a = before + i * (uint64_t)width, *b = after + i * (uint64_t)width;
+            if (everything)
+                for (uint64_t e = 0; e < some; e++) found[e] = (int64_t)e;
+            else
+                k = (uint64_t)slime_diff(a, b, some, width, 0, found, 0);
+            if (at > room || k > room - at) return NO_ROOM;
+            for (uint64_t e = 0; e < k; e++, at++) {
+                positions[at] = (int32_t)(spans[s].first + i + (uint64_t)found[e]);
+                store(old, at, load(a, (uint64_t)found[e], width), width);
+                store(new, at, load(b, (uint64_t)found[e], width), width);
+            }
+        }
+    }
+    return 0;
+}
+
+// `n` stretches of memory, one after the other.
+API void slime_collect(const uint64_t *addresses, const uint64_t *sizes, uint64_t n, uint8_t *out) {
+    for (uint64_t i = 0; i < n; out += sizes[i++]) memcpy(out, (const void *)(uintptr_t)addresses[i], sizes[i]);
 }
 
 // ---- steps: gaps between changed positions, and steps in units in the last place ----

@@ -13,18 +13,36 @@ import numpy as np
 
 from slime.layout import Block
 
-VERSION = 3  # of native.c: what its functions take and mean
+VERSION = 4  # of native.c: what its functions take and mean
 HEAD_BYTES = 26  # of an exponent-coded block
 CLASSES = 16
 WHY = {-1: "positions", -2: "values", -3: "a bit stream", -4: "room", -5: "arguments"}  # what a loop found wrong
 ANSWERS = (  # with a count, or a number of WHY
-    *("diff", "steps_encode", "gaps_decode", "steps_decode", "exponent_encode", "exponent_decode", "over_runs", "move", "project", "runs"),
+    *(
+        "diff",
+        "spans_count",
+        "spans_list",
+        "steps_encode",
+        "gaps_decode",
+        "steps_decode",
+        "exponent_encode",
+        "exponent_decode",
+        "over_runs",
+    ),
+    *("move", "project", "runs"),
 )
 # Words of live memory in a row: size is the bytes of a word (1 or 2), start the index of the first word in its tensor.
 RUN = np.dtype([("address", "<u8"), ("start", "<u8"), ("words", "<u8"), ("key", "<u8"), ("out", "<u4"), ("size", "<u4")])
 # Entries [first, first + count) of the staged bits belong to the live memory at `address`: run = 0 at its elements index[at:at + count],
 # run = 1 in a row.
 SEGMENT = np.dtype([("address", "<u8"), ("first", "<u8"), ("count", "<u8"), ("at", "<u8"), ("width", "<u4"), ("run", "<u4")])
+
+# Elements of two live memories that are compared: `first` is the position of the first in its block, `at` where its first entry goes.
+SPAN = np.dtype([("old", "<u8"), ("live", "<u8"), ("first", "<u8"), ("count", "<u8"), ("at", "<u8")])
+
+# As in C: bytes that nobody else has seen yet may be written.
+_new_bytes = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t)(("PyBytes_FromStringAndSize", ctypes.pythonapi))
+_address_of_bytes = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object)(("PyBytes_AsString", ctypes.pythonapi))
 
 
 class NativeError(ValueError):
@@ -80,6 +98,36 @@ def diff(old: np.ndarray, new: np.ndarray, base: int = 0, level: int = 0) -> np.
         check(count)
         found.append(scratch[:count].copy())
     return np.concatenate(found) if found else np.empty(0, np.int64)
+
+
+def spans_count(spans: np.ndarray, width: int) -> np.ndarray:
+    """int64 [spans]: how many elements of each SPAN differ. The addresses must be readable."""
+    counts, spans = np.empty(len(spans), np.int64), records(spans, SPAN)
+    check(library().slime_spans_count(at(spans), u64(len(spans)), width, at(counts)))
+    return counts
+
+
+def spans_list(spans: np.ndarray, everything: bool, positions: np.ndarray, old: np.ndarray, new: np.ndarray) -> None:
+    """Fill positions (int32), old and new [n] with what differs in each SPAN, or with all of it, from its `at` on. Raises NativeError where
+    there is no room."""
+    assert positions.dtype == np.int32 and old.dtype == new.dtype and len(positions) == len(old) == len(new)
+    out, spans = (at(positions), at(old), at(new), u64(len(positions))), records(spans, SPAN)
+    check(library().slime_spans_list(at(spans), u64(len(spans)), old.itemsize, int(everything), *out))
+
+
+def collect(addresses: np.ndarray, sizes: np.ndarray, out: np.ndarray) -> None:
+    """Fill out (uint8 [sum of sizes]) with stretches of memory, one after the other. addresses and sizes are uint64 [n]; all of it must be
+    readable."""
+    assert addresses.dtype == sizes.dtype == np.uint64 and len(addresses) == len(sizes) and int(sizes.sum()) == len(out) == out.nbytes
+    library().slime_collect(at(addresses), at(sizes), u64(len(sizes)), at(out))
+
+
+def joined(addresses: np.ndarray, sizes: np.ndarray) -> bytes:
+    """What `collect` fills, in new memory that is written once, by a loop that other threads need not wait for."""
+    assert addresses.dtype == sizes.dtype == np.uint64 and len(addresses) == len(sizes)
+    whole = _new_bytes(None, int(sizes.sum()))
+    library().slime_collect(at(addresses), at(sizes), u64(len(sizes)), ctypes.c_void_p(_address_of_bytes(whole)))
+    return whole
 
 
 def steps_encode(

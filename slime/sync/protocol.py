@@ -2,10 +2,10 @@
 
     channel (driver)        publisher (trainer ranks)     receivers (host agents)                each SGLang rank (inserver.py)
     open()
-      take_base()     ----> keep the model directory's
-                            bits as snapshot
       adopt()         ------------------------------->    read the model directory, ask     ---> learn where each HF element lives,
                                                           for a proof; load it anew if not       hash everything that lives
+      take_base()     ----> keep the model directory's
+                            bits as snapshot
     publish(number)
       delta()         ----> diff, exchange, encode
       offer()         ------------------------------->    verify, decode, project
@@ -19,6 +19,9 @@ failure in PREPARE leaves every engine as it was, one in COMMIT is undone on eve
 engine that cannot be brought back is fenced: it stays paused and gets no requests. The trainer's snapshot moves only after every engine has
 proven the version, so what failed is simply diffed again. An engine that dies on the way leaves the quorum, and the others go on; its host
 agent starts it anew and brings it to the host copy, but not before the publication has ended (ACKNOWLEDGE, or give_up()).
+
+With cluster.share=swap no engine has memory when a version is published: after `offer`, in which every host proves that what it decoded is
+the trainer's, ACKNOWLEDGE follows at once. An engine that comes back is loaded whole from the host copy and proven; then it gets requests.
 
 With sync.mode=full the agents are offered all tensors, and COMMIT is a load through stock SGLang's own update, with the same proof.
 """

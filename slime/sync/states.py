@@ -3,7 +3,7 @@
     Stale --adopted--> Holds v --stage w--> Staged v,w --write w--> Written v,w --proof--> (proven) --accept--> Holds w
                          ^  <----------drop----------|                  |
                          |  <-----------------------undo----------------|
-    any --died, fence--> Fenced --reload--> Stale
+    any --died, fence--> Fenced --reload--> Stale <--released-- any
 
 It generates in Holds and Staged, with weights that were proven, and in no other state. `publication.py` says which event is due.
 """
@@ -192,6 +192,10 @@ class Receiver:
     def reload(self) -> None:
         """It is about to be loaded whole."""
         self.state = Stale("it is being loaded anew")
+
+    def released(self) -> None:
+        """It gives up the memory of its weights: it holds nothing, until it is loaded whole and proven again."""
+        self.state = Stale("its memory was released")
 
     def fence(self, reason: str) -> None:
         self.state = Fenced(reason)

@@ -16,7 +16,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slime.sync.codec import CODECS, DENSE, METHODS, STREAMS, USED, Coded, Entries, Packer, decode_block, encode_block, most_gaps
+from slime.sync import native
+from slime.sync.codec import (
+    CODECS,
+    DENSE,
+    METHODS,
+    STEPS8,
+    STEPS16,
+    STREAMS,
+    USED,
+    Coded,
+    Entries,
+    Packer,
+    decode_block,
+    encode_block,
+    most_gaps,
+)
 from slime.sync.native import NativeError
 from slime.sync.records import BLOCK, Changes, ModelSpec
 
@@ -43,6 +58,59 @@ class PartBlock:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Coded blocks: what becomes rows and streams of a part."""
+
+    rows: np.ndarray  # ROW [n], ascending by (tensor, block)
+    places: np.ndarray  # uint64 [n, STREAMS], address of each stream, whose size is in the row
+    memory: tuple[object, ...]  # where the streams lie
+
+    @classmethod
+    def of(cls, rows: np.ndarray, streams: np.ndarray) -> "Blocks":
+        """From the streams of every row in turn, uint8."""
+        ends = np.cumsum(rows["sizes"].astype(np.uint64)).reshape(-1, STREAMS)
+        return cls(rows, streams.ctypes.data + ends - rows["sizes"], (streams,))
+
+    def of_tensors(self, tensors: range) -> "Blocks":
+        """The blocks of these tensors."""
+        those = slice(*np.searchsorted(self.rows["tensor"], (tensors.start, tensors.stop)).tolist())
+        return Blocks(self.rows[those], self.places[those], self.memory)
+
+    def by_tensor(self) -> "Iterator[tuple[int, Blocks]]":
+        for tensor in np.unique(self.rows["tensor"]).tolist():
+            yield tensor, self.of_tensors(range(tensor, tensor + 1))
+
+    def streams(self) -> np.ndarray:
+        """uint8, of every row in turn."""
+        sizes = self.rows["sizes"].astype(np.uint64).reshape(-1)
+        out = np.empty(int(sizes.sum()), np.uint8)
+        native.collect(self.places.reshape(-1), sizes, out)
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """Blocks in steps, ascending by (tensor, block), none of their streams through zstd yet."""
+
+    tensor: np.ndarray  # int64 [n]
+    block: np.ndarray  # int64 [n]
+    changed: np.ndarray  # int64 [n], entries
+    streams: np.ndarray  # uint8, of every block in turn
+    sizes: np.ndarray  # int64 [n, STREAMS], bytes of each
+    two_bytes: np.ndarray  # bool [n], whether gaps have two
+
+    def pack(self, threads: int) -> Blocks:
+        """As they travel: each stream through zstd where that makes it shorter, on so many threads."""
+        flat = self.sizes.reshape(-1)
+        short = Packer().pack_all(self.streams, np.cumsum(flat) - flat, flat, threads)
+        rows = np.zeros(len(self.sizes), ROW)
+        rows["tensor"], rows["block"], rows["changed"] = self.tensor, self.block, self.changed
+        rows["method"], rows["gaps"] = np.where(self.two_bytes, STEPS16, STEPS8), self.sizes[:, 0]
+        rows["sizes"] = short.sizes.reshape(-1, STREAMS)
+        return Blocks(rows, short.addresses.reshape(-1, STREAMS), short.memory)
+
+
 def encode_part(
     model: ModelSpec, tensors: range, changes: Sequence[Changes], codec: str, old_of: Callable[[int], np.ndarray] | None = None
 ) -> bytes:
@@ -51,6 +119,13 @@ def encode_part(
     codec: "steps"; "exponent", which needs old_of(tensor), all old bits (1-D) of a tensor that has changes; "dense", for weights of
     which whoever decodes has no old ones: all elements of a block that has any must be listed. Raises ValueError for changes that are not
     of these tensors."""
+    return lay_out(model, tensors, [encode_blocks(model, tensors, changes, codec, old_of)]).join()
+
+
+def encode_blocks(
+    model: ModelSpec, tensors: range, changes: Sequence[Changes], codec: str, old_of: Callable[[int], np.ndarray] | None = None
+) -> Blocks:
+    """The blocks of `encode_part`, which says what the arguments are."""
     if codec not in CODECS:
         raise ValueError(f"codec {codec!r} is none of {', '.join(CODECS)}")
     if codec == "exponent" and old_of is None:
@@ -67,10 +142,36 @@ def encode_part(
             sizes = [len(stream) for stream in coded.streams]
             rows.append((last, block, coded.method, coded.changed, coded.gaps, sizes + [0] * (STREAMS - len(sizes))))
             streams.extend(coded.streams)
-    planes = np.array(rows, ROW).view(np.uint8).reshape(len(rows), ROW.itemsize).T.copy().reshape(-1)
-    table = packer.pack(planes)
+    return Blocks.of(np.array(rows, ROW), np.frombuffer(b"".join(streams), np.uint8))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A part as the stretches of memory that become it."""
+
+    addresses: np.ndarray  # uint64 [n]
+    sizes: np.ndarray  # uint64 [n]
+    memory: tuple[object, ...]  # where they lie
+
+    def join(self) -> bytes:
+        """In a loop that other threads need not wait for."""
+        return native.joined(self.addresses, self.sizes)
+
+
+def lay_out(model: ModelSpec, tensors: range, found: Sequence[Blocks]) -> Layout:
+    """The part of these tensors of which `found` has all blocks that changed, each once."""
+    rows = np.concatenate([np.zeros(0, ROW), *(blocks.rows for blocks in found)])
+    places = np.concatenate([np.zeros((0, STREAMS), np.uint64), *(blocks.places for blocks in found)])
+    order = np.lexsort((rows["block"], rows["tensor"]))
+    rows, places = rows[order], places[order]
+    planes = rows.view(np.uint8).reshape(len(rows), ROW.itemsize).T.copy().reshape(-1)
+    table = Packer().pack(planes)
     signature = bytes.fromhex(model.signature)
-    return b"".join([HEAD.pack(MAGIC, VERSION, 0, signature, tensors.start, tensors.stop, len(rows), len(table)), table, *streams])
+    head = HEAD.pack(MAGIC, VERSION, 0, signature, tensors.start, tensors.stop, len(rows), len(table)) + table
+    first = np.frombuffer(head, np.uint8)
+    addresses = np.append(np.uint64(first.ctypes.data), places.reshape(-1))
+    sizes = np.append(np.uint64(len(first)), rows["sizes"].astype(np.uint64).reshape(-1))
+    return Layout(addresses, sizes, (head, *found))
 
 
 def _encode_tensor(model: ModelSpec, change: Changes, codec: str, old: np.ndarray | None, packer: Packer) -> Iterator[tuple[int, Coded]]:

@@ -37,14 +37,20 @@ class PackedSequences(PackedSeqParams):
 
     runs: list[tuple[int, int]] = field(default_factory=list)  # (length, sequences) of neighbours of one length
     cu_seqlens_device: Tensor | None = None  # int32 [sequences + 1], where the activations are
+    positions: Tensor | None = None  # int64 [tokens of this rank], each in its sequence
     experts: Tensor | None = None  # int64 [layers, tokens of this rank, k], what the engine chose; see slime.trainer.routing
     padding: Tensor | None = None  # bool [tokens of this rank], those that stand for no token; None: there are none
 
     @classmethod
     def of(
-        cls, lengths: list[int], device: torch.device, experts: Tensor | None = None, padding: Tensor | None = None
+        cls,
+        lengths: list[int],
+        positions: Tensor,
+        experts: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> "PackedSequences":
-        """The packing of sequences of these lengths, in this order, that together cover the row (of all context-parallel ranks)."""
+        """The packing of sequences of these lengths, in this order, that together cover the row (of all context-parallel ranks);
+        `positions` lie where the activations do."""
         cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         cu_seqlens[1:] = torch.tensor(lengths).cumsum(0)
         return cls(
@@ -54,7 +60,8 @@ class PackedSequences(PackedSeqParams):
             max_seqlen_q=max(lengths),
             max_seqlen_kv=max(lengths),
             runs=[(length, len(list(run))) for length, run in groupby(lengths)],
-            cu_seqlens_device=cu_seqlens.to(device),
+            cu_seqlens_device=cu_seqlens.to(positions.device),
+            positions=positions,
             experts=experts,
             padding=padding,
         )

@@ -62,9 +62,9 @@ def output_of(
     seen = _seen_by_routers(model, micro_batch, tp)
     experts = None if micro_batch.experts is None else torch.from_numpy(micro_batch.experts[seen]).to(device).long().transpose(0, 1)
     padding = torch.from_numpy(micro_batch.source[seen] < 0).to(device)
-    packing = PackedSequences.of(micro_batch.lengths, device, experts, padding)
-    tokens, positions = (torch.from_numpy(x)[None].to(device) for x in (micro_batch.tokens, micro_batch.positions))
-    return stage(tokens, positions, None, packed_seq_params=packing)
+    tokens, positions = (torch.from_numpy(x).to(device) for x in (micro_batch.tokens, micro_batch.positions))
+    packing = PackedSequences.of(micro_batch.lengths, positions, experts, padding)
+    return stage(tokens[None], positions[None], None, packed_seq_params=packing)
 
 
 def _seen_by_routers(model: Model | Frozen, micro_batch: MicroBatch, tp: torch.distributed.ProcessGroup) -> slice:

@@ -172,6 +172,14 @@ class TrainerGroup(Ranks):
         """What `delta` gave last is held by every engine: it becomes the snapshot. The weights must not have been trained on since."""
         self.together([rank.acknowledge.remote() for rank in self.ranks], f"the trainer to keep weights {version.label}")
 
+    def leave(self) -> None:
+        """The actor's ranks give up the memory of their devices: nothing but `enter`, `spec`, `spans` and `stop` may be called then."""
+        self.together([rank.leave.remote() for rank in self.ranks], "the trainer to give up its memory")
+
+    def enter(self) -> None:
+        """They take it back; every bit is as it was."""
+        self.together([rank.enter.remote() for rank in self.ranks], "the trainer to take its memory back")
+
     def save(self, directory: Path) -> Saving:
         """Begin to write the ranks' shards into `directory`, which every rank must see: trainer/, and critic/ where there is one. Returns
         when every rank holds its share in host memory; the weights may be trained on while threads of the ranks write it. A save must have

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from slime.trainer.logprobs import chunks, put, scaled, scratch
+from slime.trainer.kernels.vocabulary_chunks import chunks, put, scaled, scratch
 
 
 def known_logprobs(logits: Tensor, rows: Tensor, ids: Tensor, temperature: float, vocab_size: int, group: dist.ProcessGroup) -> Tensor:

@@ -70,7 +70,7 @@ def megatron_logits(gpt: GPTModel, config: TransformerConfig, rows: list[Tensor]
     gpt.float().eval()
     config.params_dtype, config.pipeline_dtype, config.bf16 = torch.float32, torch.float32, False
     row, positions = torch.cat(rows)[None], torch.cat([torch.arange(len(r)) for r in rows])[None]
-    packed = PackedSequences.of([len(r) for r in rows], row.device)
+    packed = PackedSequences.of([len(r) for r in rows], positions[0])
     return gpt(row, positions, None, packed_seq_params=packed).reshape(-1, gpt.vocab_size)[:, :vocab].float().clone()
 
 

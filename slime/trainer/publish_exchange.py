@@ -1,6 +1,8 @@
 """The ranks' shares of parts, each brought to the rank that encodes it.
 
-In a round every rank receives at most one part, so that memory is bounded by a part's changes and all ranks encode at a time.
+Blocks that one rank holds whole are coded there and come as bytes, those of all parts at a time. What several ranks hold some of, and what
+is listed whole, comes as changes. In a round of those every rank receives at most one part, so that memory is bounded by a part's changes
+and all ranks encode at a time.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,11 +12,27 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from slime.sync import wire
 from slime.sync.diff import joined, merge
 from slime.sync.records import Changes, ModelSpec, TensorSpec
 from slime.trainer.publish_slices import Stretches
 
 COLUMNS = 3  # arrays that a share of a tensor consists of
+
+
+def gather_blocks(parts: Sequence[range], mine: Sequence[wire.Blocks], device: torch.device) -> list[wire.Blocks]:
+    """All ranks' blocks of this rank's parts, of which rank r has the parts r, r + world, ... All ranks call it together."""
+    world = dist.get_world_size()
+    if world == 1:
+        return list(mine)
+    shares: dict[int, list[wire.Blocks]] = {}
+    for blocks in mine:
+        for tensor, of_tensor in blocks.by_tensor():
+            shares.setdefault(tensor, []).append(of_tensor)
+    none = np.empty(0, np.uint8)
+    sent = {t: (joined([s.rows for s in of]).view(np.uint8), joined([s.streams() for s in of]), none) for t, of in shares.items()}
+    theirs = [[tensor for part in parts[r::world] for tensor in part] for r in range(world)]
+    return [wire.Blocks.of(rows.view(wire.ROW), streams) for _, (rows, streams, _) in _deliver(theirs, sent, device)]
 
 
 def gather_changes(spec: ModelSpec, parts: Sequence[range], mine: Mapping[int, Sequence[Changes]], device: torch.device) -> list[Changes]:
@@ -61,7 +79,7 @@ def _columns(tensor: TensorSpec, shares: Sequence[Changes]) -> tuple[np.ndarray,
 
 
 def _deliver(
-    parts: Sequence[range], mine: Mapping[int, tuple[np.ndarray, ...]], device: torch.device
+    parts: Sequence[Sequence[int]], mine: Mapping[int, tuple[np.ndarray, ...]], device: torch.device
 ) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
     """Send COLUMNS arrays for each tensor of `mine` to the rank that has its part; yields (tensor, bytes of its arrays) for every rank that
     sent some for a tensor of this rank's part."""

@@ -1,11 +1,11 @@
 """Which elements of the model a rank publishes, and where they lie in the Hugging Face (HF) tensors.
 
 Every element of every HF tensor belongs to one rank. Among the ranks that hold copies of a shard (data and context parallel ones), each
-takes an even, contiguous slice of it; of what all tensor-parallel ranks hold (norms), those of the first take all. A slice is cut into
-pieces of bounded size. Elements of a shard that have no HF source (padding of the vocabulary) belong to no piece.
+takes an even, contiguous slice of it, a piece; of what all tensor-parallel ranks hold (norms), those of the first take all. Elements of a
+shard that have no HF source (padding of the vocabulary) belong to no piece.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,14 +14,13 @@ from torch import Tensor
 
 from slime.layout import Block, Move
 from slime.models.map import ModelMap
+from slime.sync import own_blocks
 from slime.sync.bits import INTEGERS
 from slime.sync.diff import Grid
-from slime.sync.records import BLOCK, Changes, ModelSpec, TensorSpec
+from slime.sync.records import BLOCK, ModelSpec, TensorSpec
 from slime.trainer.distributed import Parallel
 from slime.trainer.export import dtype_of
 from slime.trainer.model import Model
-
-PIECE = 1 << 22  # elements that are compared at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,30 +69,20 @@ class Piece:
         part = shards[self.name].view(-1)[self.start : self.stop].to(self.dtype)
         return part.view(INTEGERS[part.element_size()])
 
-    def count(self, at: np.ndarray) -> np.ndarray:
-        """int64 [r]: how many of the ascending positions (int64 [n], from the start of the piece) lie in each run."""
-        return np.diff(np.searchsorted(at, self.runs.target - self.start), append=len(at))
-
-    def changes(self, at: np.ndarray, old: np.ndarray, new: np.ndarray) -> Iterator[Changes]:
-        """By tensor, with positions in it, the elements at these ascending positions; each tensor's in the order of the shard."""
-        counts, runs = self.count(at), self.runs
-        shifts = runs.source - runs.target + self.start
-        where = at + (np.repeat(shifts, counts) if (shifts != shifts[0]).any() else shifts[0])
-        if len(self.tensors) == 1:
-            if len(at):
-                yield Changes(self.tensors[0], where, old, new)
-            return
-        of = np.repeat(runs.tensor, counts)
-        for tensor in self.tensors:
-            mine = np.flatnonzero(of == tensor)
-            if len(mine):
-                yield Changes(tensor, where[mine], old[mine], new[mine])
-
     def stretches(self, tensor: int, bits: np.ndarray) -> Stretches:
         """What this piece's bits [len] hold of a tensor."""
         mine = self.runs.tensor == tensor
         held = bits if mine.all() else bits[np.repeat(mine, self.runs.length)]
         return Stretches(self.runs.source[mine], self.runs.length[mine], held)
+
+
+def runs_of_pieces(pieces: Sequence[Piece]) -> own_blocks.Runs:
+    """All runs of the pieces, which are the memories."""
+    columns = [
+        np.stack([np.full_like(p.runs.source, n), p.runs.target - p.start, p.runs.tensor, p.runs.source, p.runs.length])
+        for n, p in enumerate(pieces)
+    ]
+    return own_blocks.Runs(*np.concatenate([np.zeros((5, 0), np.int64), *columns], axis=1))
 
 
 def model_spec(model: Model) -> ModelSpec:
@@ -107,8 +96,8 @@ def model_spec(model: Model) -> ModelSpec:
     )
 
 
-def own_pieces(model: Model, parallel: Parallel, spec: ModelSpec, size: int = PIECE) -> list[Piece]:
-    """What this rank publishes, in pieces of at most `size` elements, in the model's order."""
+def own_pieces(model: Model, parallel: Parallel, spec: ModelSpec) -> list[Piece]:
+    """What this rank publishes, in the model's order."""
     pieces, grid = [], Grid.of(spec)
     for name, _ in model.tensors():
         expert = model.map.is_expert(name)
@@ -118,11 +107,9 @@ def own_pieces(model: Model, parallel: Parallel, spec: ModelSpec, size: int = PI
         runs = runs_of(model.map.moves(name, group.rank(), group.size()), spec, grid)
         total = int(runs.length.sum())
         start, stop = (total * of // copies.size() for of in (copies.rank(), copies.rank() + 1))
-        dtype = _published_in(model.map, name, spec)
-        for low in range(start, stop, size):
-            high = min(low + size, stop)
-            mine = runs.clip(low, high)
-            pieces.append(Piece(name, low, high, dtype, mine, tuple(np.unique(mine.tensor).tolist())))
+        if start < stop:
+            mine = runs.clip(start, stop)
+            pieces.append(Piece(name, start, stop, _published_in(model.map, name, spec), mine, tuple(np.unique(mine.tensor).tolist())))
     return pieces
 
 

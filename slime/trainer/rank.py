@@ -25,6 +25,7 @@ from slime.sync.records import ModelSpec
 from slime.types import Batch
 
 if TYPE_CHECKING:
+    from slime.trainer import publish
     from slime.trainer.snapshot import Snapshot
     from slime.trainer.state import Trained
 
@@ -39,10 +40,11 @@ R = TypeVar("R")
 
 
 def on_device(method: Callable[Concatenate["Rank", P], R]) -> Callable[Concatenate["Rank", P], R]:
-    """Run a method of a rank in the scope of its device, whichever thread calls it."""
+    """Run a method of a rank in the scope of its device, whichever thread calls it. It must have the device's memory."""
 
     @functools.wraps(method)
     def scoped(self: "Rank", *args: P.args, **kwargs: P.kwargs) -> R:
+        assert not self.offload.away, f"{method.__name__}: the engines have the memory of this rank's device"
         with self.device.scope():
             return method(self, *args, **kwargs)
 
@@ -61,6 +63,7 @@ class Rank:
         self.cfg, self.roles, self.rank, self.world, self.kind, self.threads = cfg, roles, rank, world, kind, threads
         self.tracer = Tracer(f"{'rank' if ACTOR in roles else CRITIC} {rank}")
         self.held: dict[str, Snapshot] = {}  # to be written, by folder
+        self.base: list[publish.Snapshot] = []  # what engines have, where the weight channel keeps it here: at most one
 
     def open_store(self) -> tuple[str, int]:
         """Rank 0 alone: address and port where the ranks meet."""
@@ -78,6 +81,7 @@ class Rank:
         from slime.trainer.build import build_trainer
         from slime.trainer.critic import build_critic
         from slime.trainer.host_buffers import HostBuffers
+        from slime.trainer.offload import Offload
 
         cfg = self.cfg
         self.device = device.set_up(self.kind, self.threads)
@@ -93,6 +97,7 @@ class Rank:
                 self.trained[TRAINER] = self.trainer = build_trainer(cfg, self.device, self.parallel, self.tracer)
             if CRITIC in self.roles:
                 self.trained[CRITIC] = self.critic = build_critic(cfg, self.device, self.parallel, self.tracer)
+        self.offload = Offload(pinned=self.kind == "cuda")
         self.buffers = {folder: HostBuffers(pinned=self.kind == "cuda") for folder in self.trained}  # of what is held
 
     @on_device
@@ -164,9 +169,18 @@ class Rank:
             bucket = export.gather_bucket(self.trainer.model, self.trainer.atlas, names)
         return ray.put(bucket) if self.parallel.is_leader else None
 
-    @on_device
+    def leave(self) -> int:
+        """See `Offload.leave`, of all that is trained here; returns the bytes that are free now."""
+        with self.device.scope(), self.tracer.span("offload"):
+            return self.offload.leave(self.trained.values(), self.base)
+
+    def enter(self) -> None:
+        """See `Offload.enter`."""
+        with self.device.scope(), self.tracer.span("reload"):
+            self.offload.enter()
+
     def weights_spec(self) -> ModelSpec:
-        """The tensors that are published. Of one rank alone."""
+        """The tensors that are published. Of one rank alone; reads none of them."""
         from slime.trainer import publish_slices
 
         return publish_slices.model_spec(self.trainer.model)
@@ -177,8 +191,8 @@ class Rank:
         from slime.trainer import publish
 
         with self.tracer.span("take_base"):
-            self.snapshot = publish.take_base(self.trainer.model, self.parallel, run_id, on_host)
-            return self.snapshot.fingerprints.tolist()
+            self.base = [publish.take_base(self.trainer.model, self.parallel, run_id, on_host)]
+            return self.base[0].fingerprints.tolist()
 
     @on_device
     def encode(self, codec: str, part_bytes: int) -> "tuple[list[tuple[int, PartRef, ray.ObjectRef]], Summary]":
@@ -186,7 +200,7 @@ class Rank:
         from slime.trainer import publish
 
         with self.tracer.span("encode"):
-            encoded, summary = publish.encode(self.snapshot, self.trainer, codec, part_bytes, self.threads)
+            encoded, summary = publish.encode(self.base[0], self.trainer, codec, part_bytes, self.threads)
             return [(number, PartRef.of(number, payload), ray.put(payload)) for number, payload in encoded], summary
 
     @on_device
@@ -194,7 +208,7 @@ class Rank:
         """See `publish.acknowledge`."""
         from slime.trainer import publish
 
-        publish.acknowledge(self.snapshot, self.trainer)
+        publish.acknowledge(self.base[0], self.trainer)
 
     @on_device
     def export_hf(self, directory: str) -> None:

@@ -32,7 +32,7 @@ def launch(cfg: SlimeConfig, placement: RolePlacement, roles: tuple[str, ...]) -
     return [
         actor.options(
             num_cpus=placement.cpus,
-            num_gpus=1 if placement.device == "cuda" else 0,
+            num_gpus=placement.gpus if placement.device == "cuda" else 0,
             scheduling_strategy=placement.strategy(rank),
             runtime_env={"env_vars": env},
         ).remote(cfg, roles, rank, world, placement.device, threads)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from slime.trainer.kernels import on_triton
+
 
 @functools.cache
 def repair() -> None:
@@ -59,11 +61,17 @@ def _load_torch_adam() -> None:
 
 
 def allocate_adam_state(optimizer: Any) -> None:
-    """Make the state that torch's Adam makes in its first step: a checkpoint may be written or loaded before one."""
+    """Make the state that torch's Adam makes in its first step: a checkpoint may be written or loaded before one. Where kernels are fused,
+    so is Adam."""
     for part in optimizer.chained_optimizers:
         if not isinstance(part.optimizer, torch.optim.Adam):
             continue
         for group in part.optimizer.param_groups:
             for main in group["params"]:
-                fresh = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(main), "exp_avg_sq": torch.zeros_like(main)}
+                group["fused"] = on_triton(main.device)
+                fresh = {
+                    "step": torch.zeros((), device=main.device),
+                    "exp_avg": torch.zeros_like(main),
+                    "exp_avg_sq": torch.zeros_like(main),
+                }
                 part.optimizer.state[main].update(fresh)

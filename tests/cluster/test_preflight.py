@@ -35,3 +35,14 @@ def test_ranks_may_lie_on_several_hosts() -> None:
     cfg = recipe(actor=8, critic=8, rollout=8)
     cfg.algorithm.name, cfg.critic, cfg.run.only, cfg.run.replay = "ppo", CriticConfig(lr=1e-4), "train", "rollouts"
     _check_gpus(cfg, total=16, widest=4)
+
+
+def test_shared_gpus_are_counted_once() -> None:
+    cfg = recipe(actor=8, rollout=8)
+    cfg.cluster.share = "split"
+    _check_gpus(cfg, total=8, widest=8)
+    with pytest.raises(PreflightError, match=r"asks for 8 GPUs \(actor and rollout 8\) and the cluster has 4"):
+        _check_gpus(cfg, total=4, widest=8)
+    cfg.cluster.share = "none"
+    with pytest.raises(PreflightError, match=r"asks for 16 GPUs \(actor 8 \+ rollout 8\)"):
+        _check_gpus(cfg, total=8, widest=8)

@@ -243,7 +243,6 @@ BAD_COMBINATIONS = {
     "unset rollout.join",
     "run.deterministic=true cluster.device=cuda": "run.deterministic=true with cluster.device=cuda: equal bits are promised on the CPU only; "
     "set cluster.device=cpu",
-    "observe.mismatch_warn=0.9": "observe.mismatch_warn=0.9 is above observe.mismatch_stop=0.5, so it never warns: lower it",
     "cluster.address=h:6379 cluster.object_store_mb=99": "cluster.object_store_mb=99 has no effect with cluster.address, "
     "whose Ray runs already: remove it",
     "sync.bucket_mb=600": "sync.bucket_mb=600 does not fit into cluster.object_store_mb=512: lower the one or raise the other",

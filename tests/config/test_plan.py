@@ -13,7 +13,7 @@ from slime.config.parallel import ParallelSizes
 from slime.config.plan import MemoryPlan, plan
 from slime.config.plan_memory import CHUNK_ELEMENTS, Parameters, RankMemory, count_parameters
 from slime.config.plan_view import layout, show, size
-from slime.trainer import logprobs
+from slime.trainer.kernels import vocabulary_chunks
 from tests.config.composing import composed
 from tests.config.conftest import MODEL
 
@@ -210,7 +210,7 @@ def test_log_probs_are_computed_in_chunks(workdir) -> None:
     memory = plan(composed(*GOOD, "trainer.max_tokens_per_rank=1000000")).memory
     assert memory is not None and memory.rank is not None
     assert memory.rank.logprobs == 3 * 4 * (CHUNK_ELEMENTS // 100) * 100
-    assert CHUNK_ELEMENTS == logprobs.CHUNK_ELEMENTS
+    assert CHUNK_ELEMENTS == vocabulary_chunks.CHUNK_ELEMENTS
 
 
 @pytest.mark.parametrize("role", [["~cluster.roles.actor"], ["trainer.tensor_parallel=4"]])

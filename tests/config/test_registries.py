@@ -31,7 +31,7 @@ def test_rewards() -> None:
 
 
 def test_server_arguments_that_come_from_knobs(workdir) -> None:
-    """For a mixture of experts, whose engine has one argument more."""
+    """For a mixture of experts, whose engine has one argument more, on a CPU and on a GPU that is the trainer's too."""
     (workdir / "model" / "config.json").write_text(json.dumps({**MODEL, "model_type": "qwen3_moe"}))
     arguments = server_arguments(composed("model.path=model"), "cpu")
     assert arguments.keys() - serving.arguments(False).keys() - FROM_KNOBS.keys() == {
@@ -40,7 +40,8 @@ def test_server_arguments_that_come_from_knobs(workdir) -> None:
         "max_running_requests",
         "max_total_tokens",
     }
-    assert arguments.keys() >= FROM_KNOBS.keys()
+    shared = server_arguments(composed("model.path=model", "cluster.share=swap"), "cuda")
+    assert arguments.keys() | shared.keys() >= FROM_KNOBS.keys() > arguments.keys() & FROM_KNOBS.keys()
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ EVENTS = {
     "reported stale": lambda h, now: h.reported(trouble(h, Kind.STALE)),
     "of an earlier life": lambda h, now: h.reported(trouble(h, Kind.GARBAGE, h.life - 1)),
     "stale": lambda h, now: h.stale("it is fenced"),
+    "released": lambda h, now: h.released(),
     "restarting": lambda h, now: h.restarting(),
     "up": lambda h, now: h.up(now),
     "caught up": lambda h, now: h.caught_up(now),
@@ -47,6 +48,7 @@ TABLE = {
     "reported stale": (L, L, D, R, L, X),
     "of an earlier life": (H, S, D, R, L, X),
     "stale": (L, L, D, R, L, X),
+    "released": (L, L, D, R, L, X),
     "restarting": (H, S, R, R, L, X),
     "up": (H, S, D, L, L, X),
     "caught up": (H, S, D, R, H, X),
@@ -162,7 +164,8 @@ def test_any_sequence(ours: bool, events: list[tuple[str, float]]) -> None:
             assert made.life == life
         assert made.routed == (made.state is H) and (not made.routed or proven)
         assert before is not X or made.state is X
-        since = 0 if event == "published" else since + (made.state in (R, L) and before in (H, S, D) and made.state is not before)
+        came_down = made.state in (R, L) and before in (H, S, D) and made.state is not before and event != "released"
+        since = 0 if event == "published" else since + came_down
         assert since <= MOST
         assert ours or made.state is not R
         assert (made.state is not before) == (len(turns) > count) and turns[-1].state is made.state

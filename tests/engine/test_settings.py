@@ -145,3 +145,11 @@ def test_the_pool_of_latent_attention_holds_latents(cfg: SlimeConfig) -> None:
     config = Path(cfg.model.path) / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"kv_lora_rank": 24, "qk_rope_head_dim": 8}))
     assert kv_bytes_per_token(cfg, read(cfg)) == 4 * (24 + 8) * 4
+
+
+def test_engines_that_swap_can_give_up_their_memory(cfg: SlimeConfig) -> None:
+    assert "enable_memory_saver" not in server_arguments(cfg, "cuda")
+    cfg.cluster.share = "swap"
+    assert server_arguments(cfg, "cuda")["enable_memory_saver"] is True
+    cfg.run.only = "rollout"
+    assert "enable_memory_saver" not in server_arguments(cfg, "cuda"), "there is no trainer"

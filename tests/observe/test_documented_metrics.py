@@ -15,7 +15,7 @@ from slime.types import Sample
 ROOT = Path(__file__).parents[2]
 PAGE, README = (ROOT / "docs/running.md").read_text(), (ROOT / "README.md").read_text()
 ALONE = (ROOT / "slime/run.py", ROOT / "slime/observe/mismatch.py")
-SOURCES = [*ALONE, *(p for room in ("data", "rollout", "sync", "trainer") for p in (ROOT / "slime" / room).rglob("*.py"))]
+SOURCES = [*ALONE, *(p for room in ("cluster", "data", "rollout", "sync", "trainer") for p in (ROOT / "slime" / room).rglob("*.py"))]
 GROUPS = (
     *("reward", "group", "response_len", "advantage", "train", "mismatch", "offpolicy", "staleness"),
     *("distill", "engine", "rollout", "sync", "time", "perf", "ledger", "eval", "value", "critic"),

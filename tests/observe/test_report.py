@@ -86,7 +86,7 @@ def run_of(directory: Path, steps: int, *, sets: tuple[str, ...] = ("heldout",),
         lines.append({"step": k, **line})
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (directory / "examples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    recipe = {"model": {"path": text, "dtype": "fp32"}, "algorithm": {"name": "grpo"}, "observe": {"mismatch_warn": 2e-6}}
+    recipe = {"model": {"path": text, "dtype": "fp32"}, "algorithm": {"name": "grpo"}, "observe": {"mismatch_stop": 2e-6}}
     (directory / "config.yaml").write_text(json.dumps(recipe))
     return directory
 

@@ -116,10 +116,45 @@ def opened(log: Log, **knobs: Any) -> Channel:
 def test_the_base_is_taken_before_anything_is_published() -> None:
     log = Log()
     channel(log, log).open()
-    assert log.calls == ["base r", "adopt True r"]
+    assert log.calls == ["adopt True r", "base r"]
     whole = Log()
     channel(whole, whole, mode="full").open()
     assert whole.calls == ["adopt True r"], "no snapshot is kept for loads of everything"
+
+
+def away(log: Log) -> Channel:
+    return Channel(SyncConfig(bucket_mb=4, timeout_s=10), log, log, VERSION, away=True)
+
+
+def test_engines_that_are_away_are_asked_nothing_and_their_hosts_become_the_version() -> None:
+    log = Log(names=())
+    made = away(log)
+    assert made.open(lambda: log._log("between")) == 2
+    metrics = made.publish(5)
+    assert log.calls == [
+        "adopt True r",
+        "between",
+        "base r",
+        f"delta r/2/5 steps {4 << 20}",
+        "offer r/2/5",
+        "acknowledge r/2/5",
+        "advance r/2/5",
+    ]
+    assert metrics["sync/version"] == 5 and metrics["time/sync_s"] > 0 and "sync/pause_s" not in metrics
+    assert made.publish(5) == {}
+    made.publish(6)
+    assert [(m.parent, m.order) for m in log.manifests] == [((-1, -1), (2, 5)), ((2, 5), (2, 6))]
+
+
+@pytest.mark.parametrize("fails", ["acknowledge", "advance"])
+def test_where_a_host_did_not_become_the_version_nothing_is_published_any_more(fails: str) -> None:
+    log = Log(names=(), fails=fails)
+    made = away(log)
+    made.open()
+    with pytest.raises(RuntimeError, match=f"{fails} failed"):
+        made.publish(5)
+    with pytest.raises(NotProven, match="r/2/5 was interrupted"):
+        made.publish(5)
 
 
 def test_order_and_metrics() -> None:

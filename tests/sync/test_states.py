@@ -167,6 +167,22 @@ def test_a_version_that_runs_is_not_undone() -> None:
         engine.undo(version(5).version, version(5).root)
 
 
+def test_what_is_released_holds_nothing_until_it_is_loaded_and_proven() -> None:
+    staged, written, fenced, stale = receiver(4), receiver(4), receiver(4), receiver(4)
+    staged.stage(version(5))
+    written.stage(version(5))
+    written.write(version(5).version)
+    fenced.died()
+    stale.reload()
+    for engine in (receiver(4), staged, written, fenced, stale):
+        engine.released()
+        assert engine.state == Stale("its memory was released") and engine.held is None
+        with pytest.raises(Refused, match=r"engine 0 cannot stage run/0/5: it is stale \(its memory was released\)"):
+            engine.stage(version(5))
+        engine.adopted(Held.target(version(6)))
+        assert engine.held == Held.target(version(6))
+
+
 def test_death_fence_reload() -> None:
     engine = receiver(4)
     for fence in (engine.died, lambda: engine.fence("its undo failed")):

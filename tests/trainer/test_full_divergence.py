@@ -6,7 +6,7 @@ import torch
 from slime.algorithms.distillation import DIVERGENCES, divergence
 from slime.config import TrainerConfig
 from slime.config.parallel import parallel_sizes
-from slime.trainer import logprobs
+from slime.trainer.kernels import vocabulary_chunks
 
 VOCAB, PADDED, ROWS, TEMPERATURE, BETA = 21, 24, 30, 0.7, 0.3
 pytestmark = pytest.mark.e2e
@@ -37,7 +37,7 @@ def ours(place, chunk_elements, kind, same=False):
     logits, teacher, rows, other_rows, d_found = (x.to(place.device.torch) for x in inputs(same))
     local, other = (of.chunk(place.world, 1)[place.rank].contiguous().requires_grad_() for of in (logits, teacher))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logprobs, "CHUNK_ELEMENTS", chunk_elements)
+        patch.setattr(vocabulary_chunks, "CHUNK_ELEMENTS", chunk_elements)
         found = full_divergence(local, other, rows, other_rows, TEMPERATURE, VOCAB, tp, kind, BETA)
         (found * d_found).sum().backward()
     assert other.grad is None, "a teacher is not trained"

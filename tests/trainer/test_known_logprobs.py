@@ -5,7 +5,7 @@ import torch
 
 from slime.config import TrainerConfig
 from slime.config.parallel import parallel_sizes
-from slime.trainer import logprobs
+from slime.trainer.kernels import vocabulary_chunks
 
 VOCAB, PADDED, ROWS, K, TEMPERATURE = 21, 24, 30, 4, 0.7
 pytestmark = pytest.mark.e2e
@@ -36,7 +36,7 @@ def ours(place, chunk_elements, scale):
     logits, rows, ids, d_known = inputs(scale)
     local = logits.chunk(place.world, 1)[place.rank].contiguous().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logprobs, "CHUNK_ELEMENTS", chunk_elements)
+        patch.setattr(vocabulary_chunks, "CHUNK_ELEMENTS", chunk_elements)
         known = known_logprobs(local, rows, ids, TEMPERATURE, VOCAB, tp)
         (known * d_known).sum().backward()
     return known.detach(), local.grad

@@ -5,7 +5,8 @@ import torch
 
 from slime.config import TrainerConfig
 from slime.config.parallel import parallel_sizes
-from slime.trainer import logprobs
+from slime.trainer.kernels import vocabulary_chunks
+from slime.trainer.logprobs import token_logprobs
 
 VOCAB, PADDED, ROWS, TEMPERATURE = 21, 24, 30, 0.7
 
@@ -34,8 +35,8 @@ def ours(place, dtype, chunk_elements, use):
     logits, rows, labels, d_logprobs, d_entropy = (x.to(place.device.torch) for x in inputs(dtype))
     local = logits.chunk(place.world, 1)[place.rank].contiguous().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logprobs, "CHUNK_ELEMENTS", chunk_elements)
-        picked, entropy = logprobs.token_logprobs(local, rows, labels, TEMPERATURE, VOCAB, tp)
+        patch.setattr(vocabulary_chunks, "CHUNK_ELEMENTS", chunk_elements)
+        picked, entropy = token_logprobs(local, rows, labels, TEMPERATURE, VOCAB, tp)
         loss = {"both": picked * d_logprobs + entropy * d_entropy, "logprobs": picked * d_logprobs, "entropy": entropy * d_entropy}[use]
         loss.sum().backward()
     return picked.detach().cpu(), entropy.detach().cpu(), local.grad.cpu()
@@ -74,7 +75,7 @@ def no_rows(place):
     tp = place.join(parallel_sizes(TrainerConfig())).tp
     logits = torch.randn(4, PADDED, device=place.device.torch, requires_grad=True)
     none = torch.zeros(0, dtype=torch.int64, device=place.device.torch)
-    picked, _ = logprobs.token_logprobs(logits, none, none, 1.0, VOCAB, tp)
+    picked, _ = token_logprobs(logits, none, none, 1.0, VOCAB, tp)
     picked.sum().backward()
     return len(picked), logits.grad.cpu()
 

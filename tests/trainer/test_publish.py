@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from slime.cluster.placement import RolePlacement
 from slime.layout import Layout, to_hf
 from slime.models.registry import load_map
-from slime.sync import diff, fingerprint, records, wire
+from slime.sync import diff, fingerprint, own_blocks, records, wire
 from slime.sync.diff import Grid, Summary
 from slime.sync.manifest import root_of
 from slime.sync.records import Changes, ModelSpec, TensorSpec
@@ -114,7 +114,7 @@ def publish_versions(place: Any, cfg: Any, others: list[Path], on_host: bool) ->
     from slime.trainer import publish
 
     trainer = place.trainer(cfg)
-    snapshot = publish.take_base(trainer.model, trainer.parallel, RUN_ID, on_host, piece_size=7000)
+    snapshot = publish.take_base(trainer.model, trainer.parallel, RUN_ID, on_host)
     found: dict[str, Any] = {"spec": snapshot.spec, "base": snapshot.fingerprints.tolist(), "nbytes": snapshot.nbytes}
     found["even"] = evenly(trainer, snapshot.spec)
     found["nothing"] = published(snapshot, trainer)
@@ -332,7 +332,7 @@ def test_the_driver_gets_references_and_digests(group: TrainerGroup, versions, t
 def test_runs_are_the_moves(monkeypatch: pytest.MonkeyPatch, case: tuple[Layout, int]) -> None:
     """Every element of every piece, against the index algebra."""
     layout, tp = case
-    for module in (records, diff, publish_slices):
+    for module in (records, diff, own_blocks, publish_slices):
         monkeypatch.setattr(module, "BLOCK", 7)
     spec = ModelSpec(tuple(TensorSpec(t.name, t.shape, "int16") for t in layout.sources))
     grid = Grid.of(spec)
@@ -341,17 +341,25 @@ def test_runs_are_the_moves(monkeypatch: pytest.MonkeyPatch, case: tuple[Layout,
         runs = publish_slices.runs_of(moves, spec, grid)
         total = int(np.prod(layout.local_shape(tp))) - layout.padding(rank, tp)
         assert runs.length.sum() == total
+        pieces = []
         for start in range(0, total, 5):
             stop = min(start + 5, total)
             clipped = runs.clip(start, stop)
-            piece = publish_slices.Piece("x", start, stop, torch.int16, clipped, tuple(np.unique(clipped.tensor).tolist()))
-            at = np.arange(stop - start)
-            which, where = to_hf(moves, at + start)
-            expected = sorted((spec.index[moves[i].hf], w, p) for i, w, p in zip(which.tolist(), where.tolist(), at.tolist(), strict=True))
-            found = piece.changes(at, at.astype(np.uint16), at.astype(np.uint16))
-            assert sorted((c.tensor, w, p) for c in found for w, p in zip(c.positions.tolist(), c.new.tolist(), strict=True)) == expected
-            assert piece.count(at).tolist() == clipped.length.tolist()
+            pieces.append(publish_slices.Piece("x", start, stop, torch.int16, clipped, tuple(np.unique(clipped.tensor).tolist())))
             assert clipped.block.tolist() == [grid.first[t] + s // 7 for t, s in zip(clipped.tensor, clipped.source, strict=True)]
+        own = own_blocks.OwnBlocks.of(spec, publish_slices.runs_of_pieces(pieces), "cpu")
+        shard = torch.arange(1, total + 1, dtype=torch.int16)
+        live = [shard[piece.start : piece.stop] for piece in pieces]
+        held = [torch.zeros_like(part) for part in live]
+        counts = own.diff.count(live, held)
+        assert counts.tolist() == own.held.tolist() and own.whole.tolist() == (own.held == grid.sizes[own.number]).tolist()
+        which, where = to_hf(moves, np.arange(total))
+        expected = sorted((spec.index[moves[i].hf], w, p + 1) for p, (i, w) in enumerate(zip(which.tolist(), where.tolist(), strict=True)))
+        for everything in (False, True):
+            found = own.changes(np.arange(len(own.number)), np.full(len(own.number), everything))
+            shares = [c for of_tensor in found.values() for c in of_tensor]
+            listed = [(c.tensor, w, p) for c in shares for w, p in zip(c.positions.tolist(), c.new.tolist(), strict=True)]
+            assert sorted(listed) == expected
 
 
 @pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])

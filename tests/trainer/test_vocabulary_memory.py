@@ -12,9 +12,10 @@ from slime.algorithms.distillation import DIVERGENCES
 from slime.config import TrainerConfig
 from slime.config.parallel import parallel_sizes
 from slime.config.plan_memory import CHUNKS
-from slime.trainer import logprobs
 from slime.trainer.full_divergence import full_divergence
+from slime.trainer.kernels import vocabulary_chunks
 from slime.trainer.known_logprobs import known_logprobs, top_ids
+from slime.trainer.logprobs import token_logprobs
 
 ROWS, VOCAB, CHUNK_ROWS = 48, 1024, 8
 CHUNK = CHUNK_ROWS * VOCAB
@@ -46,7 +47,7 @@ def obvious(logits, teacher, rows, ids, tp):
 
 
 def of_labels(logits, teacher, rows, ids, tp):
-    picked, entropy = logprobs.token_logprobs(logits, rows, ids[:, 0], 0.7, VOCAB - 3, tp)
+    picked, entropy = token_logprobs(logits, rows, ids[:, 0], 0.7, VOCAB - 3, tp)
     return picked + entropy
 
 
@@ -69,7 +70,7 @@ def seen(place, of, *kind):
     logits.requires_grad_()
     rows, ids = torch.arange(0, ROWS), torch.arange(4).expand(ROWS, 4) * 7
     with pytest.MonkeyPatch.context() as patch, Watch() as watch:
-        patch.setattr(logprobs, "CHUNK_ELEMENTS", CHUNK)
+        patch.setattr(vocabulary_chunks, "CHUNK_ELEMENTS", CHUNK)
         found = of(*kind, logits, teacher, rows, ids, tp)
         if found.requires_grad:
             found.sum().backward()

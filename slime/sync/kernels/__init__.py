@@ -1,6 +1,6 @@
-"""What touches live weights: fingerprints of memory, and entries written to and read from addresses.
+"""What touches live weights: fingerprints of memory, entries written to and read from addresses, what differs and its coding.
 
-One class each: compiled C on the CPU (native.py), Triton on CUDA (programs.py, which is imported there alone).
+One class each: compiled C on the CPU (native.py), Triton on CUDA (programs.py and diff_programs.py, which are imported there alone).
 """
 
 import os

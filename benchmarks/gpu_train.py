@@ -1,0 +1,197 @@
+"""How fast a 4B model trains on one GPU: step and log-prob pass, beside what a large matrix product reaches there.
+
+    python -m benchmarks.gpu_train [--shapes 16x1024 1x16384] [--trace]        one GPU with 139 GiB; about a minute
+
+Qwen3-4B's shape with random weights, bf16 with fp32 main weights and gradients, nothing recomputed but norms and activations; GRPO over
+packed micro-batches of 16,384 tokens, seven eighths of them trained. A step is forward, backward and optimizer; a log-prob pass is forward.
+FLOPs are those of `perf/mfu` (slime.trainer.performance): recomputation, padding and the pass for log-probs do not count. The floor is what
+they take at the rate of an 8192 x 8192 product in bf16, measured in the same run. Memory is the most that tensors took.
+
+Prints a table, and what the GPU did in one step by kind of kernel; writes JSON to $OUT or benchmarks/results, with --trace a trace of that
+step beside it, which https://ui.perfetto.dev opens. Exit code 1 where a bar fails.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.gpu_model import write_model
+from benchmarks.sync_gpu import ROOT, VOCAB, build_native
+from slime.config import SlimeConfig
+from slime.config.parallel import parallel_sizes
+from slime.observe.trace import Tracer
+from slime.trainer import device, distributed, performance
+from slime.trainer.build import build_trainer
+from slime.trainer.passes import log_probs
+from slime.trainer.state import Trainer
+from slime.trainer.step import train_batch
+from slime.types import Batch
+
+ROUNDS = 5
+STEP_BAR, LOGPROBS_BAR = 0.40, 0.50  # of the product's rate
+RATE = 790e12  # FLOP/s that an H200 reaches in a large product; bars are shares of it
+KINDS = {  # what a kernel's name begins with or holds -> what it does
+    "nvjet": "matrix products", "gemm": "matrix products", "flash": "attention", "adam": "Adam", "heads": "heads: norm and rotation",
+    "swiglu": "gated activation", "norm": "norms", "token_": "log-probs", "memcpy": "copies", "memset": "zeros",
+}  # fmt: skip
+
+
+@dataclass
+class Row:
+    what: str
+    seconds: float
+    flops: float
+    rate: float  # FLOP/s of a large product, in this run
+    peak_gb: float  # 1e9 bytes
+    bar: float
+
+    @property
+    def share(self) -> float:
+        return self.flops / self.seconds / RATE
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["16x1024", "1x16384"], help="sequences x tokens of a batch")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/qwen3_4b"), help="of the checkpoint, which is made where it is missing")
+    parser.add_argument("--trace", action="store_true")
+    args = parser.parse_args()
+    build_native()
+    write_model(args.folder)
+    on = device.set_up("cuda", os.cpu_count() or 1)
+    rate = product_rate()
+    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
+    with on.scope():
+        trainer = build(args.folder, on, max(n * length for n, length in shapes))
+        rows = [row for shape in shapes for row in measure(trainer, *shape, rate)]
+        kinds = profile(trainer, *shapes[0], out() / "gpu_train.trace.json.gz" if args.trace else None)
+    Console(width=120).print(table(rows), of_kinds(kinds, rows[0].seconds))
+    found = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "product_tflops": rate / 1e12}
+    found |= {"rows": [asdict(row) | {"share": row.share} for row in rows], "milliseconds_by_kind": kinds}
+    (out() / "gpu_train.json").write_text(json.dumps(found, indent=1) + "\n")
+    return 0 if all(row.share >= row.bar for row in rows) else 1
+
+
+def out() -> Path:
+    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def product_rate(size: int = 8192, times: int = 30) -> float:
+    """FLOP/s of a bf16 product of random matrices."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    seconds = timed(lambda: [a @ b for _ in range(times)])
+    return times * 2 * size**3 / seconds
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of a call, the median of some after one that is not counted."""
+    seconds = []
+    for _ in range(ROUNDS + 1):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+    return median(seconds[1:])
+
+
+def build(path: Path, on: device.Device, tokens: int) -> Trainer:
+    """As a rank builds it, alone."""
+    cfg = SlimeConfig()
+    cfg.model.path, cfg.model.dtype, cfg.cluster.device = str(path), "bf16", "cuda"
+    cfg.rollout.max_response_tokens = cfg.trainer.max_tokens_per_rank = tokens
+    cfg.trainer.lr = 1e-6
+    parallel = distributed.join_groups(on, dist.HashStore(), 0, 1, parallel_sizes(cfg.trainer), 0, 60.0)
+    return build_trainer(cfg, on, parallel, Tracer("rank 0"))
+
+
+def batch_of(trainer: Trainer, sequences: int, length: int) -> Batch:
+    """Random tokens of the current version; the first eighth of each sequence is a prompt."""
+    random = np.random.default_rng(0)
+    mask = np.ones((sequences, length), bool)
+    mask[:, : length // 8] = False
+    mask = mask.reshape(-1)
+    return Batch(
+        tokens=random.integers(4, VOCAB, sequences * length).astype(np.int32),
+        cu_seqlens=np.arange(sequences + 1, dtype=np.int64) * length,
+        loss_mask=mask,
+        rollout_logprobs=np.where(mask, -np.log(VOCAB), 0.0).astype(np.float32),
+        rewards=random.normal(size=sequences),
+        group=np.arange(sequences) // 4,
+        version=np.full(sequences, trainer.version, np.int64),
+    )
+
+
+def measure(trainer: Trainer, sequences: int, length: int, rate: float) -> list[Row]:
+    shape = f"{sequences} x {length}"
+    flops = performance.train_flops(trainer.model.map, np.full(sequences, length))
+    peaks: list[float] = []
+
+    def step() -> None:
+        peaks.append(train_batch(trainer, batch_of(trainer, sequences, length))["perf/gpu_mem_gb"])
+
+    def look() -> None:
+        log_probs(trainer, batch_of(trainer, sequences, length))
+
+    rows = [Row(f"step, {shape}", timed(step), flops, rate, max(peaks), STEP_BAR)]
+    torch.cuda.reset_peak_memory_stats()
+    seconds = timed(look)
+    return [*rows, Row(f"log-probs, {shape}", seconds, flops / 3, rate, torch.cuda.max_memory_allocated() / 1e9, LOGPROBS_BAR)]
+
+
+def profile(trainer: Trainer, sequences: int, length: int, trace: Path | None) -> dict[str, float]:
+    """Milliseconds of the GPU in one step by kind of kernel, the most first; the step as a trace where a path is given."""
+    batch = batch_of(trainer, sequences, length)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        train_batch(trainer, batch)
+        torch.cuda.synchronize()
+    if trace is not None:
+        plain = trace.with_suffix("")
+        profiler.export_chrome_trace(str(plain))
+        trace.write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+    kinds: dict[str, float] = defaultdict(float)
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            name = event.name.lower()
+            kinds[next((kind for part, kind in KINDS.items() if part in name), "elementwise and the rest")] += event.device_time / 1e3
+    return dict(sorted(kinds.items(), key=lambda item: -item[1]))
+
+
+def table(rows: list[Row]) -> Table:
+    title = f"Qwen3-4B's shape, bf16, {torch.cuda.get_device_name()}; a large product {rows[0].rate / 1e12:.0f} TFLOP/s"
+    shown = Table("", "seconds", "floor", "TFLOP/s", f"of {RATE / 1e12:.0f}", "bar", "memory", title=title)
+    for row in rows:
+        floor = f"{row.flops / row.rate:.3f}"
+        speed = f"{row.flops / row.seconds / 1e12:.0f}"
+        shown.add_row(row.what, f"{row.seconds:.3f}", floor, speed, f"{row.share:.1%}", f"{row.bar:.0%}", f"{row.peak_gb:.1f} GB")
+    return shown
+
+
+def of_kinds(kinds: dict[str, float], seconds: float) -> Table:
+    shown = Table("kernels of a step", "ms", "of the step", title="what the GPU does in a step of the first shape")
+    for kind, ms in kinds.items():
+        shown.add_row(kind, f"{ms:.1f}", f"{ms / seconds / 1e3:.1%}")
+    shown.add_row("nothing", f"{max(0.0, seconds * 1e3 - sum(kinds.values())):.1f}", "")
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(main())
