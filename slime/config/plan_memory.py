@@ -19,7 +19,8 @@ section 4, without attention scores, which are never stored); an estimate, recom
 A rank has at most max_tokens_per_rank tokens of a micro-batch, or its 1 / context of one longer sequence. Of p stages, stage s holds
 p - s micro-batches at once (one-forward-one-backward); v-fold interleaved, (2 (p - s - 1) + (v - 1) p + 1) / v (ibid., appendix C).
 
-Logits of one micro-batch and their gradient, on the last stage: 2 x tokens x vocabulary / t, in the model's dtype. With a divergence as a
+Logits of one micro-batch and their gradient, on the last stage: 2 x tokens x vocabulary / t, in the model's dtype or in fp32
+(rollout.sglang.enable_fp32_lm_head). With a divergence as a
 loss (algorithm.distill=topk or full) its gradient is one more, and with full the teacher's logits are there too. Log-probs are computed
 from logits in fp32, a chunk of at most 2^24 values at a time; the backward pass holds at most three such chunks.
 
@@ -205,7 +206,7 @@ def _stage_memory(cfg: SlimeConfig, model: Model, micro_batches: int, layers: li
         gradients=int((plain + experts) * 4),
         optimizer=int(optimizer * ADAM_BYTES[cfg.model.dtype]),
         activations=int(_activations(cfg, config, sizes, parameters.sparse_layers / sum(layers)) * width / 2 * held),
-        logits=2 * width * columns * tokens * is_last,
+        logits=2 * (4 if cfg.rollout.fp32_head else width) * columns * tokens * is_last,
         logprobs=CHUNKS * 4 * min(tokens, max(1, CHUNK_ELEMENTS // max(1, columns))) * columns * is_last,
         stage=stage,
     )

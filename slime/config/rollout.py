@@ -62,3 +62,8 @@ class RolloutConfig:
     """How often one engine is brought back between two published versions; beyond it is retired."""
     sglang: dict[str, Any] = field(default_factory=dict)
     """Any argument of SGLang's server by its own name, e.g. rollout.sglang.mem_fraction_static=0.8."""
+
+    @property
+    def fp32_head(self) -> bool:
+        """Engines compute logits in fp32, and so does the trainer, since log-probs of both are compared."""
+        return bool(self.sglang.get("enable_fp32_lm_head"))

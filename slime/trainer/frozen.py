@@ -42,7 +42,8 @@ class Frozen:
 def build_frozen(path: str, family: str, cfg: SlimeConfig, parallel: Parallel) -> Frozen:
     """A model from a Hugging Face directory. All ranks call it together. Raises ValueError for one that cannot be used."""
     model_map = load_map(path, family, parallel.tp.size())
-    config, stages = build_stages(model_map, DTYPES[cfg.model.dtype], parallel, sort_options(cfg.trainer.megatron))
+    options = sort_options(cfg.trainer.megatron)
+    config, stages = build_stages(model_map, DTYPES[cfg.model.dtype], parallel, options, cfg.rollout.fp32_head)
     load_hf(stages, model_map, Path(path), parallel)
     for stage in stages:
         stage.eval().requires_grad_(False)

@@ -19,7 +19,7 @@ from slime.models.hf_files import HFReader
 from slime.models.map import ModelMap
 from slime.models.registry import load_map
 from slime.models.value import OUTPUT, value_map
-from slime.trainer import blocks, names, rotary, routing
+from slime.trainer import blocks, fp32_head, names, rotary, routing
 from slime.trainer.distributed import Parallel
 from slime.trainer.options import Options, sort_options
 from slime.trainer.spec import decoder_spec
@@ -76,7 +76,7 @@ def build_value_model(cfg: SlimeConfig, parallel: Parallel) -> Model:
 def _build(model_map: ModelMap, cfg: SlimeConfig, parallel: Parallel) -> Model:
     options = sort_options(cfg.trainer.megatron)
     dtype = DTYPES[cfg.model.dtype]
-    config, bare = build_stages(model_map, dtype, parallel, options)
+    config, bare = build_stages(model_map, dtype, parallel, options, cfg.rollout.fp32_head)
     stages = [DistributedDataParallel(config, _ddp_config(options), gpt, disable_bucketing=n > 0) for n, gpt in enumerate(bare)]
     load_hf(bare, model_map, Path(cfg.model.path), parallel)
     optimizer = get_megatron_optimizer(_optimizer_config(cfg.trainer, dtype, options), stages)
@@ -90,13 +90,16 @@ def _build(model_map: ModelMap, cfg: SlimeConfig, parallel: Parallel) -> Model:
     return model
 
 
-def build_stages(model_map: ModelMap, dtype: torch.dtype, parallel: Parallel, options: Options) -> tuple[TransformerConfig, list[GPTModel]]:
-    """This rank's pipeline stages, their weights still unset, without gradient buffers. All ranks call it together."""
+def build_stages(
+    model_map: ModelMap, dtype: torch.dtype, parallel: Parallel, options: Options, wide_head: bool = False
+) -> tuple[TransformerConfig, list[GPTModel]]:
+    """This rank's pipeline stages, their weights still unset, without gradient buffers; with `wide_head` logits are fp32. All ranks call
+    it together."""
     config = _transformer_config(model_map, dtype, parallel, options)
-    return config, [_stage(config, model_map, parallel, number) for number in range(parallel.sizes.virtual)]
+    return config, [_stage(config, model_map, parallel, number, wide_head) for number in range(parallel.sizes.virtual)]
 
 
-def _stage(config: TransformerConfig, model_map: ModelMap, parallel: Parallel, number: int) -> GPTModel:
+def _stage(config: TransformerConfig, model_map: ModelMap, parallel: Parallel, number: int, wide_head: bool) -> GPTModel:
     """One pipeline stage of this rank, its weights still unset."""
     virtual = number if parallel.sizes.virtual > 1 else None
     gpt = GPTModel(
@@ -110,6 +113,8 @@ def _stage(config: TransformerConfig, model_map: ModelMap, parallel: Parallel, n
     )
     if gpt.post_process and OUTPUT in model_map.fresh:
         gpt.output_layer = ValueHead(config)
+    elif gpt.post_process and wide_head:
+        fp32_head.install(gpt)
     rotary.install(gpt, model_map.rope)
     routing.install(gpt, model_map.groups)
     return gpt

@@ -1,4 +1,4 @@
-"""megatron-core's small helpers, as they are written: `megatron.core.jit`, which it decorates them with, as a module that leaves them alone.
+"""megatron-core's small helpers as they are written: `megatron.core.jit`, which it decorates them with, as a module that leaves them alone.
 
 Its own passes each through torch.compile. Importing that takes a rank 2 s, compiling them takes a first step longer, and what is worth a
 kernel has one of ours (kernels/). On a CPU it would need a compiler.

@@ -1,0 +1,193 @@
+"""Whole GRPO runs on one GPU that trainer and engine divide: `python -m benchmarks.gpu_recipe`, about eight minutes of a GPU with 139 GiB.
+
+Qwen3-4B's shape with random weights; the reward is the share of response tokens with an even id, lr 1e-6. Each run is `slime train` as a
+user types it:
+
+    sync            rollout.mode=sync                       its steps against the sum of rollout and training
+    sync, fp32      and logits in fp32, of both             its mismatch beside that of bf16
+    one_step_off    rollout.mode=one_step_off               its steps against the larger of the two, and what each loses to sync's
+
+Of every step: difference of log-probs between trainer and engine at most 0.02 on average, gradient norm and share of changed weights above
+zero. Of steps after the first two the median: step time at most 1.05 x its floor, in sync rollout + training, one step off the larger.
+
+Prints a table; JSON goes to $OUT or benchmarks/results. Exit code 1 where a bar fails.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.gpu_model import write_model
+from benchmarks.gpu_rollout import SGLANG
+from benchmarks.gpu_train import out
+from benchmarks.sync_gpu import build_native
+
+MISMATCH_BAR, STEP_BAR, WARM = 0.02, 1.05, 2  # steps that are not timed: kernels are compiled in them
+PROMPTS, PROMPT_LENGTH = 256, 120
+FP32_HEAD = "+rollout.sglang.enable_fp32_lm_head=true"
+RUNS = {
+    "sync": ["rollout.mode=sync"],
+    "sync, fp32 head": ["rollout.mode=sync", FP32_HEAD],
+    "one_step_off": ["rollout.mode=one_step_off"],
+}
+
+
+@dataclass
+class Row:
+    """A run. Times are medians of its steps, seconds."""
+
+    run: str
+    exit_code: int
+    start_s: float  # until the first step began
+    steps: int
+    step_s: float
+    rollout_s: float
+    train_s: float
+    sync_s: float
+    mismatch: float  # the largest of its steps
+    grad_norm: float  # the smallest
+    density: float  # the smallest after the first update
+    memory_gb: float
+
+    @property
+    def floor_s(self) -> float:
+        """What a step takes where nothing else costs time."""
+        return max(self.rollout_s, self.train_s) if self.run == "one_step_off" else self.rollout_s + self.train_s
+
+    def missed(self) -> list[str]:
+        """The bars that it fails."""
+        bars = {
+            f"exit code {self.exit_code}": self.exit_code == 0,
+            f"a step takes {self.step_s / self.floor_s:.3f} x its floor, at most {STEP_BAR}": self.step_s <= STEP_BAR * self.floor_s,
+            f"log-probs differ by {self.mismatch:.4f}, at most {MISMATCH_BAR}": self.mismatch <= MISMATCH_BAR,
+            f"gradient norm {self.grad_norm}": self.grad_norm > 0,
+            f"density {self.density}": self.density > 0,
+        }
+        return [f"{self.run}: {said}" for said, holds in bars.items() if not holds]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/gpu_recipe"))
+    parser.add_argument("overrides", nargs="*", help="key=value for every run")
+    args = parser.parse_args()
+    build_native()
+    write_model(args.folder / "model")
+    write_prompts(args.folder / "prompts.jsonl")
+    rows = [run(args.folder, name, args.steps, args.overrides) for name in args.runs]
+    console = Console(width=150)
+    console.print(table(rows))
+    missed = [said for row in rows for said in row.missed()]
+    for said in missed:
+        console.print(f"missed  {said}", highlight=False)
+    found = {"missed": missed, "runs": [asdict(row) | {"floor_s": row.floor_s} for row in rows]}
+    (out() / "gpu_recipe.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    return 1 if missed else 0
+
+
+def write_prompts(path: Path) -> None:
+    """Random characters: no two prompts begin alike."""
+    random, letters = np.random.default_rng(0), list("abcdefghijklmnopqrstuvwxyz ")
+    prompts = ("".join(random.choice(letters, PROMPT_LENGTH)) for _ in range(PROMPTS))
+    path.write_text("".join(json.dumps({"prompt": prompt, "label": ""}) + "\n" for prompt in prompts))
+
+
+def run(folder: Path, name: str, steps: int, overrides: list[str]) -> Row:
+    """One run from its command to its last step."""
+    directory = folder / "runs" / name.replace(", ", "_").replace(" ", "_")
+    shutil.rmtree(directory, ignore_errors=True)
+    settings = {
+        "run.name": directory.name,
+        "run.dir": directory.parent,
+        "run.steps": steps,
+        "model.path": folder / "model",
+        "data.train": f"[{{path: {folder}/prompts.jsonl}}]",
+        "data.max_prompt_tokens": 128,
+        "rollout.prompts_per_step": 16,
+        "rollout.samples_per_prompt": 16,
+        "rollout.max_response_tokens": 512,
+        "reward.fn": "examples.rewards:even_share",
+        "trainer.lr": 1e-6,
+        "trainer.max_tokens_per_rank": 8192,
+        "cluster.device": "cuda",
+        "cluster.share": "split",
+        "cluster.start_timeout_s": 300,
+        "observe.wandb": "off",
+        **{f"+rollout.sglang.{key}": value for key, value in SGLANG.items() if key != "mem_fraction_static"},
+    }
+    words = [f"{key}={value}" for key, value in settings.items()] + RUNS[name] + overrides
+    begun = time.time()
+    code = subprocess.run([sys.executable, "-m", "slime.cli.main", "train", "--config-name", "base", *words]).returncode
+    return row_of(name, code, begun, directory)
+
+
+def row_of(name: str, code: int, begun: float, directory: Path) -> Row:
+    path = directory / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not lines:
+        raise SystemExit(f"{name}: no step was recorded, exit code {code}; see {directory}")
+    timed = lines[WARM:] or lines
+
+    def typical(metric: str) -> float:
+        return median(line[metric] for line in timed)
+
+    return Row(
+        run=name,
+        exit_code=code,
+        start_s=path.stat().st_ctime - begun - sum(line["time/step_s"] for line in lines),
+        steps=len(lines),
+        step_s=typical("time/step_s"),
+        rollout_s=typical("time/rollout_s"),
+        train_s=typical("time/train_s"),
+        sync_s=typical("time/sync_s"),
+        mismatch=max(line["mismatch/logprob_abs_diff"] for line in lines),
+        grad_norm=min(line["train/grad_norm"] for line in lines),
+        density=min(line["sync/density"] for line in lines[1:]),
+        memory_gb=max(line["perf/gpu_mem_gb"] for line in lines),
+    )
+
+
+def table(rows: list[Row]) -> Table:
+    columns = (
+        "run",
+        "steps",
+        "start",
+        "step",
+        "rollout",
+        "training",
+        "sync",
+        "floor",
+        "x floor",
+        "mismatch",
+        "grad norm",
+        "density",
+        "memory",
+    )
+    shown = Table(*columns, title="GRPO on one GPU, Qwen3-4B's shape; seconds, medians of steps")
+    for row in rows:
+        times = (row.start_s, row.step_s, row.rollout_s, row.train_s, row.sync_s, row.floor_s)
+        rest = (
+            f"{row.step_s / row.floor_s:.3f}",
+            f"{row.mismatch:.4f}",
+            f"{row.grad_norm:.3g}",
+            f"{row.density:.3%}",
+            f"{row.memory_gb:.1f} GB",
+        )
+        shown.add_row(row.run, str(row.steps), *(f"{seconds:.2f}" for seconds in times), *rest)
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(main())
