@@ -206,9 +206,9 @@ class Run:
         self._gate(step, line, batch)
 
     def evaluate_first(self) -> None:
-        """Line 0: the evaluation, if there is one, of the weights that the run starts from."""
+        """Line 0: the evaluation, if there is one, of the weights that the run starts from, and how they were published."""
         if self.metrics.next_step == 0:
-            self._write(0, self._evaluate(0), [], [])
+            self._write(0, self._evaluate(0) | self._sync, [], [])
 
     def _take_in(self, fleet: EngineFleet) -> None:
         """Engines that have come late: caught up and proven, they take part from here on."""

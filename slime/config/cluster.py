@@ -22,7 +22,7 @@ class ClusterConfig:
     share: str = choice("none", "split", "swap")
     """Do ranks and engines sit on the same devices? split divides their memory, swap gives all of it to one at a time."""
     cpus_per_rank: float = number(1.0, above=0)
-    """Ray CPUs that one trainer rank reserves; on CPU also its thread count, rounded down."""
+    """Ray CPUs that one trainer rank reserves; on CPU also its thread count, rounded down. Beside a GPU, weights are coded by more."""
     cpus_per_engine: float = number(1.0, above=0)
     """Ray CPUs that one engine device reserves; on CPU also its thread count, rounded down."""
     object_store_mb: int = number(512, low=80)

@@ -4,17 +4,20 @@ It is the base that deltas are decoded against, and what a restarted or late eng
 proven the next version, by `apply`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from slime.cluster.cores import in_order
 from slime.models.hf_files import HFReader
 from slime.sync import fingerprint
 from slime.sync.bits import INTEGERS
 from slime.sync.protocol import Bucket
 from slime.sync.records import Changes, ModelSpec
+
+Part = Callable[[], Iterable[Changes]]  # the changes of some tensors; of several parts each has others
 
 
 class HostCopy:
@@ -50,11 +53,16 @@ class HostCopy:
             before, after = (self._at(changes, bits) for bits in (changes.old, changes.new))
             yield changes, (self.fingerprints[changes.tensor] + after - before) % (1 << 64)
 
-    def apply(self, found: Iterable[Changes], label: str, fingerprints: Sequence[int]) -> None:
+    def apply(self, parts: Iterable[Part], label: str, fingerprints: Sequence[int]) -> None:
         """Become the version that the changes lead to."""
+        for _ in in_order(lambda part: self.write(part()), parts):
+            pass
+        self.label, self.fingerprints = label, list(fingerprints)
+
+    def write(self, found: Iterable[Changes]) -> None:
+        """Take over some of the changes of a version that `apply` ends."""
         for changes in found:
             self._bits[changes.tensor][changes.positions] = changes.new
-        self.label, self.fingerprints = label, list(fingerprints)
 
     def replace(self, buckets: Iterable[Bucket], label: str, fingerprints: Sequence[int]) -> None:
         """Become the version whose tensors these are, all of them."""

@@ -5,13 +5,15 @@ the publication was given up. Nothing in it changes the host copy before `apply`
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
 
-from slime.engine.host_copy import HostCopy, bits_of, tensor_of
+from slime.cluster.cores import in_order
+from slime.engine.host_copy import HostCopy, Part, bits_of, tensor_of
 from slime.engine.served import Served
 from slime.sync import fingerprint, wire
 from slime.sync.livemap import LiveMap
@@ -74,11 +76,13 @@ class IncomingDelta:
         self.opaque_before: Path | None = None  # and at the one before
         self._payload, self._served, self._copy = payload, served, served.trainer
 
-    def changes(self) -> Iterator[Changes]:
-        """Decoded against the host copy. Raises WireError for a part that does not decode."""
-        spec = self._copy.spec
-        for number, tensors in enumerate(spec.parts(self.manifest.part_bytes)):
-            yield from wire.decode_part(spec, tensors, self._payload(number), self._copy.bits)
+    def parts(self) -> list[Part]:
+        """Each decodes a part against the host copy, whenever it is called. Raises WireError for one that does not decode."""
+        tensors = self._copy.spec.parts(self.manifest.part_bytes)
+        return [partial(self._decoded, number, those) for number, those in enumerate(tensors)]
+
+    def _decoded(self, number: int, tensors: range) -> Iterator[Changes]:
+        return wire.decode_part(self._copy.spec, tensors, self._payload(number), self._copy.bits)
 
     def stage(self, maps: Mapping[str, LiveMap], opaque: set[str], folder: Path, run_id: str) -> dict[str, Path]:
         """Write a staged file for every live map (by its signature), and the changed ones of the tensors that are opaque somewhere.
@@ -89,15 +93,16 @@ class IncomingDelta:
         engine = self._served.engine
         reached, self.of_engines = list(self._copy.fingerprints), list(engine.fingerprints)
         whole: list[Bucket] = [[], []]
-        for changes, after in self._copy.ahead(self.changes()):
-            reached[changes.tensor] = after
-            for there, sum_there in self._served.ahead(changes, after):
-                self.of_engines[there.tensor] = sum_there
-                for stage in stages.values():
-                    stage.add(there)
-                if engine.spec.tensors[there.tensor].name in opaque:
-                    whole[0].append(_tensor(engine, there.tensor, None))
-                    whole[1].append(_tensor(engine, there.tensor, there))
+        for part in in_order(self._look, self.parts()):
+            for tensor, after, in_engines in part:
+                reached[tensor] = after
+                for there, sum_there in in_engines:
+                    self.of_engines[there.tensor] = sum_there
+                    for stage in stages.values():
+                        stage.add(there)
+                    if engine.spec.tensors[there.tensor].name in opaque:
+                        whole[0].append(_tensor(engine, there.tensor, None))
+                        whole[1].append(_tensor(engine, there.tensor, there))
         self._check(reached)
         paths = {signature: folder / f"{signature}.staged" for signature in stages}
         try:
@@ -114,14 +119,17 @@ class IncomingDelta:
             raise
         return paths
 
+    def _look(self, part: Part) -> list[tuple[int, int, list[tuple[Changes, int]]]]:
+        """Of every tensor that changes: its number, its fingerprint afterwards, and what changes in the engines' with theirs."""
+        return [(found.tensor, after, list(self._served.ahead(found, after))) for found, after in self._copy.ahead(part())]
+
     def buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
-        spec = self._copy.spec
-        for number, tensors in enumerate(spec.parts(self.manifest.part_bytes)):
-            found = {c.tensor: c for c in wire.decode_part(spec, tensors, self._payload(number), self._copy.bits)}
+        for part, tensors in zip(self.parts(), self._copy.spec.parts(self.manifest.part_bytes), strict=True):
+            found = {changes.tensor: changes for changes in part()}
             yield self._served.bucket([_tensor(self._copy, i, found.get(i)) for i in tensors])
 
     def apply(self) -> None:
-        self._served.apply(self.changes(), self.label, self.fingerprints, self.of_engines)
+        self._served.apply(self.parts(), self.label, self.fingerprints, self.of_engines)
 
     def forget(self) -> None:
         """Remove the files of `stage` that only this object knows."""

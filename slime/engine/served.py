@@ -8,13 +8,13 @@ A change of the trainer's tensors is carried over to the engines' without touchi
 """
 
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 
-from slime.engine.host_copy import HostCopy, bits_of, tensor_of
+from slime.cluster.cores import in_order
+from slime.engine.host_copy import HostCopy, Part, bits_of, tensor_of
 from slime.sync import fp8
 from slime.sync.protocol import Bucket
 from slime.sync.records import Changes
@@ -45,9 +45,9 @@ class Served:
         """All tensors as engines load them, of the version that is held."""
         return self.engine.buckets(bucket_bytes)
 
-    def apply(self, found: Iterable[Changes], label: str, trainer: Sequence[int], engine: Sequence[int]) -> None:
+    def apply(self, parts: Iterable[Part], label: str, trainer: Sequence[int], engine: Sequence[int]) -> None:
         """Become the version that the trainer's changes lead to, with these fingerprints of both."""
-        self.trainer.apply(found, label, trainer)
+        self.trainer.apply(parts, label, trainer)
 
     def replace(
         self, buckets: Sequence[Bucket], loaded: Sequence[Bucket], label: str, trainer: Sequence[int], engine: Sequence[int]
@@ -66,9 +66,8 @@ class Quantised(Served):
         self._blocks = {i: fp8.Blocks.of(t.shape) for i, t in enumerate(trainer.spec.tensors) if fp8.is_quantised(t)}
         self._peaks: dict[int, np.ndarray] = {}
         self._number = [spec.index[tensor.name] for tensor in trainer.spec.tensors]  # of the codes, or of the tensor; scales come next
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            made = threads.map(lambda tensor: fp8.quantise(trainer.bits(tensor), self._blocks[tensor]), self._blocks)
-            quantised = dict(zip(self._blocks, made, strict=True))
+        made = in_order(lambda tensor: fp8.quantise(trainer.bits(tensor), self._blocks[tensor]), self._blocks)
+        quantised = dict(zip(self._blocks, made, strict=True))
         held: list[np.ndarray] = []
         for tensor in range(len(trainer.spec.tensors)):
             if tensor in self._blocks:
@@ -109,17 +108,18 @@ class Quantised(Served):
             found.append((spec.tensors[place + 1].name, tensor_of(spec, place + 1, scales.view("<u4"))))
         return found
 
-    def apply(self, found: Iterable[Changes], label: str, trainer: Sequence[int], engine: Sequence[int]) -> None:
-        def both() -> Iterator[Changes]:
-            for changes in found:
-                carried, peaks = self._followed(changes)  # of the trainer's old bits, so before they go
-                if peaks is not None:
-                    self._peaks[changes.tensor] = peaks
-                self.engine.apply(carried, label, engine)
-                yield changes
-
-        super().apply(both(), label, trainer, engine)
+    def apply(self, parts: Iterable[Part], label: str, trainer: Sequence[int], engine: Sequence[int]) -> None:
+        super().apply([partial(self._followed_by_engine, part) for part in parts], label, trainer, engine)
         self.engine.apply((), label, engine)
+
+    def _followed_by_engine(self, part: Part) -> Iterator[Changes]:
+        """The trainer's changes; the engines' are made before each of them."""
+        for changes in part():
+            carried, peaks = self._followed(changes)  # of the trainer's old bits, so before they go
+            if peaks is not None:
+                self._peaks[changes.tensor] = peaks
+            self.engine.write(carried)
+            yield changes
 
     def replace(
         self, buckets: Sequence[Bucket], loaded: Sequence[Bucket], label: str, trainer: Sequence[int], engine: Sequence[int]

@@ -90,6 +90,13 @@ def use_interface_of(address: str) -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
+def on_this_host(node: str) -> int:
+    """How many ranks gave the same name of their node. All ranks call it together."""
+    nodes = [""] * dist.get_world_size()
+    dist.all_gather_object(nodes, node)
+    return nodes.count(node)
+
+
 def leave_groups() -> None:
     """Take this process out of its groups."""
     parallel_state.destroy_model_parallel()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 import numpy as np
 import ray
 
+from slime.cluster.cores import burst
 from slime.config import SlimeConfig
 from slime.observe.hashed import File
 from slime.observe.mismatch import PROBED
@@ -97,6 +98,7 @@ class Rank:
                 self.trained[TRAINER] = self.trainer = build_trainer(cfg, self.device, self.parallel, self.tracer)
             if CRITIC in self.roles:
                 self.trained[CRITIC] = self.critic = build_critic(cfg, self.device, self.parallel, self.tracer)
+        self.burst = self.threads if self.kind == "cpu" else burst(distributed.on_this_host(ray.get_runtime_context().get_node_id()))
         self.offload = Offload(pinned=self.kind == "cuda")
         self.buffers = {folder: HostBuffers(pinned=self.kind == "cuda") for folder in self.trained}  # of what is held
 
@@ -200,7 +202,7 @@ class Rank:
         from slime.trainer import publish
 
         with self.tracer.span("encode"):
-            encoded, summary = publish.encode(self.base[0], self.trainer, codec, part_bytes, self.threads)
+            encoded, summary = publish.encode(self.base[0], self.trainer, codec, part_bytes, self.burst)
             return [(number, PartRef.of(number, payload), ray.put(payload)) for number, payload in encoded], summary
 
     @on_device

@@ -1,6 +1,7 @@
 """What FP8 engines hold follows the trainer's tensors change by change, and is always what quantising them anew would give."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,7 @@ def test_codes_follow_changes_as_if_they_were_made_anew(kind: str, density: floa
                 assert (there.old == held.engine.bits(there.tensor)[there.positions]).all()
                 reached[there.tensor] = sum_there
         assert reached == meant.engine.fingerprints
-        held.apply(found, str(number), meant.trainer.fingerprints, reached)
+        held.apply([partial(iter, found)], str(number), meant.trainer.fingerprints, reached)
         assert_same(held, meant)
         assert held.engine.label == held.trainer.label == str(number)
         now = after
@@ -105,7 +106,7 @@ def test_whole_tensors_are_quantised_as_the_held_ones_are() -> None:
     later = [step(np.random.default_rng(5), b, 0.05, "any") for b in after]
     found = [changes_of(i, old, new, np.flatnonzero(old != new)) for i, (old, new) in enumerate(zip(after, later, strict=True))]
     meant = fresh(later)
-    held.apply(found, "3", meant.trainer.fingerprints, meant.engine.fingerprints)
+    held.apply([partial(iter, found)], "3", meant.trainer.fingerprints, meant.engine.fingerprints)
     assert_same(held, meant)
 
 
@@ -178,5 +179,5 @@ def test_what_is_carried_over_lands_in_a_model_of_codes_and_scales(tmp_path: Pat
             fresh.load_weights(bucket)
         for mine, theirs in zip(model.parameters(), fresh.parameters(), strict=True):
             assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
-        held.apply(found, labels[0], meant.trainer.fingerprints, reached)
+        held.apply([partial(iter, found)], labels[0], meant.trainer.fingerprints, reached)
         now = after

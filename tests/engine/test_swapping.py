@@ -51,11 +51,17 @@ def two(pair: World) -> World:
     """Both there and well, at a version of this test's own, with nothing counted."""
     pair.wait_until_all_are_back()
     pair.fleet.leave()
+    wait_until_all_are_away(pair)
     pair.step()
     pair.publish()
     pair.fleet.enter()
     pair.wait_until_all_are_back()
     return pair
+
+
+def wait_until_all_are_away(world: World) -> None:
+    """Until the driver has heard of it."""
+    wait(lambda: (world.tend() and False) or world.healthy() == set(), 60, "every engine to be stale")
 
 
 def scribble(world: World, engine: int, other: Path) -> None:
@@ -74,8 +80,8 @@ def test_they_come_back_with_the_weights_that_were_published_meanwhile(two: Worl
     count = len(two.told)
     two.fleet.leave()
     assert two.fleet.engines() == []
-    two.tend()
-    assert two.healthy() == set() and [turn.state for turn in two.told[count:]] == [State.STALE] * 2
+    wait_until_all_are_away(two)
+    assert [turn.state for turn in two.told[count:]] == [State.STALE] * 2
     other = make_tiny(tmp_path / "other", seed=9)
     for engine in range(2):
         scribble(two, engine, other)
@@ -92,8 +98,9 @@ def test_they_leave_again_and_again_and_are_not_given_up(two: World) -> None:
     """It is no failure, and none of rollout.max_restarts."""
     for _ in range(two.cfg.rollout.max_restarts + 2):
         two.fleet.leave()
+        wait_until_all_are_away(two)
         two.fleet.enter()
-    two.wait_until_all_are_back()
+        two.wait_until_all_are_back()
     same_bits_everywhere(two)
     assert State.DEAD not in states(two, 0)
 
