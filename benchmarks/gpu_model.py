@@ -1,7 +1,9 @@
-"""A checkpoint of Qwen3-4B's shape with random weights and a tokenizer of printable characters, made on a GPU in a few seconds."""
+"""A checkpoint of Qwen3-4B's shape with random weights and a tokenizer of printable characters, made on a GPU in a few seconds:
+`python -m benchmarks.gpu_model DIRECTORY`."""
 
 import json
 import string
+import sys
 from pathlib import Path
 
 import torch
@@ -59,3 +61,7 @@ def write_tokenizer(path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unk>").save_pretrained(path)
+
+
+if __name__ == "__main__":
+    write_model(Path(sys.argv[1]))

@@ -27,7 +27,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu_model import write_model
 from benchmarks.gpu_rollout import SGLANG
 from benchmarks.gpu_train import out
 from benchmarks.sync_gpu import build_native
@@ -84,7 +83,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="key=value for every run")
     args = parser.parse_args()
     build_native()
-    write_model(args.folder / "model")
+    subprocess.run([sys.executable, "-m", "benchmarks.gpu_model", str(args.folder / "model")], check=True)  # it gives the GPU back
     write_prompts(args.folder / "prompts.jsonl")
     rows = [run(args.folder, name, args.steps, args.overrides) for name in args.runs]
     console = Console(width=150)
@@ -120,7 +119,7 @@ def run(folder: Path, name: str, steps: int, overrides: list[str]) -> Row:
         "rollout.max_response_tokens": 512,
         "reward.fn": "examples.rewards:even_share",
         "trainer.lr": 1e-6,
-        "trainer.max_tokens_per_rank": 8192,
+        "trainer.max_tokens_per_rank": 4096,
         "cluster.device": "cuda",
         "cluster.share": "split",
         "cluster.start_timeout_s": 300,

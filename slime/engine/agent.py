@@ -176,7 +176,7 @@ class EngineActor:
         await self._weights.give_up(label)
 
     async def write_anchor(self, manifest: str) -> None:
-        self._weights.write_anchor(manifest)
+        await self._weights.write_anchor(manifest)
 
     async def relabel(self, label: str) -> None:
         """Call the weights that the engines loaded themselves `label`."""

@@ -53,6 +53,7 @@ class EngineFleet:
         self._untold: list[Turn] = []
         self._late: dict[str, str] = {}  # url -> name of servers that were asked to join in vain, and may have joined since
         self._last: dict[str, Turn] = {}  # of every engine
+        self._advancing: list[ray.ObjectRef] = []  # host copies that become a version, until somebody asks how that went
 
     @classmethod
     def start(cls, cfg: SlimeConfig, placement: RolePlacement | None, run_dir: Path, run_id: str, called: str = "engine") -> "EngineFleet":
@@ -183,6 +184,7 @@ class EngineFleet:
         """Engines take their memory back and prove the committed weights. One is healthy when this returns; others may still be started
         anew. Raises what `wait_for_engines` raises."""
         timeout_s, what = self._cfg.sync.timeout_s, "every engine to take its memory back"
+        self._advanced(timeout_s)
         self._all(lambda agent: agent.enter.remote(timeout_s), MOVES * timeout_s + 2 * GRACE_S, what)
         self.wait_for_engines(self._cfg.rollout.start_timeout_s + timeout_s)
 
@@ -202,6 +204,7 @@ class EngineFleet:
 
     def offer(self, manifest: str, parts: "Sequence[ray.ObjectRef]", timeout_s: float) -> None:
         """A delta, to every host."""
+        self._advanced(timeout_s)
         what = "every host to decode new weights"
         self._all(lambda agent: agent.offer.remote(manifest, *parts), timeout_s, what)
 
@@ -211,6 +214,7 @@ class EngineFleet:
 
     def offer_whole(self, label: str, timeout_s: float) -> None:
         """The buckets since the last offer are the version `label`."""
+        self._advanced(timeout_s)
         self._all(lambda agent: agent.offer_whole.remote(label), timeout_s, f"every host to take weights {label}")
 
     def perform(self, actions: Sequence[Action], label: str, timeout_s: float) -> list[Answer]:
@@ -232,8 +236,14 @@ class EngineFleet:
         return answers
 
     def advance(self, label: str, timeout_s: float) -> None:
-        """Host copies become the version."""
-        for warning in filter(None, self._all(lambda agent: agent.advance.remote(label), timeout_s, f"every host to hold weights {label}")):
+        """Host copies begin to become the version: engines go on meanwhile. What goes wrong there is raised by the next offer."""
+        self._advanced(timeout_s)
+        self._advancing = [agent.advance.remote(label) for agent in self._agents]
+
+    def _advanced(self, timeout_s: float) -> None:
+        """Host copies hold the version that they were to become last."""
+        begun, self._advancing = self._advancing, []
+        for warning in filter(None, deadline.get(begun, timeout_s, "every host to hold the last weights", SYNC_KNOB)):
             log.warning("%s", warning)
 
     def give_up(self, label: str, timeout_s: float) -> None:
@@ -242,7 +252,9 @@ class EngineFleet:
 
     def write_anchor(self, manifest: str) -> None:
         """One host begins to write the version that it holds whole."""
-        deadline.get(self._agents[0].write_anchor.remote(manifest), ASK_S, "a host agent to begin with an anchor")
+        deadline.get(
+            self._agents[0].write_anchor.remote(manifest), self._cfg.sync.timeout_s, "a host agent to begin with an anchor", SYNC_KNOB
+        )
 
     def relabel(self, label: str, timeout_s: float) -> None:
         """Call the weights that the engines loaded themselves `label`."""

@@ -263,10 +263,11 @@ class HostWeights:
             self._buckets = []
             self._unoffered.set()
 
-    def write_anchor(self, manifest_json: str) -> None:
+    async def write_anchor(self, manifest_json: str) -> None:
         """Begin to write what the host copy holds whole to the run's files. The host copy does not change before that has ended."""
-        assert self._anchor is None, "advance waits for an anchor"
-        self._anchor = asyncio.create_task(asyncio.to_thread(self._write_anchor, Manifest.from_json(manifest_json)))
+        async with self._turn:  # it may still be becoming that version
+            assert self._anchor is None, "advance waits for an anchor"
+            self._anchor = asyncio.create_task(asyncio.to_thread(self._write_anchor, Manifest.from_json(manifest_json)))
 
     async def anchor_written(self) -> str:
         """Wait for the anchor that is being written; why it could not be, if so."""

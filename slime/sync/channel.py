@@ -250,9 +250,10 @@ class Channel:
 
     def _acknowledge(self, version: WeightVersion, publisher: Publisher, receivers: Receivers) -> None:
         """Every engine that is left has proven it, or none is there: the trainer's snapshot and the host copies become the version."""
-        if self._cfg.mode == "delta":
-            publisher.acknowledge(version)
-        receivers.advance(version.label, self._cfg.timeout_s)
+        with self._tracer.span("advance", version=version.number):
+            if self._cfg.mode == "delta":
+                publisher.acknowledge(version)
+            receivers.advance(version.label, self._cfg.timeout_s)
         sent, self._sent = self._sent, None
         if sent is not None and self._spec is not None:
             if self._held is not None:  # the first one of a process leads from the model directory, which is no step

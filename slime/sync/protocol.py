@@ -113,7 +113,7 @@ class Receivers(Protocol):
         ...
 
     def advance(self, label: str, timeout_s: float) -> None:
-        """Host copies become the version."""
+        """Host copies become the version, by the next offer at the latest."""
         ...
 
     def give_up(self, label: str, timeout_s: float) -> None:

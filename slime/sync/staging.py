@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from slime.cluster.cores import in_order
 from slime.sync import fingerprint, native
 from slime.sync.livemap import LiveMap, LiveMove
 from slime.sync.records import Changes
@@ -41,6 +42,7 @@ ALIGN = 64
 WINDOW = 1 << 32  # elements that an index reaches
 RUN_AT = 512  # consecutive elements that are worth a segment of their own
 CHUNK = 1 << 16  # elements that small pieces are joined to: a model has many tensors with a few changes each, and every call has its price
+STRETCH = 1 << 22  # words that a thread hashes or writes at a time
 MOST_HEADER = 1 << 20
 BASE = "staged"
 
@@ -140,11 +142,10 @@ class Stage:
         try:
             with open(partial, "wb") as file:
                 file.write(HEAD.pack(MAGIC, len(header), hashlib.blake2b(header, digest_size=16).digest()) + header)
-                for offset, pieces in arrays:
-                    file.seek(start + offset)
-                    for piece in pieces:
-                        file.write(piece.data)
+                file.flush()
                 file.truncate(start + end)
+                for _ in in_order(lambda placed: _write(file.fileno(), *placed), _placed(arrays, start)):
+                    pass
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise OSError(error.errno, f"{error.strerror}: a staged file of {start + end} bytes", str(partial)) from error
@@ -223,15 +224,36 @@ class _Gathered:
 
 def digest(arrays: dict[str, list[np.ndarray]], run_key: int, table: np.ndarray) -> int:
     """Fingerprint of arrays that are given in pieces, read as bytes."""
-    total = 0
+    return sum(in_order(lambda stretch: fingerprint.full(stretch[0], stretch[1], table, stretch[2]), _stretches(arrays, run_key))) % 2**64
+
+
+def _stretches(arrays: dict[str, list[np.ndarray]], run_key: int) -> Iterator[tuple[np.ndarray, int, int]]:
+    """(words, key, number of the first): what threads take."""
     for name, pieces in arrays.items():
         key, start = fingerprint.tensor_key(run_key, f"{BASE}/{name}"), 0
         for piece in pieces:
             # a piece of elements wider than a byte is read in words of two bytes, so that it may begin anywhere but at an odd byte
             words = piece.view("u1" if piece.itemsize == 1 else "<u2")
-            total += fingerprint.full(words, key, table, start)
+            for first in range(0, len(words), STRETCH):
+                yield words[first : first + STRETCH], key, start + first
             start += len(words)
-    return total % 2**64
+
+
+def _placed(arrays: list[tuple[int, list[np.ndarray]]], start: int) -> Iterator[tuple[memoryview, int]]:
+    """(bytes, where they go), a stretch each, of arrays whose first piece is to lie so far behind `start`."""
+    for offset, pieces in arrays:
+        at = start + offset
+        for piece in pieces:
+            flat = piece.view(np.uint8).data
+            for first in range(0, len(flat), 2 * STRETCH):
+                yield flat[first : first + 2 * STRETCH], at + first
+            at += len(flat)
+
+
+def _write(file: int, flat: memoryview, at: int) -> None:
+    while len(flat):
+        written = os.pwrite(file, flat, at)
+        flat, at = flat[written:], at + written
 
 
 def _runs(positions: np.ndarray) -> Iterator[tuple[bool, list[slice]]]:

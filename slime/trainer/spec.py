@@ -1,10 +1,12 @@
 """Which modules a transformer layer is built from: megatron-core's own, without Transformer Engine, with our norm and attention."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.post_training.modelopt.layers import Linear
@@ -90,6 +92,18 @@ class FusedMLP(MLP):
             return self.linear_fc2(active)
 
 
+def add_residual(training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
+    """In place of megatron-core's bias-dropout-add, of which only the sum is left here: the norm after it sees the sum unrounded."""
+
+    def add(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        x, bias = x_with_bias
+        if on_triton(x.device) and bias is None and not dropout and x.dtype == residual.dtype:
+            return layer.added(x, residual)
+        return get_bias_dropout_add(training, fused)(x_with_bias, residual, dropout)
+
+    return add
+
+
 class NormedAttention(FusedAttention):
     """Attention with a norm on what it adds to the residual stream (GLM-4-0414)."""
 
@@ -128,6 +142,7 @@ def _ours(layer: ModuleSpec, sandwich: bool) -> ModuleSpec:
     modules = layer.submodules
     modules.input_layernorm = TorchNorm
     modules.pre_mlp_layernorm = TorchNorm
+    modules.self_attn_bda = modules.mlp_bda = add_residual
     attention = modules.self_attention.submodules
     attention.core_attention = PackedAttention
     if modules.mlp.module is MoELayer:

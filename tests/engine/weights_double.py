@@ -207,7 +207,7 @@ class Host:
         self.run(self.weights.give_up(label))
 
     def write_anchor(self, manifest: str) -> None:
-        self.weights.write_anchor(manifest)
+        self.run(self.weights.write_anchor(manifest))
 
     def relabel(self, label: str, timeout_s: float) -> None:
         for engine in self.live:

@@ -105,10 +105,7 @@ class Fleet:
         self._all(lambda host: host.give_up(label, timeout_s))
 
     def write_anchor(self, manifest: str) -> None:
-        async def begin() -> None:
-            self.hosts[0].weights.write_anchor(manifest)
-
-        self.hosts[0].run(begin())
+        self.hosts[0].run(self.hosts[0].weights.write_anchor(manifest))
 
     def offer_bucket(self, bucket: Any, first: bool, timeout_s: float) -> int:
         return sum(self._all(lambda host: host.offer_bucket(bucket, first, timeout_s)))

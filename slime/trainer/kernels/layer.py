@@ -1,7 +1,7 @@
 """What lies between the matrix products of a transformer layer, each in one pass over memory: norm, gated activation, and the way from a
 row of projected heads to what attention takes. For Triton (`layer_programs`); where it does not run, megatron-core's own modules do.
 
-Values are computed in fp32 and rounded once.
+Values are computed in fp32 and rounded where SGLang's kernels round them.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,11 +14,21 @@ from torch import Tensor
 
 PROGRAMS = 1024  # that share the rows of a gradient which adds up over rows
 BLOCK = 1024
+TERMS = "terms"  # of a sum, until it is normed: they must not live as long as the graph
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension; in the dtype of x."""
-    return _Norm.apply(x, weight, eps)
+    """x / rms(x) * weight over the last dimension; in the dtype of x. The first time that what `added` returned is normed, it is the sum
+    before rounding."""
+    terms: tuple[Tensor, Tensor] | None = x.__dict__.pop(TERMS, None)
+    return _Norm.apply(x, weight, eps, terms)
+
+
+def added(x: Tensor, residual: Tensor) -> Tensor:
+    """x + residual, of one dtype, rounded to it."""
+    total = residual + x
+    setattr(total, TERMS, (x.detach(), residual.detach()))
+    return total
 
 
 def swiglu(pair: Tensor) -> Tensor:
@@ -46,7 +56,7 @@ def heads(mixed: Tensor, weights: tuple[Tensor, Tensor] | None, groups: int, siz
 
 
 def made_by(make: Callable[[], Tensor], tensor: Tensor) -> Tensor:
-    """The tensor, which says how it is made: the same bits again."""
+    """The tensor, which says how it is made again: the same bits, but for a norm's of an unrounded sum."""
     tensor.make = make  # type: ignore[attr-defined]
     return tensor
 
@@ -69,15 +79,16 @@ def forgetting(tensor: Tensor) -> Iterator[None]:
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, terms: tuple[Tensor, Tensor] | None) -> Tensor:
         from slime.trainer.kernels import layer_programs as programs
 
         x = x.contiguous()
         width = x.shape[-1]
         rows = x.numel() // width
         out, scales = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+        first, second = (term.contiguous() for term in terms or (x, x))
         if rows:
-            programs.norm[(rows,)](x, weight, out, scales, width, eps, **_over(width))
+            programs.norm[(rows,)](first, second, weight, out, scales, width, eps, SUM=terms is not None, **_over(width))
         ctx.save_for_backward(x, weight, scales)
         return out
 
@@ -91,7 +102,7 @@ class _Norm(torch.autograd.Function):
         d_weights = torch.empty(shares, width, dtype=torch.float32, device=x.device)
         if rows:
             programs.norm_gradient[(shares,)](d_out.contiguous(), x, weight, scales, d_x, d_weights, rows, width, **_over(width))
-        return d_x, d_weights.sum(0).to(weight.dtype), None
+        return d_x, d_weights.sum(0).to(weight.dtype), None, None
 
 
 def _over(width: int) -> dict[str, int]:

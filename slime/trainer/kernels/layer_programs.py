@@ -1,6 +1,7 @@
 """The programs of `layer` in Triton. Imported only where they run: on CUDA, or on the CPU under TRITON_INTERPRET=1.
 
-All compute in fp32 and round once, when they store.
+All compute in fp32 and round when they store. Log-probs of trainer and engines differ by what is rounded at different places, so what is
+rounded is what SGLang's kernels round: heads between their norm and their rotation too, a sum not before it is normed.
 """
 
 import triton
@@ -8,12 +9,14 @@ import triton.language as tl
 
 
 @triton.jit
-def norm(x, weight, out, scales, width, eps, BLOCK: tl.constexpr):
-    """`layer.rms_norm` of a row; keeps 1 / rms."""
+def norm(x, added, weight, out, scales, width, eps, SUM: tl.constexpr, BLOCK: tl.constexpr):
+    """`layer.rms_norm` of a row, or with SUM of the sum of two; keeps 1 / rms."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
     value = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    if SUM:
+        value += tl.load(added + row * width + at, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
     w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(scales + row, scale)
@@ -115,8 +118,8 @@ def heads(
     b = tl.load(row + second[None, :], mask=inside, other=0.0).to(tl.float32)
     if NORMED:
         scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / SIZE + eps)[:, None]
-        a *= scale * tl.load(weight + first).to(tl.float32)[None, :]
-        b *= scale * tl.load(weight + second).to(tl.float32)[None, :]
+        a = (a * scale * tl.load(weight + first).to(tl.float32)[None, :]).to(out.dtype.element_ty).to(tl.float32)
+        b = (b * scale * tl.load(weight + second).to(tl.float32)[None, :]).to(out.dtype.element_ty).to(tl.float32)
     cos, sin = turn(angles, tl.load(positions + token), mscale, SIZE, TURNED, INTERLEAVED)
     to = out + (token * COUNT + head)[:, None] * SIZE
     tl.store(to + first[None, :], (a * cos[None, :] - b * sin[None, :]).to(out.dtype.element_ty), mask=inside)

@@ -48,6 +48,25 @@ def test_norm(shape, dtype):
     compare(lambda x, w: [layer.rms_norm(x, w, EPS)], lambda x, w: [F.rms_norm(x, (x.shape[-1],), w, EPS)], x, weight)
 
 
+def test_a_sum_is_normed_before_it_is_rounded():
+    """As engines do; its gradient, and whatever looks at it later, knows the rounded one."""
+    x, residual, weight = (random(300, 256, dtype=torch.bfloat16, seed=seed) for seed in range(3))
+    total = layer.added(x.requires_grad_(), residual)
+    assert torch.equal(total.view(torch.int16), (x + residual).view(torch.int16))
+    first, again = (layer.rms_norm(total, weight[0], EPS) for _ in range(2))
+    exact = F.rms_norm(x.double() + residual.double(), (256,), weight[0].double(), EPS)
+    rounded = F.rms_norm(total.double(), (256,), weight[0].double(), EPS)
+
+    def off(found, meant):
+        """Share of elements that are not the nearest bf16."""
+        return (found != meant.bfloat16()).double().mean().item()
+
+    assert off(first, exact) < 0.001 and off(again, rounded) < 0.001
+    assert off(first, rounded) > 0.1, "rounding shows"
+    first.sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 1, 48), (3, 2 * 2500)])
 def test_swiglu(shape, dtype):
