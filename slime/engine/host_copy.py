@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from slime.cluster.cores import in_order
 from slime.models.hf_files import HFReader
 from slime.sync import fingerprint
 from slime.sync.bits import INTEGERS
+from slime.sync.bursts import in_order
 from slime.sync.protocol import Bucket
 from slime.sync.records import Changes, ModelSpec
 

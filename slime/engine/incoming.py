@@ -12,10 +12,10 @@ from typing import Protocol
 import torch
 from safetensors.torch import save_file
 
-from slime.cluster.cores import in_order
 from slime.engine.host_copy import HostCopy, Part, bits_of, tensor_of
 from slime.engine.served import Served
 from slime.sync import fingerprint, wire
+from slime.sync.bursts import in_order
 from slime.sync.livemap import LiveMap
 from slime.sync.manifest import Manifest
 from slime.sync.protocol import Bucket

@@ -13,9 +13,9 @@ from functools import partial
 
 import numpy as np
 
-from slime.cluster.cores import in_order
 from slime.engine.host_copy import HostCopy, Part, bits_of, tensor_of
 from slime.sync import fp8
+from slime.sync.bursts import in_order
 from slime.sync.protocol import Bucket
 from slime.sync.records import Changes
 

@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from slime.cluster.cores import in_order
 from slime.sync import fingerprint, native
+from slime.sync.bursts import in_order
 from slime.sync.livemap import LiveMap, LiveMove
 from slime.sync.records import Changes
 

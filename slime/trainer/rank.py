@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 import numpy as np
 import ray
 
-from slime.cluster.cores import burst
 from slime.config import SlimeConfig
 from slime.observe.hashed import File
 from slime.observe.mismatch import PROBED
 from slime.observe.stacks import Stacks
 from slime.observe.trace import Span, Tracer
+from slime.sync.bursts import burst
 from slime.sync.diff import Summary
 from slime.sync.manifest import PartRef
 from slime.sync.records import ModelSpec

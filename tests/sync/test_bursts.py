@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from slime.cluster.cores import burst, in_order
+from slime.sync.bursts import burst, in_order
 
 
 def test_results_come_in_the_order_of_the_items() -> None:
