@@ -7,6 +7,8 @@ user types it:
     sync, fp32      and logits in fp32, of both             its mismatch beside that of bf16
     one_step_off    rollout.mode=one_step_off               its steps against the larger of the two, and what each loses to sync's
 
+A run is killed once its steps are recorded: its end would write a checkpoint of 56 GB.
+
 Of every step: difference of log-probs between trainer and engine at most 0.02 on average, gradient norm and share of changed weights above
 zero. Of steps after the first two the median: step time at most 1.05 x its floor, in sync rollout + training, one step off the larger.
 
@@ -14,8 +16,11 @@ Prints a table; JSON goes to $OUT or benchmarks/results. Exit code 1 where a bar
 """
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +38,7 @@ from benchmarks.sync_gpu import build_native
 
 MISMATCH_BAR, STEP_BAR, WARM = 0.02, 1.05, 2  # steps that are not timed: kernels are compiled in them
 PROMPTS, PROMPT_LENGTH = 256, 120
+FREE = 1 << 30  # bytes that may be used on a GPU that nobody computes on
 FP32_HEAD = "+rollout.sglang.enable_fp32_lm_head=true"
 RUNS = {
     "sync": ["rollout.mode=sync"],
@@ -46,7 +52,7 @@ class Row:
     """A run. Times are medians of its steps, seconds."""
 
     run: str
-    exit_code: int
+    ended: bool  # by itself, before its steps were recorded
     start_s: float  # until the first step began
     steps: int
     step_s: float
@@ -66,7 +72,7 @@ class Row:
     def missed(self) -> list[str]:
         """The bars that it fails."""
         bars = {
-            f"exit code {self.exit_code}": self.exit_code == 0,
+            "it ended by itself": not self.ended,
             f"a step takes {self.step_s / self.floor_s:.3f} x its floor, at most {STEP_BAR}": self.step_s <= STEP_BAR * self.floor_s,
             f"log-probs differ by {self.mismatch:.4f}, at most {MISMATCH_BAR}": self.mismatch <= MISMATCH_BAR,
             f"gradient norm {self.grad_norm}": self.grad_norm > 0,
@@ -110,7 +116,7 @@ def run(folder: Path, name: str, steps: int, overrides: list[str]) -> Row:
     settings = {
         "run.name": directory.name,
         "run.dir": directory.parent,
-        "run.steps": steps,
+        "run.steps": 1000,
         "model.path": folder / "model",
         "data.train": f"[{{path: {folder}/prompts.jsonl}}]",
         "data.max_prompt_tokens": 128,
@@ -127,25 +133,56 @@ def run(folder: Path, name: str, steps: int, overrides: list[str]) -> Row:
         **{f"+rollout.sglang.{key}": value for key, value in SGLANG.items() if key != "mem_fraction_static"},
     }
     words = [f"{key}={value}" for key, value in settings.items()] + RUNS[name] + overrides
-    begun = time.time()
-    code = subprocess.run([sys.executable, "-m", "slime.cli.main", "train", "--config-name", "base", *words]).returncode
-    return row_of(name, code, begun, directory)
+    begun, command = time.time(), [sys.executable, "-m", "slime.cli.main", "train", "--config-name", "base"]
+    process = subprocess.Popen([*command, *words], start_new_session=True)
+    lines: list[dict[str, float]] = []
+    try:
+        while len(lines) <= steps and process.poll() is None:
+            time.sleep(0.5)
+            if len(found := read(directory / "metrics.jsonl")) > len(lines):
+                start_s = time.time() - begun - sum(line["time/step_s"] for line in found)
+                lines = found
+    finally:
+        ended = process.poll() is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        wait_until_free()
+    if len(lines) <= WARM + 1:
+        raise SystemExit(f"{name}: {max(0, len(lines) - 1)} steps were recorded; see {directory}")
+    return row_of(name, ended, start_s, lines[1:])
 
 
-def row_of(name: str, code: int, begun: float, directory: Path) -> Row:
-    path = directory / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    if not lines:
-        raise SystemExit(f"{name}: no step was recorded, exit code {code}; see {directory}")
-    timed = lines[WARM:] or lines
+def read(path: Path) -> list[dict[str, float]]:
+    """A line a step, the first of which is before any."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def wait_until_free() -> None:
+    """The next run's engine takes its share of what is free."""
+    for _ in range(120):
+        if used_bytes() < FREE:
+            return
+        time.sleep(0.5)
+    raise SystemExit(f"{used_bytes() >> 20} MiB of the GPU are still used a minute after the run was killed")
+
+
+def used_bytes() -> int:
+    asked = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return max(map(int, subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split())) << 20
+
+
+def row_of(name: str, ended: bool, start_s: float, lines: list[dict[str, float]]) -> Row:
+    timed = lines[WARM:]
 
     def typical(metric: str) -> float:
         return median(line[metric] for line in timed)
 
     return Row(
         run=name,
-        exit_code=code,
-        start_s=path.stat().st_ctime - begun - sum(line["time/step_s"] for line in lines),
+        ended=ended,
+        start_s=start_s,
         steps=len(lines),
         step_s=typical("time/step_s"),
         rollout_s=typical("time/rollout_s"),

@@ -68,8 +68,8 @@ class IncomingDelta:
     def __init__(self, manifest: Manifest, payload: Callable[[int], bytes | memoryview], served: Served) -> None:
         """Raises ManifestError for a manifest of another model, or a part whose bytes are not the manifest's."""
         manifest.check_model(served.trainer.spec)
-        for number, part in enumerate(manifest.parts):
-            part.check(payload(number), manifest.label)
+        for _ in in_order(lambda part: part[1].check(payload(part[0]), manifest.label), enumerate(manifest.parts)):
+            pass
         self.manifest, self.label, self.fingerprints = manifest, manifest.label, manifest.fingerprints
         self.of_engines: Sequence[int] = served.engine.fingerprints  # `stage` finds those of this version
         self.opaque: Path | None = None  # tensors that engines hold in another form: at this version,

@@ -19,7 +19,7 @@ from slime.observe.hashed import File
 from slime.observe.mismatch import PROBED
 from slime.observe.stacks import Stacks
 from slime.observe.trace import Span, Tracer
-from slime.sync.bursts import burst
+from slime.sync.bursts import burst, in_order
 from slime.sync.diff import Summary
 from slime.sync.manifest import PartRef
 from slime.sync.records import ModelSpec
@@ -203,7 +203,8 @@ class Rank:
 
         with self.tracer.span("encode"):
             encoded, summary = publish.encode(self.base[0], self.trainer, codec, part_bytes, self.burst)
-            return [(number, PartRef.of(number, payload), ray.put(payload)) for number, payload in encoded], summary
+            refs = in_order(lambda part: PartRef.of(*part), encoded, self.burst)
+            return [(number, ref, ray.put(payload)) for (number, payload), ref in zip(encoded, refs, strict=True)], summary
 
     @on_device
     def acknowledge(self) -> None:

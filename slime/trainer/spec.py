@@ -93,7 +93,7 @@ class FusedMLP(MLP):
 
 
 def add_residual(training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
-    """In place of megatron-core's bias-dropout-add, of which only the sum is left here: the norm after it sees the sum unrounded."""
+    """In place of megatron-core's bias-dropout-add, of which only the sum is left here."""
 
     def add(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
         x, bias = x_with_bias

@@ -181,7 +181,15 @@ def test_order_and_metrics() -> None:
     assert (metrics["sync/diff_s"], metrics["sync/encode_s"]) == (0.1, 0.5)
     assert (metrics["sync/commit_s"], metrics["sync/verify_s"]) == (0.25, 0.5)
     assert metrics["time/sync_s"] >= metrics["sync/pause_s"] > 0
-    assert [span.name for span in made.spans()] == ["adopt", "delta", "offer", "prepare", "commit", "resume", "advance"] and made.spans() == []
+    assert [span.name for span in made.spans()] == [
+        "adopt",
+        "delta",
+        "offer",
+        "prepare",
+        "commit",
+        "resume",
+        "advance",
+    ] and made.spans() == []
 
 
 def test_versions_are_signed_and_lead_from_one_to_the_next() -> None:

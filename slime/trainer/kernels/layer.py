@@ -1,7 +1,9 @@
 """What lies between the matrix products of a transformer layer, each in one pass over memory: norm, gated activation, and the way from a
 row of projected heads to what attention takes. For Triton (`layer_programs`); where it does not run, megatron-core's own modules do.
 
-Values are computed in fp32 and rounded where SGLang's kernels round them.
+Values are computed in fp32 and rounded once. Log-probs of trainer and engines differ by the rounding of both, and what adds most to it is a
+stream of residuals that is rounded 72 times in 36 layers. Here what rounding takes from a sum goes along beside it, as a second tensor
+(`added`), into the norm that follows and into the next sum.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,20 +16,21 @@ from torch import Tensor
 
 PROGRAMS = 1024  # that share the rows of a gradient which adds up over rows
 BLOCK = 1024
-TERMS = "terms"  # of a sum, until it is normed: they must not live as long as the graph
+LOW = "low"  # of a sum: what rounding took from it
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension; in the dtype of x. The first time that what `added` returned is normed, it is the sum
-    before rounding."""
-    terms: tuple[Tensor, Tensor] | None = x.__dict__.pop(TERMS, None)
-    return _Norm.apply(x, weight, eps, terms)
+    """x / rms(x) * weight over the last dimension; in the dtype of x. Of a sum that `added` made, before it was rounded."""
+    return _Norm.apply(x, weight, eps, x.__dict__.get(LOW))
 
 
 def added(x: Tensor, residual: Tensor) -> Tensor:
-    """x + residual, of one dtype, rounded to it."""
-    total = residual + x
-    setattr(total, TERMS, (x.detach(), residual.detach()))
+    """x + residual, of one dtype, rounded to it, and beside it what rounding took. Of a residual that `added` made that is summed too, and
+    forgotten here: the graph, which keeps sums, is not to keep it as well."""
+    if x.dtype == torch.float32:
+        return x + residual
+    total, low = _Added.apply(x, residual, residual.__dict__.pop(LOW, None))
+    setattr(total, LOW, low)
     return total
 
 
@@ -56,7 +59,7 @@ def heads(mixed: Tensor, weights: tuple[Tensor, Tensor] | None, groups: int, siz
 
 
 def made_by(make: Callable[[], Tensor], tensor: Tensor) -> Tensor:
-    """The tensor, which says how it is made again: the same bits, but for a norm's of an unrounded sum."""
+    """The tensor, which says how it is made again: the same bits, but for a norm's of a sum, which is then that of the rounded one."""
     tensor.make = make  # type: ignore[attr-defined]
     return tensor
 
@@ -79,16 +82,15 @@ def forgetting(tensor: Tensor) -> Iterator[None]:
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, terms: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, low: Tensor | None) -> Tensor:
         from slime.trainer.kernels import layer_programs as programs
 
         x = x.contiguous()
         width = x.shape[-1]
         rows = x.numel() // width
         out, scales = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
-        first, second = (term.contiguous() for term in terms or (x, x))
         if rows:
-            programs.norm[(rows,)](first, second, weight, out, scales, width, eps, SUM=terms is not None, **_over(width))
+            programs.norm[(rows,)](x, x if low is None else low, weight, out, scales, width, eps, LOW=low is not None, **_over(width))
         ctx.save_for_backward(x, weight, scales)
         return out
 
@@ -109,6 +111,25 @@ def _over(width: int) -> dict[str, int]:
     """How a program takes a row of this width."""
     block = _power_of_two(width)
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+
+
+class _Added(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor]:
+        from slime.trainer.kernels import layer_programs as programs
+
+        x, residual = x.contiguous(), residual.contiguous()
+        total, left = torch.empty_like(x), torch.empty_like(x)
+        count = x.numel()
+        if count:
+            of = x if low is None else low
+            programs.add[(-(-count // BLOCK),)](x, residual, of, total, left, count, LOW=low is not None, BLOCK=BLOCK)
+        ctx.mark_non_differentiable(left)
+        return total, left
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return d_total, d_total, None
 
 
 class _SwiGLU(torch.autograd.Function):

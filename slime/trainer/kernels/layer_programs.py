@@ -1,7 +1,6 @@
 """The programs of `layer` in Triton. Imported only where they run: on CUDA, or on the CPU under TRITON_INTERPRET=1.
 
-All compute in fp32 and round when they store. Log-probs of trainer and engines differ by what is rounded at different places, so what is
-rounded is what SGLang's kernels round: heads between their norm and their rotation too, a sum not before it is normed.
+All compute in fp32 and round once, when they store.
 """
 
 import triton
@@ -9,14 +8,14 @@ import triton.language as tl
 
 
 @triton.jit
-def norm(x, added, weight, out, scales, width, eps, SUM: tl.constexpr, BLOCK: tl.constexpr):
-    """`layer.rms_norm` of a row, or with SUM of the sum of two; keeps 1 / rms."""
+def norm(x, low, weight, out, scales, width, eps, LOW: tl.constexpr, BLOCK: tl.constexpr):
+    """`layer.rms_norm` of a row, with LOW of x + low; keeps 1 / rms."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
     value = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
-    if SUM:
-        value += tl.load(added + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    if LOW:
+        value += tl.load(low + row * width + at, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
     w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(scales + row, scale)
@@ -40,6 +39,19 @@ def norm_gradient(d_out, x, weight, scales, d_x, d_weights, rows, width, BLOCK: 
         shared = tl.sum(slope * normed, axis=0) / width
         tl.store(d_x + row * width + at, ((slope - normed * shared) * scale).to(d_x.dtype.element_ty), mask=inside)
     tl.store(d_weights + tl.program_id(0) * width + at, d_weight, mask=inside)
+
+
+@triton.jit
+def add(x, residual, low, out, out_low, count, LOW: tl.constexpr, BLOCK: tl.constexpr):
+    """`layer.added` of a block: x + residual (+ low with LOW), rounded, and what rounding took."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    if LOW:
+        total += tl.load(low + at, mask=inside, other=0.0).to(tl.float32)
+    rounded = total.to(out.dtype.element_ty)
+    tl.store(out + at, rounded, mask=inside)
+    tl.store(out_low + at, (total - rounded.to(tl.float32)).to(out_low.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -118,8 +130,8 @@ def heads(
     b = tl.load(row + second[None, :], mask=inside, other=0.0).to(tl.float32)
     if NORMED:
         scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / SIZE + eps)[:, None]
-        a = (a * scale * tl.load(weight + first).to(tl.float32)[None, :]).to(out.dtype.element_ty).to(tl.float32)
-        b = (b * scale * tl.load(weight + second).to(tl.float32)[None, :]).to(out.dtype.element_ty).to(tl.float32)
+        a *= scale * tl.load(weight + first).to(tl.float32)[None, :]
+        b *= scale * tl.load(weight + second).to(tl.float32)[None, :]
     cos, sin = turn(angles, tl.load(positions + token), mscale, SIZE, TURNED, INTERLEAVED)
     to = out + (token * COUNT + head)[:, None] * SIZE
     tl.store(to + first[None, :], (a * cos[None, :] - b * sin[None, :]).to(out.dtype.element_ty), mask=inside)
