@@ -17,7 +17,7 @@ from slime.sync.bursts import in_order
 from slime.sync.protocol import Bucket
 from slime.sync.records import Changes, ModelSpec
 
-Part = Callable[[], Iterable[Changes]]  # the changes of some tensors; of several parts each has others
+Part = Callable[[], Iterable[Changes]]  # the changes of some tensors; of several parts each has others. Called by any thread
 
 
 class HostCopy:

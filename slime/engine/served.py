@@ -109,7 +109,7 @@ class Quantised(Served):
         return found
 
     def apply(self, parts: Iterable[Part], label: str, trainer: Sequence[int], engine: Sequence[int]) -> None:
-        super().apply([partial(self._followed_by_engine, part) for part in parts], label, trainer, engine)
+        super().apply((partial(self._followed_by_engine, part) for part in parts), label, trainer, engine)
         self.engine.apply((), label, engine)
 
     def _followed_by_engine(self, part: Part) -> Iterator[Changes]:

@@ -17,6 +17,7 @@ Streams, in the order of a row's sizes. A stream as long as its declared raw len
 """
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 import zstandard
 
 from slime.sync import native
-from slime.sync.native import NativeError
+from slime.sync.native import NativeError, StepsBlock
 from slime.sync.records import ElementType
 
 CODECS = ("steps", "exponent", "dense")  # dense: whole weights that need no old ones
@@ -177,22 +178,22 @@ def most_gaps(method: int, changed: int, length: int) -> int:
     return {STEPS8: changed + length // 255, STEPS16: changed + length // 65535}.get(method, 0)
 
 
-def decode_block(
-    kind: ElementType, method: int, gaps: int, streams: tuple[memoryview, ...], block: np.ndarray, out: Entries, packer: Packer
-) -> None:
-    """Fill `out`, whose n is the declared number of changes, from STREAMS streams and the old bits of the block. Raises NativeError for
-    streams that say something else or nothing."""
-    if method in (STEPS8, STEPS16):
-        n = len(out.positions)
-        high = packer.unpack(streams[0], gaps)
-        low = packer.unpack(streams[1], gaps if method == STEPS16 else 0)
-        signs, flags = (packer.unpack(stream, (n + 7) // 8) for stream in streams[2:4])
-        large = packer.unpack(streams[4], int.from_bytes(flags.data, "little").bit_count())
-        raw = packer.unpack(streams[5], int(np.count_nonzero(large == 255)) * kind.width)
-        native.steps_decode(
-            kind.exponent is not None, (high, low, signs, flags, large, raw), block, out.first, out.positions, out.old, out.new
-        )
-    elif method == EXPONENT:
+def unpack_steps(
+    width: int, method: int, changed: int, gaps: int, streams: Sequence[memoryview], first: int, length: int, packer: Packer
+) -> StepsBlock:
+    """A block in steps, out of zstd, from STREAMS streams. Raises NativeError for streams of other lengths than they should have."""
+    high = packer.unpack(streams[0], gaps)
+    low = packer.unpack(streams[1], gaps if method == STEPS16 else 0)
+    signs, flags = (packer.unpack(stream, (changed + 7) // 8) for stream in streams[2:4])
+    large = packer.unpack(streams[4], int.from_bytes(flags.data, "little").bit_count())
+    raw = packer.unpack(streams[5], int(np.count_nonzero(large == 255)) * width)
+    return StepsBlock(first, length, changed, high, low, signs, flags, large, raw)
+
+
+def decode_block(kind: ElementType, method: int, streams: Sequence[memoryview], block: np.ndarray, out: Entries, packer: Packer) -> None:
+    """Fill `out`, whose n is the declared number of changes, from STREAMS streams of method EXPONENT or DENSE and the block's old bits.
+    Raises NativeError for streams that say something else or nothing."""
+    if method == EXPONENT:
         codes, values = (packer.unpack(stream, len(stream)) for stream in streams[:2])
         native.exponent_decode(kind.exponent or (0, 0), (codes, values), block, out.first, out.positions, out.old, out.new)
     else:

@@ -18,7 +18,7 @@
 #define AVX2 __attribute__((target("avx2,bmi,popcnt")))
 #endif
 
-enum { VERSION = 4, BAD_POSITIONS = -1, BAD_VALUES = -2, BAD_STREAM = -3, NO_ROOM = -4, BAD_ARGUMENT = -5 };
+enum { VERSION = 5, BAD_POSITIONS = -1, BAD_VALUES = -2, BAD_STREAM = -3, NO_ROOM = -4, BAD_ARGUMENT = -5 };
 
 API int64_t slime_version(void) { return VERSION; }
 
@@ -277,7 +277,7 @@ API int64_t slime_steps_encode(int width, int is_float, int gap_width, const int
 #define ONES 0x0101010101010101ull
 
 // Positions from gaps: exactly n of them, all below first + length, no gap left over. `low` is NULL for bytes.
-API int64_t slime_gaps_decode(const uint8_t *gaps, const uint8_t *low, uint64_t count, uint64_t n, int64_t first, int64_t length, int64_t *positions) {
+static int64_t gaps_decode(const uint8_t *gaps, const uint8_t *low, uint64_t count, uint64_t n, int64_t first, int64_t length, int64_t *positions) {
     int64_t at = first - 1, end = first + length, ended = 1;
     uint64_t found = 0;
     int64_t skip = low ? 65535 : 255;
@@ -353,15 +353,36 @@ INLINE int64_t steps_decode_of(const uint8_t *block, const int64_t *positions, u
     return l == larges && r == raws ? 0 : BAD_VALUES;
 }
 
-// block: old bits of the block, of which position `first` is the first; positions as slime_gaps_decode checked them. Fills old, new [n].
-API int64_t slime_steps_decode(int width, int is_float, const uint8_t *block, const int64_t *positions, uint64_t n, int64_t first,
-                               const uint8_t *signs, const uint8_t *flags, const uint8_t *large, uint64_t larges, const uint8_t *raw,
-                               uint64_t raws, uint8_t *old, uint8_t *new) {
-    if (n & 7 && (signs[n >> 3] >> (n & 7) || flags[n >> 3] >> (n & 7))) return BAD_VALUES;
-    if (is_float) {
-        BY_WIDTH(width, return steps_decode_of(block, positions, n, first, signs, flags, large, larges, raw, raws, old, new, W, 1));
+// A block and where its streams lie; `low` is 0 for gaps of one byte.
+typedef struct {
+    int64_t first, length;  // positions [first, first + length)
+    uint64_t n;  // changes
+    uint64_t gaps, low, signs, flags, large, raw;  // addresses
+    uint64_t count, larges, raws;  // elements of gaps and low, of large, of raw
+} StepsBlock;
+
+#define BYTES(address) ((const uint8_t *)(uintptr_t)(address))
+
+// bits: old bits of the tensor from position `start` on. Fills positions, old, new with the changes of every block in turn. Where one says
+// something impossible, `failed` is its number.
+API int64_t slime_steps_decode(int width, int is_float, const uint8_t *bits, int64_t start, const StepsBlock *blocks, uint64_t count,
+                               int64_t *positions, uint8_t *old, uint8_t *new, uint64_t *failed) {
+    for (*failed = 0; *failed < count; blocks++, ++*failed) {
+        const uint8_t *signs = BYTES(blocks->signs), *flags = BYTES(blocks->flags), *large = BYTES(blocks->large), *raw = BYTES(blocks->raw);
+        const uint8_t *low = blocks->low ? BYTES(blocks->low) : NULL, *block = bits + (uint64_t)(blocks->first - start) * (uint64_t)width;
+        uint64_t n = blocks->n, larges = blocks->larges, raws = blocks->raws;
+        int64_t wrong = gaps_decode(BYTES(blocks->gaps), low, blocks->count, n, blocks->first, blocks->length, positions);
+        if (wrong) return wrong;
+        if (n & 7 && (signs[n >> 3] >> (n & 7) || flags[n >> 3] >> (n & 7))) return BAD_VALUES;
+        if (is_float) {
+            BY_WIDTH(width, wrong = steps_decode_of(block, positions, n, blocks->first, signs, flags, large, larges, raw, raws, old, new, W, 1));
+        } else {
+            BY_WIDTH(width, wrong = steps_decode_of(block, positions, n, blocks->first, signs, flags, large, larges, raw, raws, old, new, W, 0));
+        }
+        if (wrong) return wrong;
+        positions += n, old += n * (uint64_t)width, new += n * (uint64_t)width;
     }
-    BY_WIDTH(width, return steps_decode_of(block, positions, n, first, signs, flags, large, larges, raw, raws, old, new, W, 0));
+    return 0;
 }
 
 // ---- bits, lowest first, bounded ----

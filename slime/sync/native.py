@@ -6,6 +6,8 @@ caller answers for it.
 """
 
 import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -13,9 +15,10 @@ import numpy as np
 
 from slime.layout import Block
 
-VERSION = 4  # of native.c: what its functions take and mean
+VERSION = 5  # of native.c: what its functions take and mean
 HEAD_BYTES = 26  # of an exponent-coded block
 CLASSES = 16
+ROW_NUMBERS = 12  # of a StepsBlock, 8 bytes each
 WHY = {-1: "positions", -2: "values", -3: "a bit stream", -4: "room", -5: "arguments"}  # what a loop found wrong
 ANSWERS = (  # with a count, or a number of WHY
     *(
@@ -23,7 +26,6 @@ ANSWERS = (  # with a count, or a number of WHY
         "spans_count",
         "spans_list",
         "steps_encode",
-        "gaps_decode",
         "steps_decode",
         "exponent_encode",
         "exponent_decode",
@@ -147,20 +149,53 @@ def steps_encode(
     return gaps[:count], low[: count if gap_width == 2 else 0], signs, flags, large[:larges], raw[:raws]
 
 
+@dataclass(frozen=True, slots=True)
+class StepsBlock:
+    """A block in steps. Positions lie in [first, first + length); streams are uint8, `low` has as many bytes as `gaps` or none."""
+
+    first: int
+    length: int
+    changed: int
+    gaps: np.ndarray
+    low: np.ndarray
+    signs: np.ndarray
+    flags: np.ndarray
+    large: np.ndarray
+    raw: np.ndarray
+
+    def row(self, width: int) -> tuple[int, ...]:
+        """As native.c takes it."""
+        assert len(self.signs) == len(self.flags) == (self.changed + 7) // 8
+        assert len(self.low) in (0, len(self.gaps)) and len(self.raw) % width == 0
+        streams = (self.gaps, self.low, self.signs, self.flags, self.large, self.raw)
+        assert all(stream.dtype == np.uint8 and stream.flags.c_contiguous for stream in streams)
+        gaps, low, *rest = (stream.__array_interface__["data"][0] for stream in streams)
+        counts = (len(self.gaps), len(self.large), len(self.raw) // width)
+        return (self.first, self.length, self.changed, gaps, low if len(self.low) else 0, *rest, *counts)
+
+
+class StepsError(NativeError):
+    """Streams that say something impossible. `number`: of the block."""
+
+    def __init__(self, number: int, why: str) -> None:
+        super().__init__(why)
+        self.number = number
+
+
 def steps_decode(
-    is_float: bool, streams: tuple[np.ndarray, ...], block: np.ndarray, first: int, positions: np.ndarray, old: np.ndarray, new: np.ndarray
+    is_float: bool, blocks: Sequence[StepsBlock], bits: np.ndarray, start: int, positions: np.ndarray, old: np.ndarray, new: np.ndarray
 ) -> None:
-    """Fill positions, old and new [n] from streams (uint8; gap bytes in `low` or none) and the old bits of the block. Raises NativeError
-    when they do not say exactly n changes of this block."""
-    gaps, low, signs, flags, large, raw = streams
-    n, width = len(positions), block.itemsize
-    assert len(signs) == len(flags) == (n + 7) // 8 and len(low) in (0, len(gaps)) and len(raw) % width == 0
-    assert positions.dtype == np.int64 and old.dtype == new.dtype == block.dtype and len(old) == len(new) == n
-    begin, length = ctypes.c_int64(first), ctypes.c_int64(len(block))
-    below = at(low) if len(low) else None
-    check(library().slime_gaps_decode(at(gaps), below, u64(len(gaps)), u64(n), begin, length, at(positions)))
-    coded = (at(signs), at(flags), at(large), u64(len(large)), at(raw), u64(len(raw) // width))
-    check(library().slime_steps_decode(width, int(is_float), at(block), at(positions), u64(n), begin, *coded, at(old), at(new)))
+    """Fill positions, old and new [n] with the changes of every block in turn, by the old bits of their tensor from position `start` on.
+    Raises StepsError where streams do not say exactly as many changes of their block."""
+    n, width, end = len(positions), bits.itemsize, start + len(bits)
+    assert positions.dtype == np.int64 and old.dtype == new.dtype == bits.dtype and len(old) == len(new) == n
+    assert sum(block.changed for block in blocks) == n and all(start <= b.first and b.first + b.length <= end for b in blocks)
+    rows, failed = np.array([block.row(width) for block in blocks], "<u8").reshape(-1, ROW_NUMBERS), np.zeros(1, np.uint64)
+    out = (at(positions), at(old), at(new), at(failed))
+    try:
+        check(library().slime_steps_decode(width, int(is_float), at(bits), ctypes.c_int64(start), at(rows), u64(len(rows)), *out))
+    except NativeError as error:
+        raise StepsError(int(failed[0]), str(error)) from None
 
 
 def exponent_encode(

@@ -13,6 +13,7 @@ payload before it uses it, so that neither damage nor malice makes it read or wr
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
@@ -31,9 +32,10 @@ from slime.sync.codec import (
     decode_block,
     encode_block,
     most_gaps,
+    unpack_steps,
 )
-from slime.sync.native import NativeError
-from slime.sync.records import BLOCK, Changes, ModelSpec
+from slime.sync.native import NativeError, StepsBlock, StepsError
+from slime.sync.records import BLOCK, Changes, ModelSpec, TensorSpec
 
 MAGIC, VERSION = b"SLWP", 1
 HEAD = struct.Struct("<4sHH16sIIII")
@@ -205,42 +207,98 @@ def _check_old(name: str, old: np.ndarray, bits: np.dtype, size: int) -> None:
         raise ValueError(f"the old bits of {name} are {old.dtype} {list(old.shape)}, not {bits} [{size}]")
 
 
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A block of a tensor: its row, and its streams as they came."""
+
+    number: int
+    method: int
+    changed: int
+    gaps: int
+    streams: list[memoryview]
+
+
+@dataclass(frozen=True, slots=True)
+class Unpacked:
+    """What a part says of one tensor, its steps out of zstd: threads that decode such tensors hardly wait for one another."""
+
+    spec: TensorSpec
+    tensor: int
+    rows: list[_Row]  # ascending
+    steps: dict[int, StepsBlock]  # of the blocks in steps, by their numbers
+
+    def changes(self, old: np.ndarray) -> Changes:
+        """With absolute new bits; a dense block gives all its elements. `old`: the tensor's old bits (1-D), which are only read. Raises
+        WireError, naming tensor and block."""
+        kind = self.spec.type
+        _check_old(self.spec.name, old, kind.bits, self.spec.size)
+        n = sum(row.changed for row in self.rows)
+        found, done = Changes(self.tensor, np.empty(n, np.int64), np.empty(n, kind.bits), np.empty(n, kind.bits)), 0
+        old = np.ascontiguousarray(old)
+        for in_steps, those in groupby(self.rows, lambda row: row.number in self.steps):
+            rows = list(those)
+            for some in [rows] if in_steps else [[row] for row in rows]:
+                room = slice(done, done := done + sum(row.changed for row in some))
+                self._decode(some, old, found.positions[room], found.old[room], found.new[room])
+        return found
+
+    def _decode(self, rows: list[_Row], old: np.ndarray, *room: np.ndarray) -> None:
+        kind, first = self.spec.type, rows[0]
+        try:
+            if first.number in self.steps:
+                native.steps_decode(kind.exponent is not None, [self.steps[row.number] for row in rows], old, 0, *room)
+            else:
+                start, length = _of_block(self.spec, first.number)
+                decode_block(kind, first.method, first.streams, old[start : start + length], Entries(start, length, *room), Packer())
+        except NativeError as error:
+            row = rows[error.number if isinstance(error, StepsError) else 0]
+            raise _wrong(self.spec, row.number, row.method, error) from error
+
+
 def decode_part(model: ModelSpec, tensors: range, payload: bytes | memoryview, old_of: Callable[[int], np.ndarray]) -> Iterator[Changes]:
-    """Changes of each tensor that has any, ascending, with absolute new bits; a dense block yields all its elements. old_of(tensor): its
-    old bits (1-D), which are only read. A tensor is yielded when all of it was checked; the table is checked before the first.
-    Raises WireError, naming tensor and block, for bytes that are no part of these tensors."""
-    view = memoryview(payload).cast("B")
-    packer = Packer()
+    """Changes of each tensor that has any, ascending. old_of(tensor): its old bits. Raises WireError for bytes that are no part of these
+    tensors; a tensor is yielded when all of it was checked, the first one when the table was."""
+    for unpacked in unpack_part(model, tensors, payload):
+        yield unpacked.changes(old_of(unpacked.tensor))
+
+
+def unpack_part(model: ModelSpec, tensors: range, payload: bytes | memoryview) -> Iterator[Unpacked]:
+    """Each tensor that has changes, ascending. Raises WireError, naming tensor and block, for bytes that are no part of these tensors; the
+    table is checked before the first."""
+    view, packer = memoryview(payload).cast("B"), Packer()
     rows, at = _table(model, tensors, view, packer)
     numbers, starts = np.unique(rows["tensor"], return_index=True)
     edges = [*starts.tolist(), len(rows)]
     for tensor, start, end in zip(numbers.tolist(), edges[:-1], edges[1:], strict=True):
         own = rows[start:end]
-        yield _decode_tensor(model, tensor, own, view[at:], old_of(tensor), packer)
+        yield _unpacked(model.tensors[tensor], tensor, own, view[at:], packer)
         at += int(own["sizes"].sum(dtype=np.uint64))
 
 
-def _decode_tensor(model: ModelSpec, tensor: int, rows: np.ndarray, view: memoryview, old: np.ndarray, packer: Packer) -> Changes:
-    spec = model.tensors[tensor]
-    kind = spec.type
-    _check_old(spec.name, old, kind.bits, spec.size)
-    n = int(rows["changed"].sum(dtype=np.uint64))
-    found = Changes(tensor, np.empty(n, np.int64), np.empty(n, kind.bits), np.empty(n, kind.bits))
-    at = done = 0
+def _unpacked(spec: TensorSpec, tensor: int, rows: np.ndarray, view: memoryview, packer: Packer) -> Unpacked:
+    found = Unpacked(spec, tensor, [], {})
+    at = 0
     for block, method, changed, gaps, sizes in zip(*(rows[name].tolist() for name in ROW.names[1:]), strict=True):  # type: ignore[index]
         streams = []
         for size in sizes:
             streams.append(view[at : at + size])
             at += size
-        first, those = block * BLOCK, slice(done, done + changed)
-        length = min(BLOCK, spec.size - first)
-        out = Entries(first, length, found.positions[those], found.old[those], found.new[those])
-        try:
-            decode_block(kind, method, gaps, tuple(streams), np.ascontiguousarray(old[first : first + length]), out, packer)
-        except NativeError as error:
-            raise WireError(f"block {block} of {spec.name} ({METHODS[method]}): {error}") from error
-        done += changed
+        found.rows.append(_Row(block, method, changed, gaps, streams))
+        if method in (STEPS8, STEPS16):
+            try:
+                found.steps[block] = unpack_steps(spec.type.width, method, changed, gaps, streams, *_of_block(spec, block), packer)
+            except NativeError as error:
+                raise _wrong(spec, block, method, error) from error
     return found
+
+
+def _of_block(spec: TensorSpec, block: int) -> tuple[int, int]:
+    """Its first position and its length."""
+    return block * BLOCK, min(BLOCK, spec.size - block * BLOCK)
+
+
+def _wrong(spec: TensorSpec, block: int, method: int, error: NativeError) -> WireError:
+    return WireError(f"block {block} of {spec.name} ({METHODS[method]}): {error}")
 
 
 def describe_part(model: ModelSpec, tensors: range, payload: bytes | memoryview) -> list[PartBlock]:

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slime.sync.codec import DENSE, EXPONENT, STEPS8, STEPS16, STREAMS, Coded, Entries, Packer, decode_block, encode_block
+from slime.sync import native
+from slime.sync.codec import DENSE, EXPONENT, STEPS8, STEPS16, STREAMS, Coded, Entries, Packer, decode_block, encode_block, unpack_steps
 from slime.sync.native import NativeError
 from slime.sync.records import BLOCK, ELEMENT_TYPES, ElementType
 
@@ -46,7 +47,11 @@ def restored(kind: ElementType, coded: Coded, old: np.ndarray) -> np.ndarray:
     n = coded.changed
     out = Entries(FIRST, len(old), np.full(n, -1), np.zeros(n, kind.bits), np.zeros(n, kind.bits))
     streams = (*map(memoryview, coded.streams), *[memoryview(b"")] * (STREAMS - len(coded.streams)))
-    decode_block(kind, coded.method, coded.gaps, streams, old, out, PACKER)
+    if coded.method in (STEPS8, STEPS16):
+        block = unpack_steps(kind.width, coded.method, n, coded.gaps, streams, FIRST, len(old), PACKER)
+        native.steps_decode(kind.exponent is not None, [block], old, FIRST, out.positions, out.old, out.new)
+    else:
+        decode_block(kind, coded.method, streams, old, out, PACKER)
     assert (np.diff(out.positions) > 0).all()
     assert np.array_equal(out.old, old[out.positions - FIRST])
     bits = old.copy()

@@ -49,6 +49,11 @@ def test_planes(width: int) -> None:
 GAPS = [0, 1, 253, 254, 255, 256, 509, 510, 511, 765, 65534, 65535, 65536, 131069, 131070, 131071, 0, 0]
 
 
+def decode(is_float: bool, streams: tuple[np.ndarray, ...], block: np.ndarray, first: int, *found: np.ndarray) -> None:
+    """One block, whose old bits begin at position `first`."""
+    native.steps_decode(is_float, [native.StepsBlock(first, len(block), len(found[0]), *streams)], block, first, *found)
+
+
 @pytest.mark.parametrize("gap_width", [1, 2])
 def test_gaps_with_escapes(gap_width: int) -> None:
     positions = np.cumsum(np.array(GAPS) + 1) - 1 + 5
@@ -58,14 +63,14 @@ def test_gaps_with_escapes(gap_width: int) -> None:
     assert len(gaps) == sum(gap // (255 if gap_width == 1 else 65535) + 1 for gap in GAPS)
     found = (np.zeros(len(GAPS), np.int64), np.zeros_like(old), np.zeros_like(old))
     streams = (gaps, low, signs, flags, large, raw.view(np.uint8))
-    native.steps_decode(True, streams, np.zeros(length, np.uint16), 5, *found)
+    decode(True, streams, np.zeros(length, np.uint16), 5, *found)
     assert np.array_equal(found[0], positions) and np.array_equal(found[2], old + 1)
     with pytest.raises(NativeError, match="positions"):  # a block that ends one element earlier
-        native.steps_decode(True, streams, np.zeros(length - 1, np.uint16), 5, *found)
+        decode(True, streams, np.zeros(length - 1, np.uint16), 5, *found)
     for cut in (gaps[:-1], np.append(gaps, np.uint8(0)), np.append(gaps, np.uint8(255))):
         below = low if gap_width == 1 else np.resize(low, len(cut))
         with pytest.raises(NativeError):
-            native.steps_decode(True, (cut, below, signs, flags, large, raw.view(np.uint8)), np.zeros(length, np.uint16), 5, *found)
+            decode(True, (cut, below, signs, flags, large, raw.view(np.uint8)), np.zeros(length, np.uint16), 5, *found)
 
 
 def test_steps_are_units_in_the_last_place() -> None:
@@ -96,14 +101,14 @@ def test_steps_of_every_size(width: int, is_float: bool) -> None:
             coded = native.steps_encode(is_float, 1, positions + 5, old, new, 5, 3 * n)
             gaps, low, signs, flags, large, raw = coded[0], coded[1], *coded[2:5], coded[5].view(np.uint8)
             found = (np.zeros(n, np.int64), np.zeros_like(old), np.zeros_like(old))
-            native.steps_decode(is_float, (gaps, low, signs, flags, large, raw), block, 5, *found)
+            decode(is_float, (gaps, low, signs, flags, large, raw), block, 5, *found)
             assert np.array_equal(found[0], positions + 5) and np.array_equal(found[1], old) and np.array_equal(found[2], new)
             wrong = [(np.append(large, np.uint8(0)), raw), (large, np.append(raw, np.zeros(width, np.uint8)))]
             wrong += [(large[:-1], raw)] if len(large) else []
             wrong += [(large, raw[:-width])] if len(raw) else []
             for other in wrong:
                 with pytest.raises(NativeError, match="values"):
-                    native.steps_decode(is_float, (gaps, low, signs, flags, *other), block, 5, *found)
+                    decode(is_float, (gaps, low, signs, flags, *other), block, 5, *found)
 
 
 @pytest.mark.parametrize("exponent", [(7, 8), (10, 5), (0, 0)])
