@@ -158,7 +158,7 @@ class Bench:
         begun = time.perf_counter()
         stage = Stage(self.map, KEY)
         for change in changes:
-            stage.add(change)
+            stage.add(stage.pieces(change))
         self.report.facts["project, s"] = time.perf_counter() - begun
         return stage
 

@@ -214,7 +214,7 @@ def test_one_step_off_generates_beside_the_update_and_evaluates_with_nothing_in_
         *("rollout 2", "update", "publish 2", "evaluate 2"),
         *("update", "publish 3", "evaluate 3"),
     ]
-    assert [line.get("sync/version") for line in read(tmp_path / "metrics.jsonl")] == [None, 1, 2, 3]
+    assert [line.get("sync/version") for line in read(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
 def test_sync_publishes_what_it_has_just_trained(tmp_path: Path):

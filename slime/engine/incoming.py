@@ -5,6 +5,7 @@ the publication was given up. Nothing in it changes the host copy before `apply`
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +21,7 @@ from slime.sync.livemap import LiveMap
 from slime.sync.manifest import Manifest
 from slime.sync.protocol import Bucket
 from slime.sync.records import Changes, ModelSpec
-from slime.sync.staging import Stage
+from slime.sync.staging import Piece, Stage
 
 
 class Incoming(Protocol):
@@ -62,6 +63,16 @@ class IncomingWhole:
         self._served.replace(self._buckets, self._loaded, self.label, self.fingerprints, self.of_engines)
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A tensor that changes."""
+
+    tensor: int
+    after: int  # its fingerprint then
+    in_engines: list[tuple[Changes, int]]  # what changes in theirs, with the fingerprints
+    staged: list[list[Piece]]  # for each live map
+
+
 class IncomingDelta:
     """A manifest and its parts. `payload` gives the bytes of a part; it is asked for each one anew whenever they are decoded."""
 
@@ -95,16 +106,16 @@ class IncomingDelta:
         engine = self._served.engine
         reached, self.of_engines = list(self._copy.fingerprints), list(engine.fingerprints)
         whole: list[Bucket] = [[], []]
-        for part in in_order(self._look, self.parts()):
-            for tensor, after, in_engines in part:
-                reached[tensor] = after
-                for there, sum_there in in_engines:
+        for part in in_order(partial(self._look, list(stages.values())), self.parts()):
+            for seen in part:
+                reached[seen.tensor] = seen.after
+                for there, sum_there in seen.in_engines:
                     self.of_engines[there.tensor] = sum_there
-                    for stage in stages.values():
-                        stage.add(there)
                     if engine.spec.tensors[there.tensor].name in opaque:
                         whole[0].append(_tensor(engine, there.tensor, None))
                         whole[1].append(_tensor(engine, there.tensor, there))
+                for stage, pieces in zip(stages.values(), seen.staged, strict=True):
+                    stage.add(pieces)
         self._check(reached)
         paths = {signature: folder / f"{signature}.staged" for signature in stages}
         try:
@@ -121,9 +132,14 @@ class IncomingDelta:
             raise
         return paths
 
-    def _look(self, part: Part) -> list[tuple[int, int, list[tuple[Changes, int]]]]:
-        """Of every tensor that changes: its number, its fingerprint afterwards, and what changes in the engines' with theirs."""
-        return [(found.tensor, after, list(self._served.ahead(found, after))) for found, after in self._copy.ahead(part())]
+    def _look(self, stages: Sequence[Stage], part: Part) -> "list[_Seen]":
+        """Every tensor that changes."""
+        found = []
+        for changes, after in self._copy.ahead(part()):
+            in_engines = list(self._served.ahead(changes, after))
+            staged = [[piece for there, _ in in_engines for piece in stage.pieces(there)] for stage in stages]
+            found.append(_Seen(changes.tensor, after, in_engines, staged))
+        return found
 
     def buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
         for part, tensors in zip(self.parts(), self._copy.spec.parts(self.manifest.part_bytes), strict=True):

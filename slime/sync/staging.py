@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,17 @@ def project(moves: LiveMap, changes: Changes) -> Iterator[tuple[LiveMove, np.nda
             yield move, positions, shift, old, new
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Entries of one segment: bits [m] at `offset` + index of a storage, or in a row from there on."""
+
+    live: int
+    offset: int
+    index: np.ndarray | None  # uint32 [m]
+    old: np.ndarray
+    new: np.ndarray
+
+
 class Stage:
     """Gathers the changes of a version for one rank and writes its staged file. Of old bits at most a chunk is kept at a time."""
 
@@ -114,13 +125,21 @@ class Stage:
         self._table = fingerprint.table(run_key)
         self._widths: dict[int, _Gathered] = {}
 
-    def add(self, changes: Changes) -> None:
-        """The changes of a tensor; a tensor may come in several pieces, as long as no element comes twice."""
-        for move, positions, shift, old, new in project(self._map, changes):
-            width = self._map.lives[move.live].width
+    def pieces(self, changes: Changes) -> "list[Piece]":
+        """What a tensor's changes are to be staged as. Nothing is gathered yet: any thread may do it beside others."""
+        return [
+            piece
+            for move, positions, shift, old, new in project(self._map, changes)
+            for run, stretches in _runs(positions)
+            for piece in _pieces(move.live, run, shift, *(_joined([array[s] for s in stretches]) for array in (positions, old, new)))
+        ]
+
+    def add(self, pieces: "Iterable[Piece]") -> None:
+        """Gather them; a tensor may come in several times, as long as no element comes twice."""
+        for piece in pieces:
+            width = self._map.lives[piece.live].width
             gathered = self._widths.get(width) or self._widths.setdefault(width, _Gathered(self._key, self._table))
-            for run, pieces in _runs(positions):
-                gathered.add(move.live, run, shift, *(_joined([array[piece] for piece in pieces]) for array in (positions, old, new)))
+            gathered.add(piece)
 
     def write(self, path: str | Path, version: str, parent: str) -> int:
         """Write the file, whole or not at all, and return its bytes. `version` and `parent` are labels."""
@@ -196,18 +215,14 @@ class _Gathered:
         self._places: list[tuple[int, int, int, int, int, int]] = []
         self._index, self._bits, self._old = _Chunks(), _Chunks(), _Chunks()
 
-    def add(self, live: int, run: bool, shift: int, positions: np.ndarray, old: np.ndarray, new: np.ndarray) -> None:
-        """Positions int64 [m], ascending, to each of which `shift` is added."""
-        for first, last in _windows(positions, run):
-            offset = int(positions[first])
-            self._places.append((live, int(run), offset + shift, self._entries + first, last - first, self._indices))
-            if not run:
-                index = np.empty(last - first, "<u4")
-                self._index.add(np.subtract(positions[first:last], offset, out=index, casting="unsafe"))  # below WINDOW, as a window is
-                self._indices += last - first
-        self._bits.add(new)
-        self._old.add(old)
-        self._entries += len(new)
+    def add(self, piece: Piece) -> None:
+        self._places.append((piece.live, int(piece.index is None), piece.offset, self._entries, len(piece.new), self._indices))
+        if piece.index is not None:
+            self._index.add(piece.index)
+            self._indices += len(piece.index)
+        self._bits.add(piece.new)
+        self._old.add(piece.old)
+        self._entries += len(piece.new)
         if not self._old.waiting:
             self.base()
 
@@ -270,6 +285,15 @@ def _runs(positions: np.ndarray) -> Iterator[tuple[bool, list[slice]]]:
 def _joined(pieces: list[np.ndarray]) -> np.ndarray:
     """One after the other, contiguous; without a copy where there is one."""
     return np.concatenate(pieces) if len(pieces) > 1 else np.ascontiguousarray(pieces[0])
+
+
+def _pieces(live: int, run: bool, shift: int, positions: np.ndarray, old: np.ndarray, new: np.ndarray) -> Iterator[Piece]:
+    """Positions int64 [m], ascending, to each of which `shift` is added."""
+    for first, last in _windows(positions, run):
+        offset, index = int(positions[first]), None
+        if not run:
+            index = np.subtract(positions[first:last], offset, out=np.empty(last - first, "<u4"), casting="unsafe")  # below WINDOW
+        yield Piece(live, offset + shift, index, old[first:last], new[first:last])
 
 
 def _windows(positions: np.ndarray, run: bool) -> Iterator[tuple[int, int]]:

@@ -105,7 +105,7 @@ class Engine:
         for rank, found in enumerate(self.maps):
             stage = Stage(found, fingerprint.run_key("run"))
             for each in changes:
-                stage.add(each)
+                stage.add(stage.pieces(each))
             stage.write(self.root / f"staged.{rank}", version, parent)
         return self.restage(version, parent)
 

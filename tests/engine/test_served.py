@@ -166,7 +166,7 @@ def test_what_is_carried_over_lands_in_a_model_of_codes_and_scales(tmp_path: Pat
         stage, reached = Stage(weights.map, run_key(RUN)), list(held.engine.fingerprints)
         for changes, sums in held.trainer.ahead(found):
             for there, sum_there in held.ahead(changes, sums):
-                stage.add(there)
+                stage.add(stage.pieces(there))
                 reached[there.tensor] = sum_there
         labels = f"run/0/{number}", f"run/0/{number - 1}"
         stage.write(tmp_path / "staged", *labels)

@@ -283,7 +283,7 @@ def test_tensors_of_more_than_two_to_the_31_elements(tmp_path: Path) -> None:
         block = Block(0, (size,), (1,))
         live = LiveMap(model.signature, (Live("large", dtype, size),), (LiveMove(1, block, 0, block),), {}, (), {}, {})
         stage = Stage(live, fingerprint.run_key("run"))
-        stage.add(found)
+        stage.add(stage.pieces(found))
         stage.write(tmp_path / "staged", "run/0/1", "run/0/0")
         [width] = staging.read(tmp_path / "staged", live, fingerprint.run_key("run")).widths
         segments = width.segments(np.zeros(1, np.uint64))

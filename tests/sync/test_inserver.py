@@ -47,7 +47,7 @@ def stage(weights: Weights, folder: Path, old: int, new: int, share: float = 0.4
     made = Stage(weights.map, KEY)
     for number, ((_, before), (_, after)) in enumerate(zip(tensors(old), tensors(new), strict=True)):
         positions = np.flatnonzero(bits(before) != bits(after))
-        made.add(Changes(number, positions, bits(before)[positions], bits(after)[positions]))
+        made.add(made.pieces(Changes(number, positions, bits(before)[positions], bits(after)[positions])))
     made.write(folder / "staged", f"run/0/{new}", f"run/0/{old}")
     return str(folder / "staged")
 

@@ -68,7 +68,7 @@ def some(hf: dict[int, np.ndarray]) -> list[Changes]:
 def write(tmp_path: Path, changes: list[Changes]) -> Path:
     stage = Stage(MAP, KEY)
     for each in changes:
-        stage.add(each)
+        stage.add(stage.pieces(each))
     path = tmp_path / "staged"
     assert stage.write(path, "run/0/1", "run/0/0") == path.stat().st_size
     return path
@@ -168,7 +168,7 @@ def test_a_stage_may_be_written_again(tmp_path: Path) -> None:
     hf, _ = memory(0)
     stage = Stage(MAP, KEY)
     for changes in some(hf):
-        stage.add(changes)
+        stage.add(stage.pieces(changes))
     for name in ("one", "two"):
         stage.write(tmp_path / name, "r/0/1", "r/0/0")
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
