@@ -344,9 +344,8 @@ def divided(cfg: SlimeConfig, placements: dict[str, RolePlacement]) -> SlimeConf
     """The recipe with the part of a shared GPU that engines take stated. Raises ConfigError where a rank and an engine do not fit, naming
     the knob, PreflightError where a GPU's memory is not known."""
     shared = plan(cfg).shared
-    if placements["rollout"].device == "cpu" or shared is None:
-        return cfg
-    return with_fraction(cfg, shared.fit(device_bytes(placements["rollout"])))
+    device = None if shared is None else device_bytes(placements["rollout"])
+    return cfg if shared is None or device is None else with_fraction(cfg, shared.fit(device))
 
 
 def written_batches(cfg: SlimeConfig) -> BatchSource:

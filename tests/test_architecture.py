@@ -2,6 +2,7 @@
 
 import ast
 import io
+import re
 import subprocess
 import sys
 import tokenize
@@ -29,6 +30,12 @@ NEVER = "cpu"  # imports nothing of slime and is named in two places only
 NAMES_CPU = ("engine", "trainer")
 INSERVER = {"sync/inserver.py"}  # runs inside SGLang, whose frame may catch everything
 OF_USERS = {"rollout/rewards/judgement.py"}  # calls a user's function, which may raise anything
+
+
+# Which device it is, ask: the CPU's room, kernels and what stands with them, a rank's one helper, what hands devices out, and the checks
+# of a recipe, which may ask for what one of them does not have.
+ASKS_FOR_DEVICE = ("cpu/", "cluster/", "config/", "trainer/device.py")
+DEVICE = re.compile(r"is_cuda|is_cpu\b|cuda\.is_available|on_triton\(|[!=]=\s*[\"'](cpu|cuda)[\"']|in \([\"'](cpu|cuda)")
 
 
 @cache
@@ -115,6 +122,17 @@ def test_words_that_are_not_written() -> None:
     assert [wrong for path in ours for wrong in unwritten(path) + unfinished(path)] == []
 
 
+def branches_on_the_device(path: Path) -> list[str]:
+    name = name_of(path)
+    if name.startswith(ASKS_FOR_DEVICE) or "kernels" in path.parent.parts:
+        return []
+    return [f"{name}:{n}: {line.strip()}" for n, line in enumerate(text_of(path).splitlines(), 1) if DEVICE.search(line)]
+
+
+def test_no_branch_on_the_device_but_where_devices_differ() -> None:
+    assert [wrong for path in FILES for wrong in branches_on_the_device(path)] == []
+
+
 def raises(handler: ast.ExceptHandler) -> bool:
     """Whether the handler's last statement raises."""
     return isinstance(handler.body[-1], ast.Raise)
@@ -152,6 +170,9 @@ def test_imports_are_found(source: str, rooms: set[str], tmp_path: Path) -> None
         ("import slime.sync", " imports sync"),
         ("import slime.cpu", " names cpu/"),
         ("import slime.config", None),
+        ("x = 1 if tensor.is_cuda else 2", ":1: x = 1 if tensor.is_cuda else 2"),
+        ('if device.type == "cuda":\n    pass', ':1: if device.type == "cuda":'),
+        ("import torch\nif torch.cuda.is_available():\n    pass", ":2: if torch.cuda.is_available():"),
     ],
 )
 def test_what_is_wrong_is_found(source: str, found: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -159,7 +180,7 @@ def test_what_is_wrong_is_found(source: str, found: str | None, monkeypatch: pyt
     path = tmp_path / "slime" / "data" / "x.py"
     path.parent.mkdir(parents=True)
     path.write_text(source)
-    wrong = wrong_imports(path) + unwritten(path) + unfinished(path)
+    wrong = wrong_imports(path) + unwritten(path) + unfinished(path) + branches_on_the_device(path)
     assert wrong == [] if found is None else [each.endswith(found) for each in wrong] == [True]
 
 

@@ -23,12 +23,25 @@ class Memory:
     free: int
 
 
-def device_bytes(placement: RolePlacement) -> int:
-    """Memory of the smallest GPU on the hosts of a placement, in bytes. Raises PreflightError where nvidia-smi does not say."""
+def device_bytes(placement: RolePlacement) -> int | None:
+    """Memory of the smallest GPU on the hosts of a placement, in bytes; None for CPUs. Raises PreflightError where nvidia-smi does not
+    say."""
+    if placement.device == "cpu":
+        return None
     devices = range(len(placement.bundles))
     refs = [_ask_here.options(scheduling_strategy=placement.strategy(device)).remote() for device in devices]
     said: list[str] = deadline.get(refs, ASK_S, "the hosts of GPUs to say how much memory they have", "cluster.start_timeout_s")
     return min(memory.total for answer in said for memory in parse(answer))
+
+
+def numbers_of(placement: RolePlacement, positions: list[int]) -> list[int]:
+    """GPU numbers on their host of these devices of a placement; none for CPUs."""
+    if placement.device == "cpu":
+        return []
+    ask = ray.remote(ray.get_gpu_ids)
+    refs = [ask.options(num_cpus=0, num_gpus=placement.gpus, scheduling_strategy=placement.strategy(p)).remote() for p in positions]
+    said = deadline.get(refs, ASK_S, f"the devices of {placement.role} to name their GPUs", "cluster.start_timeout_s")
+    return [int(ids[0]) for ids in said]
 
 
 def memory_of(gpus: Sequence[int]) -> list[Memory]:

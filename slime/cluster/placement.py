@@ -5,7 +5,7 @@ reserves half of its GPU. Ray gives the parts of one bundle's GPU from the same 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -32,6 +32,12 @@ class RolePlacement:
     def strategy(self, index: int) -> PlacementGroupSchedulingStrategy:
         """Scheduling strategy of an actor that runs on device `index` of the role."""
         return PlacementGroupSchedulingStrategy(self.group, self.bundles[index], placement_group_capture_child_tasks=False)
+
+    def options(self, index: int, environment: dict[str, str]) -> dict[str, Any]:
+        """Ray's options of an actor that is the role's on device `index` and sees that device alone."""
+        gpus, hidden = (self.gpus, {}) if self.device == "cuda" else (0, {"CUDA_VISIBLE_DEVICES": ""})
+        runtime_env = {"env_vars": environment | hidden}
+        return {"num_cpus": self.cpus, "num_gpus": gpus, "scheduling_strategy": self.strategy(index), "runtime_env": runtime_env}
 
 
 def bundle(pool: Pool, device: str) -> dict[str, float]:

@@ -11,6 +11,7 @@ server with as many threads. That takes all of these, each found by measuring:
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,13 @@ def arguments(deterministic: bool) -> dict[str, Any]:
     if deterministic:
         chosen |= {"enable_deterministic_inference": True, "chunked_prefill_size": -1}
     return chosen
+
+
+def arguments_on(device: str, deterministic: bool, pool: Mapping[str, int], of_gpus: Mapping[str, Any]) -> dict[str, Any]:
+    """`arguments` with the size of the KV pool where the device is a CPU, those of GPUs where it is not."""
+    return arguments(deterministic) | dict(pool) if device == "cpu" else dict(of_gpus)
+
+
+def environment_on(device: str, deterministic: bool, threads: int, ranks: int) -> dict[str, str]:
+    """`environment` where the device is a CPU, the number of threads alone where it is not."""
+    return environment(deterministic, threads, ranks) if device == "cpu" else {"OMP_NUM_THREADS": str(threads)}

@@ -132,7 +132,7 @@ class Actions:
         assert engine.state is not None
         engine.state.check(self.incoming.manifest)
         staged = 0
-        if engine.on_gpu and self._too_much(engine):
+        if engine.on_device and self._too_much(engine):
             self._whole.add(engine.endpoint.name)
         else:
             try:

@@ -12,6 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from slime.cluster import deadline
+from slime.cluster.gpus import numbers_of
 from slime.cluster.placement import RolePlacement
 from slime.config import SlimeConfig
 from slime.config.exits import PreflightError
@@ -308,7 +309,7 @@ def _by_host(cfg: SlimeConfig, placement: RolePlacement) -> list[tuple[list[int]
         nodes.setdefault(node_of[bundle], []).append(position)
     size, wanted, hosts, index = cfg.rollout.tensor_parallel, cfg.rollout.engines, [], 0
     for positions in nodes.values():
-        gpus = _gpus(placement, positions)
+        gpus = numbers_of(placement, positions)
         count = min(len(positions) // size, wanted - index)
         if count:
             mine = [Assignment(index + i, tuple(gpus[i * size : (i + 1) * size])) for i in range(count)]
@@ -321,15 +322,6 @@ def _by_host(cfg: SlimeConfig, placement: RolePlacement) -> list[tuple[list[int]
             "devices"
         )
     return hosts
-
-
-def _gpus(placement: RolePlacement, positions: list[int]) -> list[int]:
-    """GPU numbers on their host of these devices; none on a CPU."""
-    if placement.device == "cpu":
-        return []
-    ask = ray.remote(ray.get_gpu_ids)
-    refs = [ask.options(num_cpus=0, num_gpus=placement.gpus, scheduling_strategy=placement.strategy(p)).remote() for p in positions]
-    return [int(ids[0]) for ids in deadline.get(refs, 60.0, "the rollout devices to name their GPUs", "cluster.start_timeout_s")]
 
 
 def _stop(agents: list[Any]) -> None:

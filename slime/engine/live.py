@@ -51,7 +51,7 @@ class LiveEngine:
         self.server = server
         self.facts = facts(endpoint.sglang, endpoint.name)
         self.maps: list[LiveMap] = []
-        self.on_gpu = False
+        self.on_device = False
         self.proof: Proof | None = None
         self.state: Receiver | None = None
         self.lost = ""  # why an update has given it up
@@ -108,7 +108,7 @@ class LiveEngine:
         drafts = max(found.models for found in described) - 1
         if drafts:
             raise ValueError(f"{self.endpoint.name} serves {drafts} draft models beside its own, which get no weights; switch them off")
-        self.maps, self.on_gpu = [found.map for found in described], described[0].device != "cpu"
+        self.maps, self.on_device = [found.map for found in described], described[0].on_device
         self.proof = Proof(spec, self.maps, self.endpoint.name)
         self.state = Receiver(self.endpoint.name, run_id, travels)
         return written

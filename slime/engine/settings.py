@@ -70,14 +70,11 @@ def server_arguments(cfg: SlimeConfig, device: Device) -> dict[str, Any]:
         chosen["enable_return_routed_experts"] = True
     if cfg.rollout.quantization == "fp8":
         chosen |= {"model_path": str(fp8_model_dir(Path(cfg.model.path))), "load_format": "dummy", "quantization": "fp8"}
-    if swaps(cfg) and device == "cuda":
-        chosen["enable_memory_saver"] = True
-    if device == "cpu":
-        chosen |= serving.arguments(cfg.run.deterministic) | cpu_pool(cfg)
+    of_gpus = {"enable_memory_saver": True} if swaps(cfg) else {}
+    chosen |= serving.arguments_on(device, cfg.run.deterministic, cpu_pool(cfg), of_gpus)
     chosen |= cfg.rollout.sglang
     chosen["custom_weight_loader"] = [LOADER, *(cfg.rollout.sglang.get("custom_weight_loader") or [])]
-    if device == "cpu":
-        _check_pool(cfg, chosen)
+    _check_pool(cfg, chosen)
     return chosen
 
 
@@ -105,10 +102,7 @@ def _word(value: Any) -> str:
 
 def server_environment(cfg: SlimeConfig, device: Device, cpus: float) -> dict[str, str]:
     """The whole environment of a server whose devices reserve `cpus` CPUs each."""
-    threads = max(1, int(cpus))
-    own = {"OMP_NUM_THREADS": str(threads)}
-    if device == "cpu":
-        own = serving.environment(cfg.run.deterministic, threads, cfg.rollout.tensor_parallel)
+    own = serving.environment_on(device, cfg.run.deterministic, max(1, int(cpus)), cfg.rollout.tensor_parallel)
     paths = [own.get("PYTHONPATH") or os.environ.get("PYTHONPATH", ""), str(import_folder())]
     return os.environ | own | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
@@ -148,9 +142,10 @@ def longest_answer(cfg: SlimeConfig) -> tuple[str, int]:
 
 
 def _check_pool(cfg: SlimeConfig, chosen: dict[str, Any]) -> None:
-    """In deterministic mode nothing may be retracted; in any mode one request must fit. A pool of null is SGLang's to size."""
+    """In deterministic mode nothing may be retracted; in any mode one request must fit. A pool of null is SGLang's to size, and so is one
+    that nobody gives."""
     running = chosen["max_running_requests"] if cfg.run.deterministic else 1
-    needed, tokens = running * longest_request(cfg), chosen["max_total_tokens"]
+    needed, tokens = running * longest_request(cfg), chosen.get("max_total_tokens")
     if tokens is not None and tokens < needed:
         what = f"{running} requests at once, as run.deterministic needs" if cfg.run.deterministic else "one request"
         raise ValueError(

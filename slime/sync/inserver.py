@@ -163,7 +163,7 @@ class InserverRank:
                 "held": weights.held,
                 "staged": weights.staged.version if weights.staged else None,
                 "undo": weights.undo.version if weights.undo else None,
-                "device": str(weights.device),
+                "on_device": weights.on_device,
             }
         with self._busy:
             if op == "stage":

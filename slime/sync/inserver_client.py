@@ -26,7 +26,7 @@ class Description:
     held: str | None
     staged: str | None
     undo: str | None
-    device: str
+    on_device: bool  # a version is staged in the memory of a device
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class RankClient:
             answer["held"],
             answer["staged"],
             answer["undo"],
-            answer["device"],
+            answer["on_device"],
         )
 
     async def stage(self, path: str, version: str, parent: str, timeout_s: float) -> RankReply:

@@ -21,6 +21,7 @@ from slime.sync import fingerprint, staging
 from slime.sync.bits import INTEGERS
 from slime.sync.inserver_learn import learn
 from slime.sync.inserver_lives import LiveTensors
+from slime.sync.kernels import side_stream, wait
 from slime.sync.kernels.audit import Audit
 from slime.sync.kernels.scatter import Scatter
 from slime.sync.livemap import Live
@@ -69,11 +70,15 @@ class Weights:
         self._feeding = frozenset(live for of in self.map.derived.values() for live in of)
         self._foreign = tuple(self.map.foreign)
         self._audit = Audit(self._runs(), self._table, len(self.map.moves) + len(self._foreign), self.device)
-        self._stream: torch.cuda.Stream | None = None
-        if self.device.type == "cuda":
-            self._stream = torch.cuda.Stream(self.device)
+        self._stream = side_stream(self.device)
+        if self._stream is not None:
             self._compile()
         self._baseline = self._audit()[len(self.map.moves) :]
+
+    @property
+    def on_device(self) -> bool:
+        """Whether a version is staged in the memory of a device, beside its weights."""
+        return self._stream is not None
 
     def _compile(self) -> None:
         """Do once, while the engine is paused, what is slow the first time: pin memory, and compile what moves entries of every width."""
@@ -298,18 +303,14 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
         self._device = device
-        self._wait()
+        wait(device)
         self._from = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        self._wait()
+        wait(self._device)
         now = time.perf_counter()
         self.seconds[name] = now - self._from
         self._from = now
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 _DTYPE = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}

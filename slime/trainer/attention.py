@@ -9,8 +9,6 @@ have the same share of the causal triangle (`slime.trainer.packing`). Keys and v
 
 import math
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from inspect import signature
 from itertools import groupby
 from typing import Any
 
@@ -24,8 +22,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-MAX_FLASH_HEAD_SIZE = 256
-HAS_VARLEN = find_spec("torch.nn.attention.varlen") is not None  # since torch 2.10
+from slime.trainer.kernels import varlen
 
 
 @dataclass
@@ -107,43 +104,12 @@ class PackedAttention(MegatronModule):
         dropout = self.dropout if self.training else 0.0
         if self.cp.size() > 1:
             out = _by_chunks(query, key, value, packed_seq_params.runs, self.scale, dropout, self.cp)
-        elif _flash_takes(query, value, dropout):
-            out = _varlen(query, key, value, packed_seq_params, self.scale)
+        elif varlen.takes(query, value, dropout):
+            cu_seqlens, longest = packed_seq_params.cu_seqlens_device, packed_seq_params.max_seqlen_q
+            out = varlen.attend(query, key, value, cu_seqlens, longest, self.scale)
         else:
             out = _by_runs(query, key, value, packed_seq_params.runs, self.scale, dropout)
         return out.reshape(len(out), -1)
-
-
-def _flash_takes(query: Tensor, value: Tensor, dropout: float) -> bool:
-    """Whether torch's variable-length flash attention can compute this: CUDA, 16 bits, one head size of up to 256, no dropout."""
-    sizes = query.shape[-1] == value.shape[-1] <= MAX_FLASH_HEAD_SIZE
-    fits = query.dtype in (torch.bfloat16, torch.float16) and sizes and dropout == 0.0
-    return HAS_VARLEN and query.is_cuda and fits
-
-
-def _varlen(query: Tensor, key: Tensor, value: Tensor, packing: PackedSequences, scale: float) -> Tensor:
-    """One kernel for the whole row."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    longest, cu_seqlens = packing.max_seqlen_q, packing.cu_seqlens_device
-    assert cu_seqlens is not None
-    grouped: dict[str, Any] = {}  # older torch takes grouped heads without being told
-    if "enable_gqa" in signature(varlen_attn).parameters:
-        grouped["enable_gqa"] = query.shape[1] != key.shape[1]
-    out = varlen_attn(
-        query,
-        key,
-        value,
-        cu_seqlens,
-        cu_seqlens,
-        longest,
-        longest,
-        scale=scale,
-        window_size=(-1, 0),  # causal
-        **grouped,
-    )
-    assert isinstance(out, Tensor), "no log-sum-exp was asked for"
-    return out
 
 
 def _by_runs(query: Tensor, key: Tensor, value: Tensor, runs: list[tuple[int, int]], scale: float, dropout: float) -> Tensor:

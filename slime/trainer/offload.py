@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slime.trainer import device
 from slime.trainer.host_buffers import HostBuffers
 from slime.trainer.publish import Snapshot
 from slime.trainer.state import Trained, Trainer
@@ -46,8 +47,7 @@ class Offload:
         freed = sum(storage.nbytes() for storage in [*kept.values(), *dropped.values()])
         for storage in [*kept.values(), *dropped.values()]:
             storage.resize_(0)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        device.give_back()
         return freed
 
     def enter(self) -> None:

@@ -25,6 +25,7 @@ from slime.sync.kernels.audit import Audit
 from slime.sync.manifest import root_of
 from slime.sync.own_blocks import OwnBlocks
 from slime.sync.records import Changes, ModelSpec
+from slime.trainer import device as devices
 from slime.trainer.distributed import Parallel
 from slime.trainer.model import Model
 from slime.trainer.publish_exchange import gather_blocks, gather_changes, gather_tensors
@@ -225,9 +226,7 @@ def _shards(model: Model) -> dict[str, Tensor]:
 
 def _keep(bits: Tensor, on_host: bool) -> Tensor:
     """A copy that outlives the tensor."""
-    if not on_host:
-        return bits.clone()
-    return torch.empty_like(bits, device="cpu", pin_memory=bits.is_cuda).copy_(bits)
+    return devices.on_host(bits) if on_host else bits.clone()
 
 
 def _bits(integers: Tensor) -> np.ndarray:

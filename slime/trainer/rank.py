@@ -19,7 +19,7 @@ from slime.observe.hashed import File
 from slime.observe.mismatch import PROBED
 from slime.observe.stacks import Stacks
 from slime.observe.trace import Span, Tracer
-from slime.sync.bursts import burst, in_order
+from slime.sync.bursts import in_order
 from slime.sync.diff import Summary
 from slime.sync.manifest import PartRef
 from slime.sync.records import ModelSpec
@@ -98,9 +98,9 @@ class Rank:
                 self.trained[TRAINER] = self.trainer = build_trainer(cfg, self.device, self.parallel, self.tracer)
             if CRITIC in self.roles:
                 self.trained[CRITIC] = self.critic = build_critic(cfg, self.device, self.parallel, self.tracer)
-        self.burst = self.threads if self.kind == "cpu" else burst(distributed.on_this_host(ray.get_runtime_context().get_node_id()))
-        self.offload = Offload(pinned=self.kind == "cuda")
-        self.buffers = {folder: HostBuffers(pinned=self.kind == "cuda") for folder in self.trained}  # of what is held
+        self.burst = self.device.burst(distributed.on_this_host(ray.get_runtime_context().get_node_id()))
+        self.offload = Offload(pinned=self.device.pinned)
+        self.buffers = {folder: HostBuffers(pinned=self.device.pinned) for folder in self.trained}  # of what is held
 
     @on_device
     def train(self, batch: Batch, values: np.ndarray | None = None, learns: bool = True) -> tuple[dict[str, float], np.ndarray | None]:

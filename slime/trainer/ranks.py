@@ -23,20 +23,11 @@ START_KNOB = "cluster.start_timeout_s"
 
 def launch(cfg: SlimeConfig, placement: RolePlacement, roles: tuple[str, ...]) -> list[Any]:
     """Start one rank on every device of the placement; Ray handles of `Rank`."""
-    threads = max(1, int(placement.cpus))
+    threads, world = max(1, int(placement.cpus)), len(placement.bundles)
     env = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    if placement.device == "cpu":
-        env["CUDA_VISIBLE_DEVICES"] = ""
-    world = len(placement.bundles)
     actor = ray.remote(concurrency_groups=THREADS)(Rank)  # type: ignore[call-overload]
     return [
-        actor.options(
-            num_cpus=placement.cpus,
-            num_gpus=placement.gpus if placement.device == "cuda" else 0,
-            scheduling_strategy=placement.strategy(rank),
-            runtime_env={"env_vars": env},
-        ).remote(cfg, roles, rank, world, placement.device, threads)
-        for rank in range(world)
+        actor.options(**placement.options(rank, env)).remote(cfg, roles, rank, world, placement.device, threads) for rank in range(world)
     ]
 
 

@@ -20,6 +20,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from slime.trainer import device
 from slime.trainer.distributed import Parallel
 from slime.trainer.gather_state import gather_state
 from slime.trainer.host_buffers import HostBuffers
@@ -167,12 +168,10 @@ def _load_optimizer(trained: Trained, state: dict[str, Any]) -> None:
 
 
 def _rng() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda, "tracker": get_cuda_rng_tracker().get_states()}
+    return {"cpu": torch.get_rng_state(), "cuda": device.random_state(), "tracker": get_cuda_rng_tracker().get_states()}
 
 
 def _set_rng(rng: dict[str, Any]) -> None:
     torch.set_rng_state(rng["cpu"])
-    if rng["cuda"] is not None:
-        torch.cuda.set_rng_state(rng["cuda"])
+    device.set_random_state(rng["cuda"])
     get_cuda_rng_tracker().set_states(rng["tracker"])

@@ -123,17 +123,15 @@ def _changed_experts(trainer: Trainer, batch: Batch) -> dict[str, float]:
 
 def _speed(trainer: Trainer, batch: Batch, train_s: float) -> dict[str, float]:
     """perf/*; those of GPUs on GPUs alone. Memory is the most that any rank's tensors took since the last batch."""
-    epochs, device = trainer.cfg.trainer.epochs_per_batch, trainer.device.torch
+    epochs, most = trainer.cfg.trainer.epochs_per_batch, trainer.device.most_memory()
     tokens = len(batch.tokens) * epochs
     speed = {"perf/tokens_per_s": tokens / train_s}
-    if device.type != "cuda":
+    if most is None:
         return speed
-    peak = torch.tensor(float(torch.cuda.max_memory_allocated(device)), device=device)
-    torch.cuda.reset_peak_memory_stats(device)
+    name, peak = most
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     flops = epochs * performance.train_flops(trainer.model.map, batch.lengths)
-    name, gpus = torch.cuda.get_device_name(device), trainer.parallel.world
-    return speed | performance.of_gpus(name, gpus, tokens, flops, train_s, float(peak))
+    return speed | performance.of_gpus(name, trainer.parallel.world, tokens, flops, train_s, float(peak))
 
 
 def prepare(trainer: Trainer, batch: Batch, values: np.ndarray | None = None) -> tuple[Step, Targets, Columns]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from slime.trainer.kernels import on_triton
+from slime.trainer.kernels import fuses_adam
 
 
 @functools.cache
@@ -68,7 +68,7 @@ def allocate_adam_state(optimizer: Any) -> None:
             continue
         for group in part.optimizer.param_groups:
             for main in group["params"]:
-                group["fused"] = on_triton(main.device)
+                group["fused"] = fuses_adam(main.device)
                 fresh = {
                     "step": torch.zeros((), device=main.device),
                     "exp_avg": torch.zeros_like(main),

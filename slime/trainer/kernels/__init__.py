@@ -4,6 +4,13 @@
 The Triton programs stand beside them and are imported only where they run.
 """
 
+import torch
+
 from slime.sync.kernels import on_triton
 
-__all__ = ["on_triton"]
+__all__ = ["fuses_adam", "on_triton"]
+
+
+def fuses_adam(device: torch.device) -> bool:
+    """Whether torch's Adam is one kernel: where ours are."""
+    return on_triton(device)
