@@ -1,7 +1,8 @@
 """A checkpoint of Qwen3-4B's shape with random weights and a tokenizer of printable characters, made on a GPU in a few seconds:
-`python -m benchmarks.gpu_model DIRECTORY`."""
+`python -m benchmarks.gpu_model DIRECTORY [--scaled]`."""
 
 import json
+import math
 import string
 import sys
 from pathlib import Path
@@ -13,16 +14,21 @@ from benchmarks.sync_gpu import GROUPS, HEAD_DIM, HEADS, HIDDEN, INNER, LAYERS, 
 SPECIAL = ("<pad>", "<end>", "<unk>")
 
 
-def write_model(path: Path, layers: int = LAYERS, vocab: int = VOCAB, longest: int = 40960) -> None:
-    """Write it where it is not there yet."""
+def write_model(path: Path, layers: int = LAYERS, vocab: int = VOCAB, longest: int = 40960, scaled: bool = False) -> None:
+    """Write it where it is not there yet. Matrices have a standard deviation of 0.02; with `scaled`, as megatron-core initialises them, those
+    that write into the stream of residuals have that over the root of twice the layers."""
     if (path / "config.json").exists():
         return
     from safetensors.torch import save_file
 
+    def deviation(name: str) -> float:
+        writes = scaled and name.endswith(("o_proj.weight", "down_proj.weight"))
+        return 0.02 / math.sqrt(2 * layers) if writes else 0.02
+
     path.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     tensors = {
-        name: (torch.ones(shape) if "norm" in name else torch.randn(shape, device="cuda") * 0.02).to(torch.bfloat16).cpu()
+        name: (torch.ones(shape) if "norm" in name else torch.randn(shape, device="cuda") * deviation(name)).to(torch.bfloat16).cpu()
         for name, shape in hf_shapes(layers, vocab).items()
     }
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
@@ -64,4 +70,4 @@ def write_tokenizer(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_model(Path(sys.argv[1]))
+    write_model(Path(sys.argv[1]), scaled="--scaled" in sys.argv)
