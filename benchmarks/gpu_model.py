@@ -15,7 +15,7 @@ SPECIAL = ("<pad>", "<end>", "<unk>")
 
 
 def write_model(path: Path, layers: int = LAYERS, vocab: int = VOCAB, longest: int = 40960, scaled: bool = False) -> None:
-    """Write it where it is not there yet. Matrices have a standard deviation of 0.02; with `scaled`, as megatron-core initialises them, those
+    """Write it where it is not there yet. Matrices have a standard deviation of 0.02; with `scaled`, as megatron-core makes them, those
     that write into the stream of residuals have that over the root of twice the layers."""
     if (path / "config.json").exists():
         return
