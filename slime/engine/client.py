@@ -5,6 +5,7 @@ import logging
 import re
 import time
 import uuid
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -69,6 +70,7 @@ class EngineClient:
         self._pause = pause
         self._expected: str | None = None
         self._ready = asyncio.Event()  # some engine may be
+        self._waiting: deque[asyncio.Future[None]] = deque()  # for an engine that is not full
         self._limits: list[set[asyncio.Timeout]] = [set() for _ in self.endpoints]  # deadlines of the requests under way
         self._admitting: dict[int, asyncio.Task[None]] = {}
         self._noted: set[tuple[int, Kind]] = set()  # told since the engine was ready, or said to be back, last
@@ -110,6 +112,7 @@ class EngineClient:
             engine = number[turn.engine]
             if turn.state is not health.State.HEALTHY:
                 self.router.dead(engine, f"{turn.state.value}: {turn.reason}")
+                self._look_again()
                 if turn.state in (health.State.DEAD, health.State.RETIRED):
                     self._cut(engine)
                 continue
@@ -131,9 +134,12 @@ class EngineClient:
 
     async def _label(self, engine: int) -> str | None:
         """What it says that it holds; None where it does not say."""
-        life = self.router.slots[engine].life
+        slot, control = self.router.slots[engine], Control(self.endpoints[engine], self._session)
+        life = slot.life
         try:
-            return await Control(self.endpoints[engine], self._session).label()
+            if slot.runs is None:
+                slot.runs = await control.runs()
+            return await control.label()
         except (EngineLost, TimeoutError) as error:
             self._trouble(engine, life, error if isinstance(error, EngineLost) else EngineLost(str(error)))
         except EngineError as error:  # none that it may refuse: whoever does is no engine that can be used
@@ -157,6 +163,7 @@ class EngineClient:
         self.router.ready(engine)
         self._forgive(engine)
         self._ready.set()
+        self._look_again()
 
     def _forgive(self, engine: int) -> None:
         """What goes wrong with it from here on is told anew."""
@@ -178,6 +185,8 @@ class EngineClient:
             self.router.fence(engine, str(error))
         else:
             self.router.dead(engine, str(error))
+        if not self.router.open:
+            self._look_again()
         trouble = Trouble(slot.name, kind, str(error), life)
         if (engine, kind) not in self._noted:
             self._noted.add((engine, kind))
@@ -229,6 +238,7 @@ class EngineClient:
                         raise type(error)(f"a request failed {ATTEMPTS} times: {'; '.join(failed)}") from error
                 finally:
                     self.router.release(engine)
+                    self._freed()
                 body["rid"] = uuid.uuid4().hex  # the engine may still know the other one
 
     async def close(self) -> None:
@@ -243,7 +253,35 @@ class EngineClient:
         await self.close()
 
     async def _acquire(self, session: int | None) -> int:
-        """A ready engine. Raises EngineLost saying each engine's state where there is none for too long."""
+        """A ready engine that is not full. Raises EngineLost saying each engine's state where none is ready for too long."""
+        while True:
+            await self._some_engine()
+            engine = self.router.acquire(session)
+            if engine is not None:
+                return engine
+            waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiting)
+            try:
+                await waiting
+            except asyncio.CancelledError:
+                if waiting.done() and not waiting.cancelled():  # the place is another's
+                    self._freed()
+                raise
+
+    def _freed(self) -> None:
+        """One who waits may look again."""
+        while self._waiting:
+            if not (first := self._waiting.popleft()).done():
+                first.set_result(None)
+                return
+
+    def _look_again(self) -> None:
+        """All who wait may: another engine is there, or none."""
+        while self._waiting:
+            self._freed()
+
+    async def _some_engine(self) -> None:
+        """Until one is ready; raises EngineLost after `wait_s`."""
         if not self.router.open and self._wait_s:
             try:
                 async with asyncio.timeout(self._wait_s):
@@ -253,7 +291,6 @@ class EngineClient:
             except TimeoutError:
                 waited = f"after {self._wait_s:g} s (rollout.start_timeout_s + sync.timeout_s)"
                 raise EngineLost(f"no engine can answer {waited}: {self.router.said()}") from None
-        return self.router.acquire(session)
 
     async def _ask(self, engine: int, body: dict[str, Any], routing: Routing | None, scored: int) -> Generation:
         endpoint, started_s, since = self.endpoints[engine], time.time(), self._expected

@@ -30,6 +30,12 @@ class Control:
         """Label of the weights that it holds."""
         return (await self._question("/model_info", ASK_S, weight_version=str))["weight_version"]
 
+    async def runs(self) -> int | None:
+        """How many requests it runs at once, over all of its data parallel ranks; None where it does not say."""
+        states = (await self.info()).get("internal_states")
+        told = [state.get("effective_max_running_requests_per_dp") for state in states] if isinstance(states, list) else []
+        return sum(told) if told and all(isinstance(count, int) and count > 0 for count in told) else None
+
     async def running(self) -> int:
         """Requests that it works on or has queued."""
         answer = await self._question("/v1/loads", ASK_S, loads=list)

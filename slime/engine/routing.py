@@ -5,9 +5,13 @@
     DEAD     it is out: its connection broke, or its host agent says so; gets nothing until the agent says that it is back
 
 A session (the ordinal of a prompt) stays with the engine that got its first request, whose cache holds the prompt; it moves when that
-engine is not ready or has much more to do than the least loaded one.
+engine is not ready, is full, or has much more to do than the least loaded one.
+
+An engine that has said how many requests it runs at once gets a few more, which are there when one ends, and is full then. Whatever waits
+beyond that waits for the engine that is free first: where some answers are long, no request queues behind them while another engine idles.
 """
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum
@@ -15,6 +19,7 @@ from enum import Enum
 from slime.engine.errors import EngineError
 
 SESSIONS = 65536  # remembered; the longest unused is forgotten
+QUEUED = 0.125  # share of what an engine runs at once that may wait in it
 SLACK = 16  # requests by which an engine may exceed twice the least load before sessions leave it
 
 
@@ -33,6 +38,11 @@ class Slot:
     reason: str = "its weights are not known yet"
     load: int = 0  # requests under way
     life: int = 0  # how often its host agent has brought it back
+    runs: int | None = None  # requests at once, as it says
+
+    @property
+    def full(self) -> bool:
+        return self.runs is not None and self.load >= math.ceil(self.runs * (1 + QUEUED))
 
 
 class Router:
@@ -75,12 +85,15 @@ class Router:
         """Every engine's state in words."""
         return "; ".join(f"{slot.name} is {slot.state.value}: {slot.reason}" for slot in self.slots)
 
-    def acquire(self, session: int | None = None) -> int:
-        """The engine for a request of `session`; `release` it afterwards. Raises EngineError where none is ready, saying why."""
-        open_engines = [i for i, slot in enumerate(self.slots) if slot.state is State.READY]
-        if not open_engines:
+    def acquire(self, session: int | None = None) -> int | None:
+        """The engine for a request of `session`; `release` it afterwards. None where every one that is ready is full. Raises EngineError
+        where none is ready, saying why."""
+        if not self.open:
             raise EngineError(f"no engine can answer: {self.said()}")
-        least = min(open_engines, key=lambda i: (self.slots[i].load, i))
+        with_room = [i for i, slot in enumerate(self.slots) if slot.state is State.READY and not slot.full]
+        if not with_room:
+            return None
+        least = min(with_room, key=lambda i: (self.slots[i].load, i))
         chosen = least if session is None else self._sticky(session, least)
         self.slots[chosen].load += 1
         return chosen
@@ -93,7 +106,7 @@ class Router:
     def _sticky(self, session: int, least: int) -> int:
         engine = self._sessions.get(session, least)
         slot = self.slots[engine]
-        if slot.state is not State.READY or slot.load > 2 * self.slots[least].load + SLACK:
+        if slot.state is not State.READY or slot.full or slot.load > 2 * self.slots[least].load + SLACK:
             engine = least
         self._sessions[session] = engine
         self._sessions.move_to_end(session)

@@ -140,6 +140,7 @@ def test_an_engine_that_answers_nonsense_while_it_catches_up_is_tried_again_and_
 
     async def run(body: str) -> list[Turn]:
         double = talking(body)
+        double.tells = False  # no probe is answered
         async with double.serving() as endpoint, aiohttp.ClientSession() as session, asyncio.timeout(20):
 
             async def bring(engine: LiveEngine) -> None:

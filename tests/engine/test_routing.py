@@ -96,3 +96,19 @@ def test_old_sessions_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     for session in range(100):
         made.release(made.acquire(session))
     assert list(made._sessions) == list(range(90, 100))
+
+
+def test_a_full_engine_gets_nothing_and_its_sessions_leave() -> None:
+    made = router(2)
+    made.slots[0].runs = made.slots[1].runs = 8
+    at = made.acquire(7)
+    assert [made.acquire(7) for _ in range(8)] == [at] * 8, "as many as it runs, and one that waits there"
+    assert made.acquire(7) == 1 - at, "which is idle"
+    assert {made.acquire() for _ in range(8)} == {1 - at} and made.acquire() is None and made.open
+    made.release(at)
+    assert made.acquire(7) == at and made.acquire(7) is None
+
+
+def test_an_engine_that_does_not_say_how_much_it_runs_is_never_full() -> None:
+    made = router(1)
+    assert [made.acquire() for _ in range(5000)] == [0] * 5000

@@ -22,13 +22,28 @@ class Double:
     name: str = "engine 0"
     asked: list[dict[str, Any]] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)  # request ids
+    tells: bool = True  # whether it says anything of itself
+    runs: int | None = None  # requests at once, as it says
+    takes_s: float = 0.0  # for an answer
+    running: int = 0
+    most: int = 0  # that ran at once
 
     async def model_info(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": LABEL})
 
+    async def server_info(self, request: web.Request) -> web.Response:
+        if not self.tells:
+            raise web.HTTPNotFound
+        states = [] if self.runs is None else [{"effective_max_running_requests_per_dp": self.runs}]
+        return web.json_response({"version": "0.5.23", "tp_size": 1, "internal_states": states})
+
     async def generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.asked.append(body)
+        self.running += 1
+        self.most = max(self.most, self.running)
+        await asyncio.sleep(self.takes_s)
+        self.running -= 1
         what = self.behave(body)
         if what == "die":
             assert request.transport is not None
@@ -68,6 +83,7 @@ class Double:
     async def serving(self) -> AsyncIterator[Endpoint]:
         app = web.Application()
         app.router.add_get("/model_info", self.model_info)
+        app.router.add_get("/server_info", self.server_info)
         app.router.add_post("/generate", self.generate)
         app.router.add_post("/abort_request", self.abort_request)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
