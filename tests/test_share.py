@@ -55,6 +55,7 @@ def apart(inputs: Path) -> Launched:
     return run
 
 
+@pytest.mark.slow
 def test_on_the_same_devices_side_by_side(apart: Launched, inputs: Path) -> None:
     run = launch(inputs, "split", "cluster.share=split", *recipe(inputs))
     assert_done(run)
@@ -62,6 +63,7 @@ def test_on_the_same_devices_side_by_side(apart: Launched, inputs: Path) -> None
     assert not any(move in line for line in run.metrics for move in MOVES)
 
 
+@pytest.mark.slow
 def test_two_ranks_and_two_engines_on_the_same_two_devices(apart: Launched, inputs: Path) -> None:
     two = ("cluster.roles.actor.devices=2", "cluster.roles.rollout.devices=2", "rollout.engines=2", "cluster.cpus_per_engine=0.5")
     run = launch(inputs, "split_two", "cluster.share=split", "rollout.mode=one_step_off", *recipe(inputs)[1:], *two)
@@ -79,6 +81,7 @@ def test_in_turn(apart: Launched, inputs: Path) -> None:
     assert "its memory is released" in log and "engine 0 is dead" not in log
 
 
+@pytest.mark.slow
 def test_a_run_that_swaps_is_resumed(apart: Launched, inputs: Path) -> None:
     """The engine that starts holds model.path; it is brought to the checkpoint's weights when it gets its memory."""
     half = swap(inputs, "resumed", *recipe(inputs), "run.steps=2")
