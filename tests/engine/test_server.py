@@ -70,6 +70,15 @@ def test_log_probs_of_a_nucleus_are_of_the_whole_distribution(server: Server, mo
             assert distance(models[0], answer, prompt, 0.7) < 1e-5 and max(answer.logprobs) < -0.01
 
 
+def test_it_says_how_many_requests_it_runs_at_once(server: Server) -> None:
+    async def ask() -> int | None:
+        async with aiohttp.ClientSession() as session:
+            return await Control(server.spec.endpoint, session).runs()
+
+    [told] = [word.partition("=")[2] for word in server.spec.words if word.startswith("--max-running-requests")]
+    assert asyncio.run(ask()) == int(told)
+
+
 def test_stop_strings_end_an_answer(server: Server, models: tuple[Path, Path]) -> None:
     servers.update(server, tensors(models[0]), "run/0/0")
     free = servers.ask(server, [(PROMPTS[1], servers.Endless(max_new_tokens=20, seed=5))], "run/0/0")[0]
