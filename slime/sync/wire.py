@@ -234,22 +234,23 @@ class Unpacked:
         _check_old(self.spec.name, old, kind.bits, self.spec.size)
         n = sum(row.changed for row in self.rows)
         found, done = Changes(self.tensor, np.empty(n, np.int64), np.empty(n, kind.bits), np.empty(n, kind.bits)), 0
-        old = np.ascontiguousarray(old)
         for in_steps, those in groupby(self.rows, lambda row: row.number in self.steps):
             rows = list(those)
-            for some in [rows] if in_steps else [[row] for row in rows]:
+            for some in [rows] if in_steps and old.flags.c_contiguous else [[row] for row in rows]:
                 room = slice(done, done := done + sum(row.changed for row in some))
                 self._decode(some, old, found.positions[room], found.old[room], found.new[room])
         return found
 
     def _decode(self, rows: list[_Row], old: np.ndarray, *room: np.ndarray) -> None:
+        """Blocks in steps, or one of another method. `room`: positions, old and new bits of their changes."""
         kind, first = self.spec.type, rows[0]
+        start, end = _of_block(self.spec, first.number)[0], sum(_of_block(self.spec, rows[-1].number))
+        bits = np.ascontiguousarray(old[start:end])  # all that they read
         try:
             if first.number in self.steps:
-                native.steps_decode(kind.exponent is not None, [self.steps[row.number] for row in rows], old, 0, *room)
+                native.steps_decode(kind.exponent is not None, [self.steps[row.number] for row in rows], bits, start, *room)
             else:
-                start, length = _of_block(self.spec, first.number)
-                decode_block(kind, first.method, first.streams, old[start : start + length], Entries(start, length, *room), Packer())
+                decode_block(kind, first.method, first.streams, bits, Entries(start, end - start, *room), Packer())
         except NativeError as error:
             row = rows[error.number if isinstance(error, StepsError) else 0]
             raise _wrong(self.spec, row.number, row.method, error) from error
