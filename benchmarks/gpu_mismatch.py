@@ -1,8 +1,8 @@
 """By how much log-probs of engine and trainer differ, and whose rounding it is: `python -m benchmarks.gpu_mismatch`, a GPU with 139 GiB.
 
 A model of Qwen3-4B's shape with random weights, twice: every matrix of standard deviation 0.02, and, with `scaled`, as megatron-core
-initialises one: those that write into the stream of residuals smaller by the root of twice the layers, so that no layer amplifies what the
-ones before it round. Its engine draws 64 answers of 256 tokens to 64 prompts of 128; the trainer gives the same tokens log-probs
+initialises one: those that write into the stream of residuals smaller by the root of twice the layers. Its engine draws 64 answers of 256
+tokens to 64 prompts of 128; the trainer gives the same tokens log-probs
 
     bf16               as it trains
     bf16, fp32 head    with logits in fp32

@@ -25,7 +25,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from dataclasses import asdict, dataclass, field
 from math import prod
@@ -36,6 +35,7 @@ import numpy as np
 import psutil
 import ray
 
+from benchmarks.gpu_recipe import used_bytes
 from benchmarks.sync_gpu import GROUPS, HEAD_DIM, HEADS, HIDDEN, INNER, LAYERS, ROOT, VOCAB
 from slime.cluster.placement import place
 from slime.cluster.session import connect
@@ -244,9 +244,7 @@ def kill_engine() -> None:
 
 def note(found: Found, who: str) -> None:
     """Memory of the GPU that is used now."""
-    asked = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    said = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
-    found.used.setdefault(who, []).append(max(map(int, said)) * MIB)
+    found.used.setdefault(who, []).append(used_bytes())
 
 
 def show(found: Found) -> None:

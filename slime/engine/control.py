@@ -33,8 +33,9 @@ class Control:
     async def runs(self) -> int | None:
         """How many requests it runs at once, over all of its data parallel ranks; None where it does not say."""
         states = (await self.info()).get("internal_states")
-        told = [state.get("effective_max_running_requests_per_dp") for state in states] if isinstance(states, list) else []
-        return sum(told) if told and all(isinstance(count, int) and count > 0 for count in told) else None
+        ranks = [state for state in states if isinstance(state, dict)] if isinstance(states, list) else []
+        told = [count for rank in ranks if isinstance(count := rank.get("effective_max_running_requests_per_dp"), int) and count > 0]
+        return sum(told) if told and len(told) == len(ranks) else None
 
     async def running(self) -> int:
         """Requests that it works on or has queued."""

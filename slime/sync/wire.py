@@ -214,7 +214,6 @@ class _Row:
     number: int
     method: int
     changed: int
-    gaps: int
     streams: list[memoryview]
 
 
@@ -284,7 +283,7 @@ def _unpacked(spec: TensorSpec, tensor: int, rows: np.ndarray, view: memoryview,
         for size in sizes:
             streams.append(view[at : at + size])
             at += size
-        found.rows.append(_Row(block, method, changed, gaps, streams))
+        found.rows.append(_Row(block, method, changed, streams))
         if method in (STEPS8, STEPS16):
             try:
                 found.steps[block] = unpack_steps(spec.type.width, method, changed, gaps, streams, *_of_block(spec, block), packer)

@@ -1,9 +1,9 @@
 """What lies between the matrix products of a transformer layer, each in one pass over memory: norm, gated activation, and the way from a
 row of projected heads to what attention takes. For Triton (`layer_programs`); where it does not run, megatron-core's own modules do.
 
-Values are computed in fp32 and rounded once. Log-probs of trainer and engines differ by the rounding of both, and what adds most to it is a
-stream of residuals that is rounded 72 times in 36 layers. Here what rounding takes from a sum goes along beside it, as a second tensor
-(`added`), into the norm that follows and into the next sum.
+Values are computed in fp32 and rounded once. Log-probs of trainer and engines differ by the rounding of both, and a stream of residuals is
+rounded twice in every layer. Here what rounding takes from a sum goes along beside it, as a second tensor (`added`), into the norm that
+follows and into the next sum.
 """
 
 from collections.abc import Callable, Iterator
