@@ -33,7 +33,7 @@ CHANGED = 0.012  # share of the elements that a step changes
 SECTOR = 32  # bytes that memory moves at least
 BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12}  # bytes/s that the maker names
 LAYERS, HIDDEN, INNER, HEADS, GROUPS, HEAD_DIM, VOCAB = 36, 2560, 9728, 32, 8, 128, 151936
-AUDIT_BAR_MS, SCATTER_BAR_MS = 6.0, 3.0
+AUDIT_BAR_MS, SCATTER_BAR_MS = 5.0, 2.0
 
 
 @dataclass

@@ -4,7 +4,8 @@ Four methods; which one is smallest decides, block by block:
 
     steps     positions as gaps, values as steps in units in the last place, each stream through zstd. Almost all changes of an optimizer
               step are one unit up or down, so a change costs little more than the entropy of its position.
-              Gaps are bytes (255 = 255 unchanged, go on), or 16 bits where less than one element in GAP16_BELOW changes.
+              Gaps are bytes (255 = 255 unchanged, go on), or 16 bits where less than one element in GAP16_BELOW changes. Bytes stay as
+              they are where one element in GAPS_RAW changes: zstd would take most of the time there and save a twelfth of them at most.
     exponent  the same facts in Rice codes by the class of the old value's exponent: whether bf16 sees an update depends on it. About 30 %
               smaller, slower, and both sides walk over all old bits. A block where steps are smaller keeps them.
     dense     byte planes of all new bits, through zstd. Only where all elements are listed; it alone needs no old bits.
@@ -34,6 +35,7 @@ METHODS = {STEPS8: "steps8", STEPS16: "steps16", EXPONENT: "exponent", DENSE: "d
 STREAMS = 6  # most of any method
 USED = {STEPS8: (0, 2, 3, 4, 5), STEPS16: (0, 1, 2, 3, 4, 5), EXPONENT: (0, 1), DENSE: (0,)}
 GAP16_BELOW = 340  # elements for each changed one
+GAPS_RAW = (64, 128)  # elements for each changed one, [least, most)
 WORTH_BYTES = 24  # of a stream that zstd may make shorter
 MOST_WINDOW = 1 << 27  # of a zstd frame; its content is checked first
 
@@ -54,9 +56,10 @@ class Packer:
         packed = self._pack.compress(raw.data if raw.dtype == np.uint8 else raw.view(np.uint8).data)
         return packed if len(packed) < raw.nbytes else raw.tobytes()
 
-    def pack_all(self, raw: np.ndarray, begins: np.ndarray, sizes: np.ndarray, threads: int) -> "Scattered":
-        """`pack` of many streams at once, on so many threads: those at begins (int64 [n]) of raw (uint8), sizes (int64 [n]) bytes each."""
-        worth = np.flatnonzero(sizes >= WORTH_BYTES)
+    def pack_all(self, raw: np.ndarray, begins: np.ndarray, sizes: np.ndarray, left: np.ndarray, threads: int) -> "Scattered":
+        """`pack` of many streams at once, on so many threads: those at begins (int64 [n]) of raw (uint8), sizes (int64 [n]) bytes each.
+        Those that are to be `left` (bool [n]) stay raw."""
+        worth = np.flatnonzero((sizes >= WORTH_BYTES) & ~left)
         addresses, lengths = raw.ctypes.data + begins.astype(np.uint64), sizes.copy()
         if not len(worth):
             return Scattered(addresses, lengths, (raw,))
@@ -163,10 +166,17 @@ def encode_block(kind: ElementType, entries: Entries, codec: str, block: np.ndar
 def _steps(kind: ElementType, entries: Entries, packer: Packer) -> Coded:
     n = len(entries.positions)
     gap_width = 2 if n * GAP16_BELOW < entries.length else 1
-    arrays = native.steps_encode(
+    gaps, *rest = native.steps_encode(
         kind.exponent is not None, gap_width, entries.positions, entries.old, entries.new, entries.first, entries.length
     )
-    return Coded(STEPS16 if gap_width == 2 else STEPS8, n, len(arrays[0]), tuple(packer.pack(array) for array in arrays))
+    packed = gaps.tobytes() if gaps_stay(n, entries.length) else packer.pack(gaps)
+    return Coded(STEPS16 if gap_width == 2 else STEPS8, n, len(gaps), (packed, *(packer.pack(array) for array in rest)))
+
+
+def gaps_stay(changed: Any, length: Any) -> Any:
+    """Whether the gaps of a block (int), or of each of some (int64 [n]), do not go through zstd."""
+    least, most = GAPS_RAW
+    return (changed * least <= length) & (length < changed * most)
 
 
 def _dense(entries: Entries, packer: Packer) -> Coded:

@@ -80,8 +80,9 @@ class OwnBlocks:
     def streams(self, steps: Steps, which: np.ndarray) -> wire.Streams:
         """Some (bool) of the blocks of a batch, coded."""
         blocks = steps.listed.blocks[which]
-        found, changed = steps.encode(which), steps.listed.counts[which]
-        return wire.Streams(self.tensor[blocks], self.start[blocks] // BLOCK, changed, found.streams, found.sizes, found.two_bytes)
+        found, numbers = steps.encode(which), self.start[blocks] // BLOCK
+        changed, length = steps.listed.counts[which], self.length[blocks]
+        return wire.Streams(self.tensor[blocks], numbers, changed, length, found.streams, found.sizes, found.two_bytes)
 
     def code(
         self, batches: Sequence[np.ndarray], coded: np.ndarray, keys: np.ndarray, table: np.ndarray, threads: int

@@ -31,6 +31,7 @@ from slime.sync.codec import (
     Packer,
     decode_block,
     encode_block,
+    gaps_stay,
     most_gaps,
     unpack_steps,
 )
@@ -98,14 +99,16 @@ class Streams:
     tensor: np.ndarray  # int64 [n]
     block: np.ndarray  # int64 [n]
     changed: np.ndarray  # int64 [n], entries
+    length: np.ndarray  # int64 [n], elements
     streams: np.ndarray  # uint8, of every block in turn
     sizes: np.ndarray  # int64 [n, STREAMS], bytes of each
     two_bytes: np.ndarray  # bool [n], whether gaps have two
 
     def pack(self, threads: int) -> Blocks:
-        """As they travel: each stream through zstd where that makes it shorter, on so many threads."""
-        flat = self.sizes.reshape(-1)
-        short = Packer().pack_all(self.streams, np.cumsum(flat) - flat, flat, threads)
+        """As they travel: streams through zstd where that makes them shorter, on so many threads."""
+        flat, left = self.sizes.reshape(-1), np.zeros(self.sizes.shape, bool)
+        left[:, 0] = gaps_stay(self.changed, self.length)
+        short = Packer().pack_all(self.streams, np.cumsum(flat) - flat, flat, left.reshape(-1), threads)
         rows = np.zeros(len(self.sizes), ROW)
         rows["tensor"], rows["block"], rows["changed"] = self.tensor, self.block, self.changed
         rows["method"], rows["gaps"] = np.where(self.two_bytes, STEPS16, STEPS8), self.sizes[:, 0]

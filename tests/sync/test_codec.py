@@ -205,3 +205,17 @@ def test_streams_of_another_length_are_refused() -> None:
     for bad, size in ((packed, 999), (packed, 1001), (packed, 1 << 40), (packed + b"x", 1000), (packed[:-1], 1000), (bytes(1001), 1000)):
         with pytest.raises(NativeError):
             PACKER.unpack(memoryview(bad), size)
+
+
+@pytest.mark.parametrize("apart", [48, 64, 83, 127, 128, 200])
+def test_gaps_that_zstd_hardly_shortens_stay_raw(apart):
+    """From 64 to 127 elements for each changed one; the block is at most a twelfth longer for it."""
+    old, n = weights(BLOCK), BLOCK // apart
+    positions = np.sort(np.random.default_rng(2).choice(BLOCK, n, replace=False))
+    entries = Entries(FIRST, BLOCK, positions + FIRST, old[positions], old[positions] ^ np.uint16(1))
+    coded = encode_block(BF16, entries, "steps", None, PACKER)
+    raw = len(coded.streams[0]) == coded.gaps
+    assert raw == (64 <= BLOCK / n < 128)
+    if raw:
+        packed = len(PACKER.pack(np.frombuffer(coded.streams[0], np.uint8)))
+        assert coded.nbytes <= 13 / 12 * (coded.nbytes - coded.gaps + packed)

@@ -163,7 +163,9 @@ def test_blocks_are_coded_as_one_at_a_time(case):
     for which in (np.ones(len(there), bool), np.arange(len(there)) % 2 == 1):
         coded = steps.encode(which)
         sizes = coded.sizes.reshape(-1)
-        packed = Packer().pack_all(coded.streams, np.cumsum(sizes) - sizes, sizes, 2)
+        left = np.zeros(coded.sizes.shape, bool)
+        left[:, 0] = codec.gaps_stay(steps.listed.counts[which], lengths[which])
+        packed = Packer().pack_all(coded.streams, np.cumsum(sizes) - sizes, sizes, left.reshape(-1), 2)
         found = Stored(packed)
         for row, k in enumerate(np.flatnonzero(which).tolist()):
             old, new = there[k]
@@ -194,7 +196,7 @@ def test_what_is_written_is_decoded():
     lengths = np.array([BLOCK, 5000, 3000], np.int64)
     blocks = Blocks(np.zeros(3, np.uint64), np.array([0, BLOCK, 0]), lengths, True)
     coded = Steps(compared.entries(np.arange(3)), blocks, TABLE).encode(np.ones(3, bool))
-    streams = wire.Streams(np.array([0, 0, 1]), np.array([0, 1, 0]), counts, coded.streams, coded.sizes, coded.two_bytes)
+    streams = wire.Streams(np.array([0, 0, 1]), np.array([0, 1, 0]), counts, lengths, coded.streams, coded.sizes, coded.two_bytes)
     packed = streams.pack(threads=2)
     payload = wire.lay_out(spec, range(2), [packed]).join()
     olds = [old[: BLOCK + 5000], old[BLOCK + 5000 :]]
