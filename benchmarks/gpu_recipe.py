@@ -1,7 +1,7 @@
 """Whole GRPO runs on one GPU that trainer and engine divide: `python -m benchmarks.gpu_recipe`, about eight minutes of a GPU with 139 GiB.
 
-Qwen3-4B's shape with random weights, as megatron-core initialises them; 16 prompts x 12 answers of 1,024 tokens a step; the reward is the
-share of response tokens with an even id, lr 1e-6. Each run is `slime train` as a user types it:
+Qwen3-4B's shape with random weights; 12 prompts x 12 answers of 1,024 tokens a step; the reward is the share of response tokens with an
+even id, lr 1e-6. Each run is `slime train` as a user types it:
 
     sync            rollout.mode=sync                       its steps against the sum of rollout and training
     sync, fp32      and logits in fp32, of both             its mismatch beside that of bf16
@@ -88,8 +88,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="key=value for every run")
     args = parser.parse_args()
     build_native()
-    make_model = [sys.executable, "-m", "benchmarks.gpu_model", str(args.folder / "model"), "--scaled"]
-    subprocess.run(make_model, check=True)  # it gives the GPU back
+    subprocess.run([sys.executable, "-m", "benchmarks.gpu_model", str(args.folder / "model")], check=True)  # it gives the GPU back
     write_prompts(args.folder / "prompts.jsonl")
     rows = [run(args.folder, name, args.steps, args.overrides) for name in args.runs]
     console = Console(width=150)
@@ -120,7 +119,7 @@ def run(folder: Path, name: str, steps: int, overrides: list[str]) -> Row:
         "model.path": folder / "model",
         "data.train": f"[{{path: {folder}/prompts.jsonl}}]",
         "data.max_prompt_tokens": 128,
-        "rollout.prompts_per_step": 16,
+        "rollout.prompts_per_step": 12,
         "rollout.samples_per_prompt": 12,
         "rollout.max_response_tokens": 1024,
         "reward.fn": "examples.rewards:even_share",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from slime.config import SlimeConfig
+from slime.config.plan_share import STAGE_MOST
 from slime.engine.errors import EngineError, EngineLost
 from slime.engine.incoming import IncomingDelta, IncomingWhole
 from slime.engine.live import LiveEngine, Written
@@ -30,7 +31,6 @@ FAILURES = (EngineError, RankError, TimeoutError, Refused, OSError)
 FINAL = (Do.UNDO, Do.HEAL, Do.DROP, Do.RESUME)  # that fail for good: the engine is lost to the publication
 NAMED = 4  # tensors in a message
 PROBE_S = 10.0  # in which the scheduler of an engine that failed answers
-STAGE_MOST = 0.25  # of a GPU rank's weights: more is not staged beside them but loaded whole
 
 
 class Actions:

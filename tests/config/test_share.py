@@ -3,6 +3,7 @@
 # ruff: noqa: E501
 
 import io
+import math
 
 import pytest
 from rich.console import Console
@@ -109,16 +110,18 @@ def test_pools() -> None:
     assert not swaps(composed(*GOOD, "cluster.share=split")) and swaps(composed(*GOOD, SWAP))
 
 
-def of(share: str, rank: int, engine: int, fraction: float | None = None) -> SharePlan:
-    return SharePlan(share, rank * GIB, engine * GIB, fraction)  # type: ignore[arg-type]
+def of(share: str, rank: int, engine: int, fraction: float | None = None, staged: int = 0) -> SharePlan:
+    return SharePlan(share, rank * GIB, engine * GIB, staged * GIB, fraction)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("shared", "device", "fraction"),
     [
         (of("split", 40, 10), 80, 0.37),  # 1 - 0.1 - 42 / 80 = 0.375
+        (of("split", 40, 10, staged=2), 80, 0.35),  # 1 - 0.1 - 44 / 80
         (of("split", 40, 10, 0.2), 80, 0.2),
         (of("swap", 40, 10), 80, 0.87),
+        (of("swap", 40, 10, staged=2), 80, 0.85),
         (of("swap", 76, 69), 80, 0.87),
         (of("swap", 40, 10, 0.5), 80, 0.5),
     ],
@@ -185,6 +188,7 @@ def test_the_plan_adds_both_up(workdir) -> None:
     assert isinstance(rank, RankMemory) and isinstance(engine, EngineMemory)
     assert found.shared == share_plan(cfg, rank, engine)
     assert (found.shared.rank, found.shared.engine) == (rank.total, engine.weights + engine.kv_per_token * 2048)
+    assert found.shared.staged == math.ceil(engine.weights / 3), "a quarter in a file, and what it replaces"
     assert (found.shared.share, found.shared.fraction) == ("swap", 0.3)
     out = io.StringIO()
     show(cfg, found, Console(file=out, width=200))
