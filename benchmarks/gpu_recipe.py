@@ -129,7 +129,7 @@ def run(folder: Path, name: str, steps: int, overrides: list[str]) -> Row:
         "cluster.share": "split",
         "cluster.start_timeout_s": 300,
         "observe.wandb": "off",
-        **{f"+rollout.sglang.{key}": value for key, value in SGLANG.items() if key != "mem_fraction_static"},
+        **{f"+rollout.sglang.{key}": value for key, value in SGLANG.items()},
     }
     words = [f"{key}={value}" for key, value in settings.items()] + RUNS[name] + overrides
     begun, command = time.time(), [sys.executable, "-m", "slime.cli.main", "train", "--config-name", "base"]

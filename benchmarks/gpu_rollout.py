@@ -48,7 +48,6 @@ SGLANG = {  # kernels that are compiled where they run, but for FA3 and flashinf
     "sampling_backend": "pytorch",
     "grammar_backend": "none",
     "cuda_graph_backend_prefill": "disabled",
-    "mem_fraction_static": 0.8,
 }
 Ask = Callable[[int], Awaitable[int]]  # number of a request -> tokens drawn
 
@@ -92,7 +91,11 @@ def main() -> int:
 def spec_of(model: Path, most_requests: int) -> ServerSpec:
     cfg = SlimeConfig()
     cfg.model.path, cfg.model.dtype, cfg.cluster.device = str(model), "bf16", "cuda"
-    cfg.rollout.sglang = SGLANG | {"cuda_graph_max_bs_decode": min(512, most_requests), "max_running_requests": most_requests}
+    cfg.rollout.sglang = SGLANG | {
+        "mem_fraction_static": 0.8,
+        "cuda_graph_max_bs_decode": min(512, most_requests),
+        "max_running_requests": most_requests,
+    }
     known = known_arguments()
     endpoint = Endpoint(f"http://127.0.0.1:{PORT}", "bench", "engine 0", known.version)
     words = command_line(server_arguments(cfg, "cuda"), known)

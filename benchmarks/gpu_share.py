@@ -132,7 +132,7 @@ def make_model(path: Path, layers: int) -> int:
 def recipe(share: str, model: Path) -> SlimeConfig:
     cfg = SlimeConfig()
     cfg.model.path, cfg.cluster.device, cfg.cluster.share = str(model), "cuda", share
-    cfg.rollout.sglang = {key: value for key, value in SGLANG.items() if key != "mem_fraction_static"}
+    cfg.rollout.sglang = dict(SGLANG)
     cfg.data.max_prompt_tokens = cfg.rollout.max_response_tokens = LENGTH // 2
     cfg.trainer.max_tokens_per_rank, cfg.trainer.lr = 4096, 1e-5
     cfg.cluster.object_store_mb = 4096

@@ -5,7 +5,7 @@ Four methods; which one is smallest decides, block by block:
     steps     positions as gaps, values as steps in units in the last place, each stream through zstd. Almost all changes of an optimizer
               step are one unit up or down, so a change costs little more than the entropy of its position.
               Gaps are bytes (255 = 255 unchanged, go on), or 16 bits where less than one element in GAP16_BELOW changes. Bytes stay as
-              they are where one element in GAPS_RAW changes: zstd would take most of the time there and save a twelfth of them at most.
+              they are where one element in GAPS_RAW changes: where such changes lie evenly, zstd saves a twelfth at most.
     exponent  the same facts in Rice codes by the class of the old value's exponent: whether bf16 sees an update depends on it. About 30 %
               smaller, slower, and both sides walk over all old bits. A block where steps are smaller keeps them.
     dense     byte planes of all new bits, through zstd. Only where all elements are listed; it alone needs no old bits.
@@ -173,7 +173,7 @@ def _steps(kind: ElementType, entries: Entries, packer: Packer) -> Coded:
     return Coded(STEPS16 if gap_width == 2 else STEPS8, n, len(gaps), (packed, *(packer.pack(array) for array in rest)))
 
 
-def gaps_stay(changed: Any, length: Any) -> Any:
+def gaps_stay(changed: int | np.ndarray, length: int | np.ndarray) -> bool | np.ndarray:
     """Whether the gaps of a block (int), or of each of some (int64 [n]), do not go through zstd."""
     least, most = GAPS_RAW
     return (changed * least <= length) & (length < changed * most)

@@ -209,7 +209,7 @@ def test_streams_of_another_length_are_refused() -> None:
 
 @pytest.mark.parametrize("apart", [48, 64, 83, 127, 128, 200])
 def test_gaps_that_zstd_hardly_shortens_stay_raw(apart):
-    """From 64 to 127 elements for each changed one; the block is at most a twelfth longer for it."""
+    """From 64 to 127 elements for each changed one; where they lie evenly the block is at most a twelfth longer for it."""
     old, n = weights(BLOCK), BLOCK // apart
     positions = np.sort(np.random.default_rng(2).choice(BLOCK, n, replace=False))
     entries = Entries(FIRST, BLOCK, positions + FIRST, old[positions], old[positions] ^ np.uint16(1))
