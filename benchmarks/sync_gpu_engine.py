@@ -24,7 +24,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -196,35 +196,45 @@ class Bench:
         self.report.expect(share >= THROUGHPUT_BAR, f"staging without rest leaves {100 * share:.1f} % of tokens/s, to be at least 90")
 
     def commits(self) -> None:
+        """Pauses with requests that go on afterwards, and drained ones, as a host does by default: nothing runs, prefixes are dropped."""
+        bars = {"whole": PAUSE_BAR_MS, "write_s": SCATTER_BAR_MS, "audit_s": AUDIT_BAR_MS}
+        names = {"whole": "the whole pause", "write_s": "write", "audit_s": "audit", "stage_s": "stage beside 64 requests"}
         generation = Generation(self.server, TOKENS_OF_COMMITS)
         time.sleep(0.5)
-        pauses: list[dict[str, float]] = []
-        for _ in range(COMMITS):
-            target = "b" if self.count % 2 == 0 else "a"
-            label = f"{RUN_ID}/0/{self.count + 1}"
-            write_s, stage_s = self.staged(target, label)
-            self.report.expect(generation.running, "requests run at the pause")
-            begun = time.perf_counter()
-            self.server.post("/pause_generation", mode="in_place")
-            paused = time.perf_counter()
-            self.send("commit", label, version=label, parent=self.label)
-            committed = time.perf_counter()
-            self.server.post("/continue_generation", torch_empty_cache=False)
-            ended = time.perf_counter()
-            reply = self.ask(self.door.result(label))
-            found = {"whole": ended - begun, "pause": paused - begun, "commit": committed - paused, "continue": ended - committed}
-            pauses.append(found | reply.seconds | {"stage": stage_s, "file": write_s})
-            self.label, self.count = label, self.count + 1
-            self.report.expect(reply.ok and reply.held == label, f"{label} is held {reply.error or ''}")
-            self.expect_bits(reply, target, f"after commit {self.count}")
+        pauses = [self.commit(generation) for _ in range(COMMITS)]
         generation.finish()
-        self.report.facts["commits, ms"] = [{name: round(s * 1e3, 2) for name, s in found.items()} for found in pauses]
-        bars = {"whole": PAUSE_BAR_MS, "write_s": SCATTER_BAR_MS, "audit_s": AUDIT_BAR_MS, "pause": None, "commit": None, "continue": None}
-        names = {"whole": "the whole pause", "write_s": "write", "audit_s": "audit", "commit": "commit call"}
-        for what, bar in bars.items():
-            self.report.rows.append(Row(names.get(what, f"{what} call"), median(found[what] for found in pauses) * 1e3, bar_ms=bar))
+        drained = [self.commit() for _ in range(COMMITS)]
+        for title, found in (("", pauses), ("drained: ", drained)):
+            self.report.facts[f"{title}commits, ms"] = [{name: round(s * 1e3, 2) for name, s in laps.items()} for laps in found]
+            for what in found[0]:
+                name = title + names.get(what, f"{what} call")
+                self.report.rows.append(Row(name, median(laps[what] for laps in found) * 1e3, bar_ms=bars.get(what)))
         self.report.rows.append(Row("the longest whole pause", max(found["whole"] for found in pauses) * 1e3))
-        self.report.rows.append(Row("stage beside 64 requests", median(found["stage"] for found in pauses) * 1e3))
+
+    def commit(self, generation: "Generation | None" = None) -> dict[str, float]:
+        """The next version, into an engine that runs requests or is idle; seconds of each call, and what the rank says of its part."""
+        target, label = "b" if self.count % 2 == 0 else "a", f"{RUN_ID}/0/{self.count + 1}"
+        write_s, stage_s = self.staged(target, label)
+        laps, last = {"file": write_s, "stage_s": stage_s}, time.perf_counter()
+        calls: dict[str, Callable[[], Any]] = {
+            "loads": lambda: self.server.ask("/v1/loads", "GET"),
+            "pause": lambda: self.server.post("/pause_generation", mode="in_place"),
+            "flush": lambda: self.server.post("/flush_cache"),
+            "commit": lambda: self.send("commit", label, version=label, parent=self.label),
+            "continue": lambda: self.server.post("/continue_generation", torch_empty_cache=False),
+        }
+        if generation is not None:
+            self.report.expect(generation.running, "requests run at the pause")
+            del calls["loads"], calls["flush"]
+        begun = last
+        for name, call in calls.items():
+            call()
+            laps[name], last = time.perf_counter() - last, time.perf_counter()
+        reply = self.ask(self.door.result(label))
+        self.label, self.count = label, self.count + 1
+        self.report.expect(reply.ok and reply.held == label, f"{label} is held {reply.error or ''}")
+        self.expect_bits(reply, target, f"after commit {self.count}")
+        return laps | {"whole": last - begun} | reply.seconds
 
     # --- the proof, and other ways to the same weights ---
 

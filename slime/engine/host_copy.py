@@ -50,8 +50,8 @@ class HostCopy:
     def ahead(self, found: Iterable[Changes]) -> Iterator[tuple[Changes, int]]:
         """Each tensor's changes with the fingerprint that it will have; nothing is changed."""
         for changes in found:
-            before, after = (self._at(changes, bits) for bits in (changes.old, changes.new))
-            yield changes, (self.fingerprints[changes.tensor] + after - before) % (1 << 64)
+            grown = fingerprint.moved(changes.positions, changes.old, changes.new, self._keys[changes.tensor], self._table)
+            yield changes, (self.fingerprints[changes.tensor] + grown) % (1 << 64)
 
     def apply(self, parts: Iterable[Part], label: str, fingerprints: Sequence[int]) -> None:
         """Become the version that the changes lead to."""
@@ -79,9 +79,6 @@ class HostCopy:
     def fingerprint(self, tensor: int, bits: np.ndarray) -> int:
         """The fingerprint that tensor number `tensor` has with these bits."""
         return fingerprint.full(bits, self._keys[tensor], self._table)
-
-    def _at(self, changes: Changes, bits: np.ndarray) -> int:
-        return fingerprint.at(changes.positions, bits, self._keys[changes.tensor], self._table)
 
 
 def bits_of(tensor: torch.Tensor) -> np.ndarray:

@@ -88,14 +88,12 @@ class IncomingDelta:
         self._payload, self._served, self._copy = payload, served, served.trainer
 
     def parts(self) -> Iterator[Part]:
-        """Each decodes a part against the host copy. Raises WireError for one that does not decode, here or when it is called."""
-        spec = self._copy.spec
-        for number, tensors in enumerate(spec.parts(self.manifest.part_bytes)):
-            yield partial(self._decoded, list(wire.unpack_part(spec, tensors, self._payload(number))))
+        """Each decodes a part against the host copy. Raises WireError for one that does not decode when it is called."""
+        for number, tensors in enumerate(self._copy.spec.parts(self.manifest.part_bytes)):
+            yield partial(self._decoded, number, tensors)
 
-    def _decoded(self, part: list[wire.Unpacked]) -> Iterator[Changes]:
-        for unpacked in part:
-            yield unpacked.changes(self._copy.bits(unpacked.tensor))
+    def _decoded(self, number: int, tensors: range) -> Iterator[Changes]:
+        return wire.decode_part(self._copy.spec, tensors, self._payload(number), self._copy.bits)
 
     def stage(self, maps: Mapping[str, LiveMap], opaque: set[str], folder: Path, run_id: str) -> dict[str, Path]:
         """Write a staged file for every live map (by its signature), and the changed ones of the tensors that are opaque somewhere.

@@ -26,7 +26,7 @@ import numpy as np
 import zstandard
 
 from slime.sync import native
-from slime.sync.native import NativeError, StepsBlock
+from slime.sync.native import STEPS_BLOCK, NativeError, StepsError
 from slime.sync.records import ElementType
 
 CODECS = ("steps", "exponent", "dense")  # dense: whole weights that need no old ones
@@ -183,21 +183,60 @@ def _dense(entries: Entries, packer: Packer) -> Coded:
     return Coded(DENSE, entries.length, 0, (packer.pack(native.split(entries.new)),))
 
 
-def most_gaps(method: int, changed: int, length: int) -> int:
-    """The longest gap stream that so many changes have."""
-    return {STEPS8: changed + length // 255, STEPS16: changed + length // 65535}.get(method, 0)
+def most_gaps(method: np.ndarray, changed: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """int64 [n]: the longest gap stream that so many changes of a block have."""
+    longest = np.select([method == STEPS8, method == STEPS16], [length // 255, length // 65535], -1)
+    return np.where(longest < 0, 0, changed + longest)
 
 
-def unpack_steps(
-    width: int, method: int, changed: int, gaps: int, streams: Sequence[memoryview], first: int, length: int, packer: Packer
-) -> StepsBlock:
-    """A block in steps, out of zstd, from STREAMS streams. Raises NativeError for streams of other lengths than they should have."""
-    high = packer.unpack(streams[0], gaps)
-    low = packer.unpack(streams[1], gaps if method == STEPS16 else 0)
-    signs, flags = (packer.unpack(stream, (changed + 7) // 8) for stream in streams[2:4])
-    large = packer.unpack(streams[4], int.from_bytes(flags.data, "little").bit_count())
-    raw = packer.unpack(streams[5], int(np.count_nonzero(large == 255)) * width)
-    return StepsBlock(first, length, changed, high, low, signs, flags, large, raw)
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Blocks in steps as they came. Their streams lie in `payload`, each through zstd or not."""
+
+    payload: np.ndarray  # uint8
+    begins: np.ndarray  # int64 [n, STREAMS], where in it a stream begins
+    sizes: np.ndarray  # int64 [n, STREAMS], bytes that it has there
+    two_bytes: np.ndarray  # bool [n], whether gaps have two
+    changed: np.ndarray  # int64 [n], entries
+    gaps: np.ndarray  # int64 [n], bytes of the gap stream
+    width: np.ndarray  # int64 [n], bytes of an element
+    first: np.ndarray  # int64 [n], position of the first element
+    length: np.ndarray  # int64 [n], elements
+
+    def unpack(self, packer: Packer) -> "Steps":
+        """Out of zstd. Raises StepsError for streams of other lengths than they should have."""
+        found, memory = np.zeros(len(self.changed), STEPS_BLOCK), [self.payload]
+
+        def stream(number: int, size: np.ndarray) -> np.ndarray:
+            """Addresses of the raw bytes of a stream of every block, which has `size` (int64 [n]) of them."""
+            begins, sizes = self.begins[:, number], self.sizes[:, number]
+            addresses = (self.payload.ctypes.data + begins).astype(np.uint64)
+            for i in np.flatnonzero(sizes != size).tolist():
+                try:
+                    memory.append(packer.unpack(self.payload[begins[i] : begins[i] + sizes[i]].data, int(size[i])))
+                except NativeError as error:
+                    raise StepsError(i, str(error)) from error
+                addresses[i] = memory[-1].ctypes.data
+            return addresses
+
+        one_each = (self.changed + 7) // 8
+        found["first"], found["length"], found["changed"], found["gap_count"] = self.first, self.length, self.changed, self.gaps
+        found["gaps"] = stream(0, self.gaps)
+        found["low"] = np.where(self.two_bytes, stream(1, np.where(self.two_bytes, self.gaps, 0)), 0)
+        found["signs"], found["flags"] = stream(2, one_each), stream(3, one_each)
+        large = native.ones(found["flags"].copy(), one_each.astype(np.uint64))
+        found["large"], found["large_count"] = stream(4, large), large
+        raw = native.full_bytes(found["large"].copy(), large.astype(np.uint64))
+        found["raw"], found["raw_count"] = stream(5, raw * self.width), raw
+        return Steps(found, tuple(memory))
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Blocks in steps, out of zstd."""
+
+    blocks: np.ndarray  # STEPS_BLOCK [n]
+    memory: tuple[np.ndarray, ...]  # where their streams lie
 
 
 def decode_block(kind: ElementType, method: int, streams: Sequence[memoryview], block: np.ndarray, out: Entries, packer: Packer) -> None:

@@ -30,7 +30,7 @@ import numpy as np
 from slime.sync import native
 from slime.sync.native import RUN
 
-__all__ = ["RUN", "at", "full", "over_runs", "run_key", "table", "tensor_key"]
+__all__ = ["RUN", "at", "full", "moved", "over_runs", "run_key", "table", "tensor_key"]
 
 
 def run_key(run_id: str) -> int:
@@ -56,6 +56,12 @@ def full(bits: np.ndarray, tensor_key: int, table: np.ndarray, start_element: in
 def at(positions: np.ndarray, bits: np.ndarray, tensor_key: int, table: np.ndarray) -> int:
     """Fingerprint of the elements at positions (int64 [n]) that have these bits [n]."""
     return native.fingerprint_at(np.ascontiguousarray(positions), np.ascontiguousarray(bits), tensor_key, table)
+
+
+def moved(positions: np.ndarray, old: np.ndarray, new: np.ndarray, tensor_key: int, table: np.ndarray) -> int:
+    """What a tensor's fingerprint grows by, modulo 2^64, where the elements at positions (int64 [n]) go from old bits [n] to new ones."""
+    positions, old, new = map(np.ascontiguousarray, (positions, old, new))
+    return native.fingerprint_moved(positions, old, new, tensor_key, table)
 
 
 def over_runs(runs: np.ndarray, table: np.ndarray, outs: int) -> np.ndarray:

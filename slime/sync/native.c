@@ -18,7 +18,7 @@
 #define AVX2 __attribute__((target("avx2,bmi,popcnt")))
 #endif
 
-enum { VERSION = 5, BAD_POSITIONS = -1, BAD_VALUES = -2, BAD_STREAM = -3, NO_ROOM = -4, BAD_ARGUMENT = -5 };
+enum { VERSION = 6, BAD_POSITIONS = -1, BAD_VALUES = -2, BAD_STREAM = -3, NO_ROOM = -4, BAD_ARGUMENT = -5 };
 
 API int64_t slime_version(void) { return VERSION; }
 
@@ -362,6 +362,18 @@ typedef struct {
 } StepsBlock;
 
 #define BYTES(address) ((const uint8_t *)(uintptr_t)(address))
+
+// Of every stretch of bytes: bits that are set, or with `full` bytes that are 255.
+API int64_t slime_tally(const uint64_t *addresses, const uint64_t *sizes, uint64_t n, int full, int64_t *counts) {
+    for (uint64_t i = 0; i < n; i++) {
+        const uint8_t *bytes = BYTES(addresses[i]);
+        int64_t found = 0;
+        for (uint64_t k = 0; full && k < sizes[i]; k++) found += bytes[k] == 255;
+        for (uint64_t k = 0; !full && k < sizes[i]; k++) found += __builtin_popcount(bytes[k]);
+        counts[i] = found;
+    }
+    return 0;
+}
 
 // bits: old bits of the tensor from position `start` on. Fills positions, old, new with the changes of every block in turn. Where one says
 // something impossible, `failed` is its number.
@@ -896,17 +908,20 @@ INLINE int in_a_row(const int64_t *positions, uint64_t n) {
 }
 
 // By rows of 1024 words: a row has one factor, and where its elements follow one another they are hashed as they lie.
-INLINE uint64_t at_of(const int64_t *positions, const uint8_t *bits, uint64_t n, uint64_t key, const uint64_t *table, int width, int level) {
+// `olds` is NULL, or the bits that are subtracted from `bits`.
+INLINE uint64_t at_of(const int64_t *positions, const uint8_t *olds, const uint8_t *bits, uint64_t n, uint64_t key, const uint64_t *table,
+                      int width, int level) {
     uint64_t sum = 0, per = width == 1 ? 1 : width / 2, of_row = 1024 / per;
     for (uint64_t i = 0; i < n;) {
         uint64_t row = (uint64_t)positions[i] / of_row, in = (uint64_t)positions[i] % of_row, count = of_row - in, inner = 0;
         if (count <= n - i && count > 1 && in_a_row(positions + i, count)) {
             inner = dot(table + in * per, bits + i * width, count * per, width == 1 ? 1 : 2, level);
+            if (olds) inner -= dot(table + in * per, olds + i * width, count * per, width == 1 ? 1 : 2, level);
             i += count;
         } else {
             for (; i < n && (uint64_t)positions[i] / of_row == row; i++) {
-                uint64_t x = load(bits, i, width), word = (uint64_t)positions[i] % of_row * per;
-                for (uint64_t k = 0; k < per; k++) inner += table[word + k] * (x >> 16 * k & 0xffff);
+                uint64_t x = load(bits, i, width), y = olds ? load(olds, i, width) : 0, word = (uint64_t)positions[i] % of_row * per;
+                for (uint64_t k = 0; k < per; k++) inner += table[word + k] * ((x >> 16 * k & 0xffff) - (y >> 16 * k & 0xffff));
             }
         }
         sum += factor(key, row) * inner;
@@ -917,7 +932,15 @@ INLINE uint64_t at_of(const int64_t *positions, const uint8_t *bits, uint64_t n,
 API int64_t slime_fingerprint_at(int width, const int64_t *positions, const uint8_t *bits, uint64_t n, uint64_t key, const uint64_t *table,
                                  uint64_t *out, int level) {
     level = best(level);
-    BY_WIDTH(width, *out = at_of(positions, bits, n, key, table, W, level));
+    BY_WIDTH(width, *out = at_of(positions, NULL, bits, n, key, table, W, level));
+    return 0;
+}
+
+// By how much the fingerprint grows, modulo 2^64, where old becomes new.
+API int64_t slime_fingerprint_moved(int width, const int64_t *positions, const uint8_t *old, const uint8_t *new, uint64_t n, uint64_t key,
+                                    const uint64_t *table, uint64_t *out, int level) {
+    level = best(level);
+    BY_WIDTH(width, *out = at_of(positions, old, new, n, key, table, W, level));
     return 0;
 }
 

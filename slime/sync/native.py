@@ -6,8 +6,6 @@ caller answers for it.
 """
 
 import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -15,10 +13,9 @@ import numpy as np
 
 from slime.layout import Block
 
-VERSION = 5  # of native.c: what its functions take and mean
+VERSION = 6  # of native.c: what its functions take and mean
 HEAD_BYTES = 26  # of an exponent-coded block
 CLASSES = 16
-ROW_NUMBERS = 12  # of a StepsBlock, 8 bytes each
 WHY = {-1: "positions", -2: "values", -3: "a bit stream", -4: "room", -5: "arguments"}  # what a loop found wrong
 ANSWERS = (  # with a count, or a number of WHY
     *(
@@ -38,6 +35,15 @@ RUN = np.dtype([("address", "<u8"), ("start", "<u8"), ("words", "<u8"), ("key", 
 # Entries [first, first + count) of the staged bits belong to the live memory at `address`: run = 0 at its elements index[at:at + count],
 # run = 1 in a row.
 SEGMENT = np.dtype([("address", "<u8"), ("first", "<u8"), ("count", "<u8"), ("at", "<u8"), ("width", "<u4"), ("run", "<u4")])
+
+# A block in steps. Positions lie in [first, first + length), `changed` of them; `gaps` to `raw` are addresses of bytes, `low` is 0 where
+# gaps have one byte; `gap_count` bytes of gaps and as many of low, `large_count` bytes of large, `raw_count` elements of raw.
+STEPS_BLOCK = np.dtype(
+    [
+        *((name, "<i8") for name in ("first", "length")),
+        *((name, "<u8") for name in ("changed", "gaps", "low", "signs", "flags", "large", "raw", "gap_count", "large_count", "raw_count")),
+    ]
+)
 
 # Elements of two live memories that are compared: `first` is the position of the first in its block, `at` where its first entry goes.
 SPAN = np.dtype([("old", "<u8"), ("live", "<u8"), ("first", "<u8"), ("count", "<u8"), ("at", "<u8")])
@@ -149,31 +155,6 @@ def steps_encode(
     return gaps[:count], low[: count if gap_width == 2 else 0], signs, flags, large[:larges], raw[:raws]
 
 
-@dataclass(frozen=True, slots=True)
-class StepsBlock:
-    """A block in steps. Positions lie in [first, first + length); streams are uint8, `low` has as many bytes as `gaps` or none."""
-
-    first: int
-    length: int
-    changed: int
-    gaps: np.ndarray
-    low: np.ndarray
-    signs: np.ndarray
-    flags: np.ndarray
-    large: np.ndarray
-    raw: np.ndarray
-
-    def row(self, width: int) -> tuple[int, ...]:
-        """As native.c takes it."""
-        assert len(self.signs) == len(self.flags) == (self.changed + 7) // 8
-        assert len(self.low) in (0, len(self.gaps)) and len(self.raw) % width == 0
-        streams = (self.gaps, self.low, self.signs, self.flags, self.large, self.raw)
-        assert all(stream.dtype == np.uint8 and stream.flags.c_contiguous for stream in streams)
-        gaps, low, *rest = (stream.__array_interface__["data"][0] for stream in streams)
-        counts = (len(self.gaps), len(self.large), len(self.raw) // width)
-        return (self.first, self.length, self.changed, gaps, low if len(self.low) else 0, *rest, *counts)
-
-
 class StepsError(NativeError):
     """Streams that say something impossible. `number`: of the block."""
 
@@ -183,19 +164,36 @@ class StepsError(NativeError):
 
 
 def steps_decode(
-    is_float: bool, blocks: Sequence[StepsBlock], bits: np.ndarray, start: int, positions: np.ndarray, old: np.ndarray, new: np.ndarray
+    is_float: bool, blocks: np.ndarray, bits: np.ndarray, start: int, positions: np.ndarray, old: np.ndarray, new: np.ndarray
 ) -> None:
-    """Fill positions, old and new [n] with the changes of every block in turn, by the old bits of their tensor from position `start` on.
-    Raises StepsError where streams do not say exactly as many changes of their block."""
+    """Fill positions, old and new [n] with the changes of every STEPS_BLOCK in turn, by the old bits of their tensor from position `start`
+    on. Their addresses must be readable. Raises StepsError where streams do not say exactly as many changes of their block."""
     n, width, end = len(positions), bits.itemsize, start + len(bits)
     assert positions.dtype == np.int64 and old.dtype == new.dtype == bits.dtype and len(old) == len(new) == n
-    assert sum(block.changed for block in blocks) == n and all(start <= b.first and b.first + b.length <= end for b in blocks)
-    rows, failed = np.array([block.row(width) for block in blocks], "<u8").reshape(-1, ROW_NUMBERS), np.zeros(1, np.uint64)
+    assert int(blocks["changed"].sum()) == n and (blocks["first"] >= start).all() and (blocks["first"] + blocks["length"] <= end).all()
+    rows, failed = records(blocks, STEPS_BLOCK), np.zeros(1, np.uint64)
     out = (at(positions), at(old), at(new), at(failed))
     try:
         check(library().slime_steps_decode(width, int(is_float), at(bits), ctypes.c_int64(start), at(rows), u64(len(rows)), *out))
     except NativeError as error:
         raise StepsError(int(failed[0]), str(error)) from None
+
+
+def ones(addresses: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """int64 [n]: bits that are set in each stretch of bytes (uint64 [n] both). All of it must be readable."""
+    return _tally(addresses, sizes, 0)
+
+
+def full_bytes(addresses: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The same of bytes that are 255."""
+    return _tally(addresses, sizes, 1)
+
+
+def _tally(addresses: np.ndarray, sizes: np.ndarray, what: int) -> np.ndarray:
+    assert addresses.dtype == sizes.dtype == np.uint64 and len(addresses) == len(sizes)
+    counts = np.empty(len(sizes), np.int64)
+    library().slime_tally(at(addresses), at(sizes), u64(len(sizes)), what, at(counts))
+    return counts
 
 
 def exponent_encode(
@@ -265,6 +263,15 @@ def fingerprint_at(positions: np.ndarray, bits: np.ndarray, key: int, factors: n
     assert positions.dtype == np.int64 and len(positions) == len(bits) and factors.dtype == np.uint64 and len(factors) == 1024
     out = np.zeros(1, np.uint64)
     library().slime_fingerprint_at(bits.itemsize, at(positions), at(bits), u64(len(bits)), u64(key), at(factors), at(out), level)
+    return int(out[0])
+
+
+def fingerprint_moved(positions: np.ndarray, old: np.ndarray, new: np.ndarray, key: int, factors: np.ndarray, level: int = 0) -> int:
+    """By how much `fingerprint_at` of the new bits is more than of the old ones, modulo 2^64."""
+    assert positions.dtype == np.int64 and old.dtype == new.dtype and len(positions) == len(old) == len(new)
+    assert factors.dtype == np.uint64 and len(factors) == 1024
+    out, both = np.zeros(1, np.uint64), (at(positions), at(old), at(new))
+    library().slime_fingerprint_moved(old.itemsize, *both, u64(len(new)), u64(key), at(factors), at(out), level)
     return int(out[0])
 
 

@@ -16,6 +16,7 @@ to overwrite and finds another number does not hold the parent. `digest` is the 
 
 import hashlib
 import json
+import mmap
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -159,12 +160,10 @@ class Stage:
         start = -(-(HEAD.size + len(header)) // ALIGN) * ALIGN
         partial = Path(f"{path}.partial")
         try:
-            with open(partial, "wb") as file:
+            with open(partial, "wb+") as file:
                 file.write(HEAD.pack(MAGIC, len(header), hashlib.blake2b(header, digest_size=16).digest()) + header)
                 file.flush()
-                file.truncate(start + end)
-                for _ in in_order(lambda placed: _write(file.fileno(), *placed), _placed(arrays, start)):
-                    pass
+                _fill(file.fileno(), start + end, _placed(arrays, start))
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise OSError(error.errno, f"{error.strerror}: a staged file of {start + end} bytes", str(partial)) from error
@@ -254,21 +253,29 @@ def _stretches(arrays: dict[str, list[np.ndarray]], run_key: int) -> Iterator[tu
             start += len(words)
 
 
-def _placed(arrays: list[tuple[int, list[np.ndarray]]], start: int) -> Iterator[tuple[memoryview, int]]:
-    """(bytes, where they go), a stretch each, of arrays whose first piece is to lie so far behind `start`."""
+def _placed(arrays: list[tuple[int, list[np.ndarray]]], start: int) -> Iterator[tuple[np.ndarray, int]]:
+    """(uint8, where they go), a stretch each, of arrays whose first piece is to lie so far behind `start`."""
     for offset, pieces in arrays:
         at = start + offset
         for piece in pieces:
-            flat = piece.view(np.uint8).data
+            flat = piece.view(np.uint8)
             for first in range(0, len(flat), 2 * STRETCH):
                 yield flat[first : first + 2 * STRETCH], at + first
             at += len(flat)
 
 
-def _write(file: int, flat: memoryview, at: int) -> None:
-    while len(flat):
-        written = os.pwrite(file, flat, at)
-        flat, at = flat[written:], at + written
+def _fill(file: int, size: int, placed: Iterable[tuple[np.ndarray, int]]) -> None:
+    """Make the file so many bytes long and write these. By way of a mapping: threads that write to a file wait for one another. All room is
+    taken first, for memory without room ends the process."""
+    os.posix_fallocate(file, 0, size)
+    with mmap.mmap(file, size) as mapped:
+
+        def write(stretch: tuple[np.ndarray, int]) -> None:
+            flat, at = stretch
+            np.frombuffer(mapped, np.uint8, len(flat), at)[:] = flat
+
+        for _ in in_order(write, placed):
+            pass
 
 
 def _runs(positions: np.ndarray) -> Iterator[tuple[bool, list[slice]]]:

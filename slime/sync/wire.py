@@ -13,7 +13,6 @@ payload before it uses it, so that neither damage nor malice makes it read or wr
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 
@@ -28,14 +27,14 @@ from slime.sync.codec import (
     USED,
     Coded,
     Entries,
+    Packed,
     Packer,
     decode_block,
     encode_block,
     gaps_stay,
     most_gaps,
-    unpack_steps,
 )
-from slime.sync.native import NativeError, StepsBlock, StepsError
+from slime.sync.native import NativeError, StepsError
 from slime.sync.records import BLOCK, Changes, ModelSpec, TensorSpec
 
 MAGIC, VERSION = b"SLWP", 1
@@ -211,97 +210,99 @@ def _check_old(name: str, old: np.ndarray, bits: np.dtype, size: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
-    """A block of a tensor: its row, and its streams as they came."""
-
-    number: int
-    method: int
-    changed: int
-    streams: list[memoryview]
-
-
-@dataclass(frozen=True, slots=True)
 class Unpacked:
-    """What a part says of one tensor, its steps out of zstd: threads that decode such tensors hardly wait for one another."""
+    """What a part says of one tensor, its steps out of zstd."""
 
     spec: TensorSpec
     tensor: int
-    rows: list[_Row]  # ascending
-    steps: dict[int, StepsBlock]  # of the blocks in steps, by their numbers
+    rows: np.ndarray  # ROW [n], ascending
+    begins: np.ndarray  # int64 [n, STREAMS], where the row's streams begin in the part
+    in_steps: np.ndarray  # bool [n]
+    steps: np.ndarray  # STEPS_BLOCK [n], for the rows in steps
+    memory: tuple[np.ndarray, ...]  # where their streams lie, first the part (uint8)
 
     def changes(self, old: np.ndarray) -> Changes:
         """With absolute new bits; a dense block gives all its elements. `old`: the tensor's old bits (1-D), which are only read. Raises
         WireError, naming tensor and block."""
         kind = self.spec.type
         _check_old(self.spec.name, old, kind.bits, self.spec.size)
-        n = sum(row.changed for row in self.rows)
+        n = int(self.rows["changed"].sum(dtype=np.int64))
         found, done = Changes(self.tensor, np.empty(n, np.int64), np.empty(n, kind.bits), np.empty(n, kind.bits)), 0
-        for in_steps, those in groupby(self.rows, lambda row: row.number in self.steps):
-            rows = list(those)
-            for some in [rows] if in_steps and old.flags.c_contiguous else [[row] for row in rows]:
-                room = slice(done, done := done + sum(row.changed for row in some))
-                self._decode(some, old, found.positions[room], found.old[room], found.new[room])
+        for those in self._alike(old.flags.c_contiguous):
+            room = slice(done, done := done + int(self.rows["changed"][those].sum(dtype=np.int64)))
+            self._decode(those, old, found.positions[room], found.old[room], found.new[room])
         return found
 
-    def _decode(self, rows: list[_Row], old: np.ndarray, *room: np.ndarray) -> None:
+    def _alike(self, contiguous: bool) -> Iterator[slice]:
+        """Rows that are decoded together: neighbours in steps where the old bits are `contiguous`, otherwise one by one."""
+        together = self.in_steps[1:] & self.in_steps[:-1] & contiguous
+        edges = [0, *(np.flatnonzero(~together) + 1).tolist(), len(self.rows)]
+        yield from map(slice, edges[:-1], edges[1:])
+
+    def _decode(self, those: slice, old: np.ndarray, *room: np.ndarray) -> None:
         """Blocks in steps, or one of another method. `room`: positions, old and new bits of their changes."""
-        kind, first = self.spec.type, rows[0]
-        start, end = _of_block(self.spec, first.number)[0], sum(_of_block(self.spec, rows[-1].number))
+        kind, rows = self.spec.type, self.rows[those]
+        start, end = int(rows["block"][0]) * BLOCK, min((int(rows["block"][-1]) + 1) * BLOCK, self.spec.size)
         bits = np.ascontiguousarray(old[start:end])  # all that they read
         try:
-            if first.number in self.steps:
-                native.steps_decode(kind.exponent is not None, [self.steps[row.number] for row in rows], bits, start, *room)
+            if self.in_steps[those.start]:
+                native.steps_decode(kind.exponent is not None, self.steps[those], bits, start, *room)
             else:
-                decode_block(kind, first.method, first.streams, bits, Entries(start, end - start, *room), Packer())
+                ends = zip(self.begins[those][0].tolist(), rows["sizes"][0].tolist(), strict=True)
+                streams = [self.memory[0][at : at + size].data for at, size in ends]
+                decode_block(kind, int(rows["method"][0]), streams, bits, Entries(start, end - start, *room), Packer())
         except NativeError as error:
-            row = rows[error.number if isinstance(error, StepsError) else 0]
-            raise _wrong(self.spec, row.number, row.method, error) from error
+            raise _wrong(self.spec, rows[error.number if isinstance(error, StepsError) else 0], error) from error
 
 
 def decode_part(model: ModelSpec, tensors: range, payload: bytes | memoryview, old_of: Callable[[int], np.ndarray]) -> Iterator[Changes]:
     """Changes of each tensor that has any, ascending. old_of(tensor): its old bits. Raises WireError for bytes that are no part of these
-    tensors; a tensor is yielded when all of it was checked, the first one when the table was."""
+    tensors; a tensor is yielded when all of it was checked, the first one when the table and the lengths of all streams were."""
     for unpacked in unpack_part(model, tensors, payload):
         yield unpacked.changes(old_of(unpacked.tensor))
 
 
-def unpack_part(model: ModelSpec, tensors: range, payload: bytes | memoryview) -> Iterator[Unpacked]:
-    """Each tensor that has changes, ascending. Raises WireError, naming tensor and block, for bytes that are no part of these tensors; the
-    table is checked before the first."""
+def unpack_part(model: ModelSpec, tensors: range, payload: bytes | memoryview) -> list[Unpacked]:
+    """Each tensor that has changes, ascending. Raises WireError, naming tensor and block, for bytes that are no part of these tensors."""
     view, packer = memoryview(payload).cast("B"), Packer()
-    rows, at = _table(model, tensors, view, packer)
+    rows, begin = _table(model, tensors, view, packer)
+    sizes = rows["sizes"].astype(np.int64)
+    begins = (begin + np.cumsum(sizes) - sizes.reshape(-1)).reshape(sizes.shape)
+    in_steps = np.isin(rows["method"], (STEPS8, STEPS16))
+    steps, memory = np.zeros(len(rows), native.STEPS_BLOCK), (np.frombuffer(view, np.uint8),)
+    packed = _in_steps(model, rows, memory[0], begins, sizes, in_steps)
+    try:
+        unpacked = packed.unpack(packer)
+    except StepsError as error:
+        row = rows[in_steps][error.number]
+        raise _wrong(model.tensors[row["tensor"]], row, error) from error
+    steps[in_steps] = unpacked.blocks
     numbers, starts = np.unique(rows["tensor"], return_index=True)
     edges = [*starts.tolist(), len(rows)]
-    for tensor, start, end in zip(numbers.tolist(), edges[:-1], edges[1:], strict=True):
-        own = rows[start:end]
-        yield _unpacked(model.tensors[tensor], tensor, own, view[at:], packer)
-        at += int(own["sizes"].sum(dtype=np.uint64))
+    return [
+        Unpacked(model.tensors[i], i, rows[start:end], begins[start:end], in_steps[start:end], steps[start:end], unpacked.memory)
+        for i, start, end in zip(numbers.tolist(), edges[:-1], edges[1:], strict=True)
+    ]
 
 
-def _unpacked(spec: TensorSpec, tensor: int, rows: np.ndarray, view: memoryview, packer: Packer) -> Unpacked:
-    found = Unpacked(spec, tensor, [], {})
-    at = 0
-    for block, method, changed, gaps, sizes in zip(*(rows[name].tolist() for name in ROW.names[1:]), strict=True):  # type: ignore[index]
-        streams = []
-        for size in sizes:
-            streams.append(view[at : at + size])
-            at += size
-        found.rows.append(_Row(block, method, changed, streams))
-        if method in (STEPS8, STEPS16):
-            try:
-                found.steps[block] = unpack_steps(spec.type.width, method, changed, gaps, streams, *_of_block(spec, block), packer)
-            except NativeError as error:
-                raise _wrong(spec, block, method, error) from error
-    return found
+def _in_steps(model: ModelSpec, rows: np.ndarray, payload: np.ndarray, begins: np.ndarray, sizes: np.ndarray, those: np.ndarray) -> Packed:
+    """The blocks in steps among the rows, whose streams lie in the payload (uint8) at begins, so many bytes each."""
+    rows = rows[those]
+    first = rows["block"].astype(np.int64) * BLOCK
+    widths, lengths = (_by_tensor(model, rows["tensor"], of) for of in (lambda spec: spec.type.width, lambda spec: spec.size))
+    changed, gaps = (rows[name].astype(np.int64) for name in ("changed", "gaps"))
+    length = np.minimum(lengths - first, BLOCK)
+    return Packed(payload, begins[those], sizes[those], rows["method"] == STEPS16, changed, gaps, widths, first, length)
 
 
-def _of_block(spec: TensorSpec, block: int) -> tuple[int, int]:
-    """Its first position and its length."""
-    return block * BLOCK, min(BLOCK, spec.size - block * BLOCK)
+def _by_tensor(model: ModelSpec, tensors: np.ndarray, of: Callable[[TensorSpec], int]) -> np.ndarray:
+    """int64: a number of each of these tensors, which ascend."""
+    numbers, counts = np.unique(tensors, return_counts=True)
+    return np.repeat(np.array([of(model.tensors[i]) for i in numbers], np.int64), counts)
 
 
-def _wrong(spec: TensorSpec, block: int, method: int, error: NativeError) -> WireError:
-    return WireError(f"block {block} of {spec.name} ({METHODS[method]}): {error}")
+def _wrong(spec: TensorSpec, row: np.ndarray, error: NativeError) -> WireError:
+    return WireError(f"block {row['block']} of {spec.name} ({METHODS[int(row['method'])]}): {error}")
 
 
 def describe_part(model: ModelSpec, tensors: range, payload: bytes | memoryview) -> list[PartBlock]:
@@ -346,16 +347,21 @@ def _check_rows(model: ModelSpec, tensors: range, rows: np.ndarray, nbytes: int)
     told = rows["sizes"].sum(dtype=np.uint64)
     if told != nbytes:
         raise WireError(f"a part has {nbytes} bytes of streams where its table tells {told}")
-    last = (-1, -1)
-    for tensor, block, method, changed, gaps, sizes in rows.tolist():
-        if tensor not in tensors or (tensor, block) <= last:
-            raise WireError(f"a row of (tensor, block) {tensor, block} after {last} in a part of tensors {_named(tensors)}")
-        spec, last = model.tensors[tensor], (tensor, block)
-        length = min(BLOCK, spec.size - block * BLOCK)
-        least = length if method == DENSE else 1
-        if length < 1 or method not in METHODS or not least <= changed <= length or gaps > most_gaps(method, changed, length):
-            raise WireError(
-                f"block {block} of {spec.name}: method {method} with {changed} changes of {length} elements and {gaps} gap bytes"
-            )
-        if any(size for i, size in enumerate(sizes) if i not in USED[method]):
-            raise WireError(f"block {block} of {spec.name} has streams that {METHODS[method]} does not have")
+    tensor, block, method, changed, gaps = (rows[name].astype(np.int64) for name in ROW.names[:-1])  # type: ignore[index]
+    placed = (tensor >= tensors.start) & (tensor < tensors.stop) & (np.diff(tensor << 32 | block, prepend=-1) > 0)
+    if len(wrong := np.flatnonzero(~placed)):
+        where = f"({tensor[wrong[0]]}, {block[wrong[0]]})"
+        raise WireError(f"row {wrong[0]}, of (tensor, block) {where}, is out of order in a part of tensors {_named(tensors)}")
+    length = np.minimum(_by_tensor(model, tensor, lambda spec: spec.size) - block * BLOCK, BLOCK)
+    least = np.where(method == DENSE, length, 1)
+    possible = (length >= 1) & np.isin(method, list(METHODS)) & (least <= changed) & (changed <= length)
+    if len(wrong := np.flatnonzero(~possible | (gaps > most_gaps(method, changed, length)))):
+        i, name = wrong[0], model.tensors[tensor[wrong[0]]].name
+        raise WireError(
+            f"block {block[i]} of {name}: method {method[i]} with {changed[i]} changes of {length[i]} elements and {gaps[i]} gap bytes"
+        )
+    used = np.array([[i in USED.get(number, ()) for i in range(STREAMS)] for number in range(max(METHODS) + 1)])
+    if len(wrong := np.flatnonzero((~used[method] & (rows["sizes"] > 0)).any(axis=1))):
+        row = rows[wrong[0]]
+        name = model.tensors[row["tensor"]].name
+        raise WireError(f"block {row['block']} of {name} has streams that {METHODS[int(row['method'])]} does not have")

@@ -126,6 +126,7 @@ def test_a_flipped_bit_of_a_code_or_a_scale_is_named(engine: Any) -> None:
         with pytest.raises(NotProven, match=name.replace(".", r"\.")):
             channel.publish(100 + number)
         flipper.flip(live.name, place.target.offset * live.width, 0)
+        host.run(host.weights.take_in(host.live[0]))  # it was fenced
 
 
 def test_a_server_that_is_not_quantised_is_refused(tmp_path: Path) -> None:

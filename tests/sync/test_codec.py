@@ -1,10 +1,12 @@
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slime.sync import native
-from slime.sync.codec import DENSE, EXPONENT, STEPS8, STEPS16, STREAMS, Coded, Entries, Packer, decode_block, encode_block, unpack_steps
+from slime.sync.codec import DENSE, EXPONENT, STEPS8, STEPS16, STREAMS, Coded, Entries, Packed, Packer, decode_block, encode_block
 from slime.sync.native import NativeError
 from slime.sync.records import BLOCK, ELEMENT_TYPES, ElementType
 
@@ -43,13 +45,20 @@ def entries_of(old: np.ndarray, new: np.ndarray, complete: bool = False) -> Entr
     return Entries(FIRST, len(old), positions + FIRST, old[positions], new[positions])
 
 
+def packed(kind: ElementType, coded: Coded, streams: Sequence[memoryview], length: int) -> Packed:
+    sizes = np.array([list(map(len, streams))])
+    payload = np.frombuffer(b"".join(streams), np.uint8)
+    numbers = ([number] for number in (coded.changed, coded.gaps, kind.width, FIRST, length))
+    return Packed(payload, np.cumsum(sizes)[None] - sizes, sizes, np.array([coded.method == STEPS16]), *map(np.array, numbers))
+
+
 def restored(kind: ElementType, coded: Coded, old: np.ndarray) -> np.ndarray:
     n = coded.changed
     out = Entries(FIRST, len(old), np.full(n, -1), np.zeros(n, kind.bits), np.zeros(n, kind.bits))
     streams = (*map(memoryview, coded.streams), *[memoryview(b"")] * (STREAMS - len(coded.streams)))
     if coded.method in (STEPS8, STEPS16):
-        block = unpack_steps(kind.width, coded.method, n, coded.gaps, streams, FIRST, len(old), PACKER)
-        native.steps_decode(kind.exponent is not None, [block], old, FIRST, out.positions, out.old, out.new)
+        steps = packed(kind, coded, streams, len(old)).unpack(PACKER)
+        native.steps_decode(kind.exponent is not None, steps.blocks, old, FIRST, out.positions, out.old, out.new)
     else:
         decode_block(kind, coded.method, streams, old, out, PACKER)
     assert (np.diff(out.positions) > 0).all()

@@ -51,7 +51,11 @@ GAPS = [0, 1, 253, 254, 255, 256, 509, 510, 511, 765, 65534, 65535, 65536, 13106
 
 def decode(is_float: bool, streams: tuple[np.ndarray, ...], block: np.ndarray, first: int, *found: np.ndarray) -> None:
     """One block, whose old bits begin at position `first`."""
-    native.steps_decode(is_float, [native.StepsBlock(first, len(block), len(found[0]), *streams)], block, first, *found)
+    gaps, low, _, _, large, raw = streams
+    counts = (len(gaps), len(large), len(raw) // block.itemsize)
+    addresses = [stream.ctypes.data if stream is not low or len(low) else 0 for stream in streams]
+    row = np.array([(first, len(block), len(found[0]), *addresses, *counts)], native.STEPS_BLOCK)
+    native.steps_decode(is_float, row, block, first, *found)
 
 
 @pytest.mark.parametrize("gap_width", [1, 2])
@@ -254,3 +258,21 @@ def test_library_that_was_not_built(tmp_path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "_native.so").write_text("of another machine")
     with pytest.raises(ImportError, match="cannot be loaded"):
         load()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_what_a_fingerprint_grows_by_is_the_difference_of_two(width: int) -> None:
+    factors = native.table(11)
+    old, new = random_bits(width, 5000), random_bits(width, 5000, seed=1)
+    for positions in (np.arange(5000) + 333, np.sort(np.random.default_rng(2).choice(1 << 20, 5000, replace=False))):
+        before, after = (native.fingerprint_at(positions, bits, 7, factors) for bits in (old, new))
+        assert before != after
+        grown = {native.fingerprint_moved(positions, old, new, 7, factors, level) for level in LEVELS}
+        assert grown == {(after - before) % 2**64}
+
+
+def test_bits_and_bytes_are_counted() -> None:
+    some = np.array([0, 255, 254, 1, 255, 255, 128], np.uint8)
+    addresses, sizes = some.ctypes.data + np.array([0, 1, 3, 6], np.uint64), np.array([7, 3, 0, 1], np.uint64)
+    assert native.ones(addresses, sizes).tolist() == [33, 16, 0, 1]
+    assert native.full_bytes(addresses, sizes).tolist() == [3, 1, 0, 0]

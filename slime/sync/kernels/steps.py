@@ -67,7 +67,7 @@ class Steps:
         for k, (key, start) in enumerate(zip(self.blocks.key.tolist(), self.blocks.start.tolist(), strict=True)):
             those = slice(self.listed.starts[k], self.listed.starts[k + 1])
             where = positions[those].astype(np.int64) + start
-            found[k] = (fingerprint.at(where, new[those], key, table) - fingerprint.at(where, old[those], key, table)) % (1 << 64)
+            found[k] = fingerprint.moved(where, old[those], new[those], key, table)
         return found
 
     def encode(self, which: np.ndarray) -> Coded:
