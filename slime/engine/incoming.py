@@ -88,7 +88,7 @@ class IncomingDelta:
         self._payload, self._served, self._copy = payload, served, served.trainer
 
     def parts(self) -> Iterator[Part]:
-        """Each decodes a part against the host copy. Raises WireError for one that does not decode when it is called."""
+        """Each decodes a part against the host copy, and raises WireError where it does not decode."""
         for number, tensors in enumerate(self._copy.spec.parts(self.manifest.part_bytes)):
             yield partial(self._decoded, number, tensors)
 

@@ -185,12 +185,11 @@ def _dense(entries: Entries, packer: Packer) -> Coded:
 
 def most_gaps(method: np.ndarray, changed: np.ndarray, length: np.ndarray) -> np.ndarray:
     """int64 [n]: the longest gap stream that so many changes of a block have."""
-    longest = np.select([method == STEPS8, method == STEPS16], [length // 255, length // 65535], -1)
-    return np.where(longest < 0, 0, changed + longest)
+    return np.select([method == STEPS8, method == STEPS16], [changed + length // 255, changed + length // 65535], 0)
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class PackedSteps:
     """Blocks in steps as they came. Their streams lie in `payload`, each through zstd or not."""
 
     payload: np.ndarray  # uint8
@@ -203,7 +202,7 @@ class Packed:
     first: np.ndarray  # int64 [n], position of the first element
     length: np.ndarray  # int64 [n], elements
 
-    def unpack(self, packer: Packer) -> "Steps":
+    def unpack(self, packer: Packer) -> "RawSteps":
         """Out of zstd. Raises StepsError for streams of other lengths than they should have."""
         found, memory = np.zeros(len(self.changed), STEPS_BLOCK), [self.payload]
 
@@ -228,11 +227,11 @@ class Packed:
         found["large"], found["large_count"] = stream(4, large), large
         raw = native.full_bytes(found["large"].copy(), large.astype(np.uint64))
         found["raw"], found["raw_count"] = stream(5, raw * self.width), raw
-        return Steps(found, tuple(memory))
+        return RawSteps(found, tuple(memory))
 
 
 @dataclass(frozen=True, slots=True)
-class Steps:
+class RawSteps:
     """Blocks in steps, out of zstd."""
 
     blocks: np.ndarray  # STEPS_BLOCK [n]

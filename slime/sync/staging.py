@@ -164,8 +164,10 @@ class Stage:
                 file.write(HEAD.pack(MAGIC, len(header), hashlib.blake2b(header, digest_size=16).digest()) + header)
                 file.flush()
                 _fill(file.fileno(), start + end, _placed(arrays, start))
-        except OSError as error:
+        except BaseException as error:  # it has all its room already
             partial.unlink(missing_ok=True)
+            if not isinstance(error, OSError):
+                raise
             raise OSError(error.errno, f"{error.strerror}: a staged file of {start + end} bytes", str(partial)) from error
         os.replace(partial, path)
         return start + end

@@ -7,7 +7,8 @@
 
 Blocks are records.BLOCK elements, tensors and dtypes are the ModelSpec's, whose signature is in the head. There is no checksum: the
 manifest has a digest of the part. A decoder nevertheless trusts nothing: it checks every number against the model and the length of the
-payload before it uses it, so that neither damage nor malice makes it read or write elsewhere or allocate more than the model has.
+payload before it uses it, so that neither damage nor malice makes it read or write elsewhere, or allocate more than a few times what the
+part's tensors have.
 """
 
 import struct
@@ -27,7 +28,7 @@ from slime.sync.codec import (
     USED,
     Coded,
     Entries,
-    Packed,
+    PackedSteps,
     Packer,
     decode_block,
     encode_block,
@@ -42,6 +43,7 @@ HEAD = struct.Struct("<4sHH16sIIII")
 ROW = np.dtype(
     [("tensor", "<u4"), ("block", "<u4"), ("method", "u1"), ("changed", "<u4"), ("gaps", "<u4"), ("sizes", "<u4", (STREAMS,))]
 )  # changed: entries that the block yields; gaps: raw bytes of a gap stream
+_USED = np.array([[stream in USED.get(method, ()) for stream in range(STREAMS)] for method in range(max(METHODS) + 1)])  # by method
 DENSE_AT = 0.3  # share of a block's elements above which the publisher lists them all
 
 
@@ -210,7 +212,7 @@ def _check_old(name: str, old: np.ndarray, bits: np.dtype, size: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Unpacked:
+class _Unpacked:
     """What a part says of one tensor, its steps out of zstd."""
 
     spec: TensorSpec
@@ -258,41 +260,43 @@ class Unpacked:
 def decode_part(model: ModelSpec, tensors: range, payload: bytes | memoryview, old_of: Callable[[int], np.ndarray]) -> Iterator[Changes]:
     """Changes of each tensor that has any, ascending. old_of(tensor): its old bits. Raises WireError for bytes that are no part of these
     tensors; a tensor is yielded when all of it was checked, the first one when the table and the lengths of all streams were."""
-    for unpacked in unpack_part(model, tensors, payload):
+    for unpacked in _unpack(model, tensors, payload):
         yield unpacked.changes(old_of(unpacked.tensor))
 
 
-def unpack_part(model: ModelSpec, tensors: range, payload: bytes | memoryview) -> list[Unpacked]:
+def _unpack(model: ModelSpec, tensors: range, payload: bytes | memoryview) -> list[_Unpacked]:
     """Each tensor that has changes, ascending. Raises WireError, naming tensor and block, for bytes that are no part of these tensors."""
     view, packer = memoryview(payload).cast("B"), Packer()
     rows, begin = _table(model, tensors, view, packer)
     sizes = rows["sizes"].astype(np.int64)
     begins = (begin + np.cumsum(sizes) - sizes.reshape(-1)).reshape(sizes.shape)
     in_steps = np.isin(rows["method"], (STEPS8, STEPS16))
-    steps, memory = np.zeros(len(rows), native.STEPS_BLOCK), (np.frombuffer(view, np.uint8),)
-    packed = _in_steps(model, rows, memory[0], begins, sizes, in_steps)
+    flat, steps = np.frombuffer(view, np.uint8), np.zeros(len(rows), native.STEPS_BLOCK)
+    packed = _packed_steps(model, rows, flat, begins, sizes, in_steps)
     try:
-        unpacked = packed.unpack(packer)
+        raw = packed.unpack(packer)
     except StepsError as error:
         row = rows[in_steps][error.number]
         raise _wrong(model.tensors[row["tensor"]], row, error) from error
-    steps[in_steps] = unpacked.blocks
+    steps[in_steps] = raw.blocks
     numbers, starts = np.unique(rows["tensor"], return_index=True)
     edges = [*starts.tolist(), len(rows)]
     return [
-        Unpacked(model.tensors[i], i, rows[start:end], begins[start:end], in_steps[start:end], steps[start:end], unpacked.memory)
+        _Unpacked(model.tensors[i], i, rows[start:end], begins[start:end], in_steps[start:end], steps[start:end], raw.memory)
         for i, start, end in zip(numbers.tolist(), edges[:-1], edges[1:], strict=True)
     ]
 
 
-def _in_steps(model: ModelSpec, rows: np.ndarray, payload: np.ndarray, begins: np.ndarray, sizes: np.ndarray, those: np.ndarray) -> Packed:
+def _packed_steps(
+    model: ModelSpec, rows: np.ndarray, payload: np.ndarray, begins: np.ndarray, sizes: np.ndarray, those: np.ndarray
+) -> PackedSteps:
     """The blocks in steps among the rows, whose streams lie in the payload (uint8) at begins, so many bytes each."""
     rows = rows[those]
     first = rows["block"].astype(np.int64) * BLOCK
     widths, lengths = (_by_tensor(model, rows["tensor"], of) for of in (lambda spec: spec.type.width, lambda spec: spec.size))
     changed, gaps = (rows[name].astype(np.int64) for name in ("changed", "gaps"))
     length = np.minimum(lengths - first, BLOCK)
-    return Packed(payload, begins[those], sizes[those], rows["method"] == STEPS16, changed, gaps, widths, first, length)
+    return PackedSteps(payload, begins[those], sizes[those], rows["method"] == STEPS16, changed, gaps, widths, first, length)
 
 
 def _by_tensor(model: ModelSpec, tensors: np.ndarray, of: Callable[[TensorSpec], int]) -> np.ndarray:
@@ -350,8 +354,8 @@ def _check_rows(model: ModelSpec, tensors: range, rows: np.ndarray, nbytes: int)
     tensor, block, method, changed, gaps = (rows[name].astype(np.int64) for name in ROW.names[:-1])  # type: ignore[index]
     placed = (tensor >= tensors.start) & (tensor < tensors.stop) & (np.diff(tensor << 32 | block, prepend=-1) > 0)
     if len(wrong := np.flatnonzero(~placed)):
-        where = f"({tensor[wrong[0]]}, {block[wrong[0]]})"
-        raise WireError(f"row {wrong[0]}, of (tensor, block) {where}, is out of order in a part of tensors {_named(tensors)}")
+        this, last = ((int(tensor[i]), int(block[i])) if i >= 0 else (-1, -1) for i in (wrong[0], wrong[0] - 1))
+        raise WireError(f"a row of (tensor, block) {this} after {last} in a part of tensors {_named(tensors)}")
     length = np.minimum(_by_tensor(model, tensor, lambda spec: spec.size) - block * BLOCK, BLOCK)
     least = np.where(method == DENSE, length, 1)
     possible = (length >= 1) & np.isin(method, list(METHODS)) & (least <= changed) & (changed <= length)
@@ -360,8 +364,7 @@ def _check_rows(model: ModelSpec, tensors: range, rows: np.ndarray, nbytes: int)
         raise WireError(
             f"block {block[i]} of {name}: method {method[i]} with {changed[i]} changes of {length[i]} elements and {gaps[i]} gap bytes"
         )
-    used = np.array([[i in USED.get(number, ()) for i in range(STREAMS)] for number in range(max(METHODS) + 1)])
-    if len(wrong := np.flatnonzero((~used[method] & (rows["sizes"] > 0)).any(axis=1))):
+    if len(wrong := np.flatnonzero((~_USED[method] & (rows["sizes"] > 0)).any(axis=1))):
         row = rows[wrong[0]]
         name = model.tensors[row["tensor"]].name
         raise WireError(f"block {row['block']} of {name} has streams that {METHODS[int(row['method'])]} does not have")

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slime.sync import native
-from slime.sync.codec import DENSE, EXPONENT, STEPS8, STEPS16, STREAMS, Coded, Entries, Packed, Packer, decode_block, encode_block
+from slime.sync.codec import DENSE, EXPONENT, STEPS8, STEPS16, STREAMS, Coded, Entries, PackedSteps, Packer, decode_block, encode_block
 from slime.sync.native import NativeError
 from slime.sync.records import BLOCK, ELEMENT_TYPES, ElementType
 
@@ -45,11 +45,11 @@ def entries_of(old: np.ndarray, new: np.ndarray, complete: bool = False) -> Entr
     return Entries(FIRST, len(old), positions + FIRST, old[positions], new[positions])
 
 
-def packed(kind: ElementType, coded: Coded, streams: Sequence[memoryview], length: int) -> Packed:
+def packed(kind: ElementType, coded: Coded, streams: Sequence[memoryview], length: int) -> PackedSteps:
     sizes = np.array([list(map(len, streams))])
     payload = np.frombuffer(b"".join(streams), np.uint8)
     numbers = ([number] for number in (coded.changed, coded.gaps, kind.width, FIRST, length))
-    return Packed(payload, np.cumsum(sizes)[None] - sizes, sizes, np.array([coded.method == STEPS16]), *map(np.array, numbers))
+    return PackedSteps(payload, np.cumsum(sizes)[None] - sizes, sizes, np.array([coded.method == STEPS16]), *map(np.array, numbers))
 
 
 def restored(kind: ElementType, coded: Coded, old: np.ndarray) -> np.ndarray:
