@@ -59,6 +59,7 @@ PORT = 30000
 START_S, CALL_S = 300.0, 120.0
 REQUESTS, TOKENS, TOKENS_OF_COMMITS = 64, 640, 1024
 COMMITS, DRAINED = 5, 4  # together odd: the last one leaves B
+CALLS, CALLS_BESIDE = ("loads", "pause", "flush", "commit", "continue"), ("pause", "commit", "continue")  # of a drained pause, of others
 PAUSE_BAR_MS, THROUGHPUT_BAR = 30.0, 0.9
 PART_BYTES = 256 << 20
 PIECE = 16 << 20  # elements that xor + zstd packs at a time
@@ -199,7 +200,7 @@ class Bench:
     def commits(self) -> None:
         """Pauses with requests that go on afterwards, and drained ones, as a host does by default: nothing runs, prefixes are dropped."""
         bars = {"whole": PAUSE_BAR_MS, "write_s": SCATTER_BAR_MS, "audit_s": AUDIT_BAR_MS}
-        names = {"whole": "the whole pause", "write_s": "write", "audit_s": "audit", "stage_s": "stage beside 64 requests"}
+        names = {"whole": "the whole pause", "write_s": "write", "audit_s": "audit"} | {call: f"{call} call" for call in CALLS}
         generation = Generation(self.server, TOKENS_OF_COMMITS)
         time.sleep(0.5)
         pauses = [self.commit(generation) for _ in range(COMMITS)]
@@ -207,18 +208,16 @@ class Bench:
         drained = [self.commit() for _ in range(DRAINED)]
         for title, found in (("", pauses), ("drained: ", drained)):
             self.report.facts[f"{title}commits, ms"] = [{name: round(s * 1e3, 2) for name, s in laps.items()} for laps in found]
-            for what in found[0]:
-                if what == "file" or (title and what == "stage_s"):
-                    continue  # not of the pause, and not beside requests
-                name = title + names.get(what, f"{what} call")
-                self.report.rows.append(Row(name, median(laps[what] for laps in found) * 1e3, bar_ms=bars.get(what)))
+            for what in filter(found[0].__contains__, names):
+                median_s = median(laps[what] for laps in found)
+                self.report.rows.append(Row(title + names[what], median_s * 1e3, bar_ms=bars.get(what)))
         self.report.rows.append(Row("the longest whole pause", max(found["whole"] for found in pauses) * 1e3))
+        self.report.rows.append(Row("stage beside 64 requests", median(found["stage"] for found in pauses) * 1e3))
 
     def commit(self, generation: "Generation | None" = None) -> dict[str, float]:
         """The next version, into an engine that runs requests or is idle; seconds of each call, and what the rank says of its part."""
         target, label = "b" if self.count % 2 == 0 else "a", f"{RUN_ID}/0/{self.count + 1}"
         write_s, stage_s = self.staged(target, label)
-        laps, last = {"file": write_s, "stage_s": stage_s}, time.perf_counter()
         calls: dict[str, Callable[[], Any]] = {
             "loads": lambda: self.server.ask("/v1/loads", "GET"),
             "pause": lambda: self.server.post("/pause_generation", mode="in_place"),
@@ -228,10 +227,10 @@ class Bench:
         }
         if generation is not None:
             self.report.expect(generation.running, "requests run at the pause")
-            del calls["loads"], calls["flush"]
-        begun = last
-        for name, call in calls.items():
-            call()
+        laps = {"file": write_s, "stage": stage_s}
+        begun = last = time.perf_counter()
+        for name in CALLS if generation is None else CALLS_BESIDE:
+            calls[name]()
             laps[name], last = time.perf_counter() - last, time.perf_counter()
         reply = self.ask(self.door.result(label))
         self.label, self.count = label, self.count + 1

@@ -164,12 +164,11 @@ class Stage:
                 file.write(HEAD.pack(MAGIC, len(header), hashlib.blake2b(header, digest_size=16).digest()) + header)
                 file.flush()
                 _fill(file.fileno(), start + end, _placed(arrays, start))
-        except BaseException as error:  # it has all its room already
-            partial.unlink(missing_ok=True)
-            if not isinstance(error, OSError):
-                raise
+            os.replace(partial, path)
+        except OSError as error:
             raise OSError(error.errno, f"{error.strerror}: a staged file of {start + end} bytes", str(partial)) from error
-        os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)  # where it failed: it has all its room already
         return start + end
 
 

@@ -4,8 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slime.sync import native
+from slime.sync.codec import DENSE, STEPS8, Packer
 from slime.sync.records import BLOCK, ELEMENT_TYPES, Changes, ModelSpec, TensorSpec
-from slime.sync.wire import HEAD, PartBlock, WireError, decode_part, describe_part, encode_part
+from slime.sync.wire import HEAD, ROW, PartBlock, WireError, decode_part, describe_part, encode_part
 
 MODEL = ModelSpec(
     (
@@ -170,6 +171,53 @@ def test_parts_of_something_else_are_refused() -> None:
     refused(payload[:-1], "bytes of streams where its table tells")
     refused(payload + b"\0", "bytes of streams where its table tells")
     refused(payload[:30], "shorter than its head|a table of")
+
+
+def retold(payload: bytes, row: int, **fields: int | tuple[int, ...]) -> bytes:
+    """The part with another row in its table."""
+    *head, count, packed = HEAD.unpack_from(payload)
+    planes = Packer().unpack(memoryview(payload)[HEAD.size : HEAD.size + packed], count * ROW.itemsize)
+    rows = planes.reshape(ROW.itemsize, count).T.copy().reshape(-1).view(ROW)
+    for name, value in fields.items():
+        rows[row][name] = value
+    raw = rows.view(np.uint8).reshape(count, ROW.itemsize).T.tobytes()
+    return HEAD.pack(*head, count, len(raw)) + raw + payload[HEAD.size + packed :]
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "message"),
+    [
+        (1, {"tensor": 7}, r"a row of \(tensor, block\) \(7, 0\) after \(0, 0\) in a part of tensors 0:7"),
+        (1, {"tensor": 1 << 31}, r"\(2147483648, 0\) after \(0, 0\)"),
+        (1, {"tensor": 0}, r"\(0, 0\) after \(0, 0\)"),
+        (2, {"block": 0}, r"\(6, 0\) after \(6, 0\)"),
+        (2, {"block": 3}, "block 3 of long: method 2 with 1 changes of -1048573 elements"),
+        (0, {"method": 0, "gaps": 0}, "block 0 of embed: method 0 with 1 changes of 19200 elements"),
+        (0, {"method": 5, "gaps": 0}, "block 0 of embed: method 5 with"),
+        (0, {"method": DENSE, "gaps": 0}, "method 4 with 1 changes of 19200 elements"),
+        (1, {"tensor": 1, "method": DENSE, "changed": 0, "gaps": 0}, "block 0 of empty: method 4 with 0 changes of 0 elements"),
+        (1, {"changed": 0}, "with 0 changes of 1048576 elements"),
+        (2, {"changed": BLOCK + 1}, "with 1048577 changes of 1048576 elements"),
+        (2, {"gaps": 18}, "with 1 changes of 1048576 elements and 18 gap bytes"),
+        (2, {"method": STEPS8}, "block 1 of long has streams that steps8 does not have"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused(row: int, fields: dict[str, int], message: str) -> None:
+    payload = encode_part(MODEL, ALL, [one(0, [4]), one(6, [4, BLOCK + 4])], "steps")
+    assert retold(payload, row)[HEAD.size + 3 * ROW.itemsize :] == payload[HEAD.size + HEAD.unpack_from(payload)[-1] :]
+    list(decode_part(MODEL, ALL, retold(payload, row), make_old().__getitem__))
+    refused(retold(payload, row, **fields), message)
+
+
+def test_a_row_of_a_tensor_before_the_part_is_refused() -> None:
+    payload = retold(encode_part(MODEL, range(2, 4), [one(2, [4], "float32")], "steps"), 0, tensor=0)
+    refused(payload, r"\(0, 0\) after \(-1, -1\) in a part of tensors 2:4", range(2, 4))
+
+
+def test_streams_that_do_not_fit_their_row_name_its_block() -> None:
+    payload = encode_part(MODEL, ALL, [one(0, [4]), one(6, [4, BLOCK + 4])], "steps")
+    with pytest.raises(WireError, match=r"block 1 of long \(steps16\): a zstd stream"):
+        list(decode_part(MODEL, ALL, retold(payload, 2, changed=9), make_old().__getitem__))
 
 
 def test_damage_names_its_block() -> None:
