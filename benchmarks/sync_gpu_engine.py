@@ -15,15 +15,10 @@ Bars: the whole pause with its HTTP round trips 30 ms, write 2 ms, audit 5 ms (m
 
 import asyncio
 import base64
-import http.client
 import json
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,20 +39,18 @@ from benchmarks.sync_gpu import (
     HEADS,
     HIDDEN,
     INNER,
-    ROOT,
     SCATTER_BAR_MS,
     Report,
     Row,
     hf_shapes,
 )
+from benchmarks.sync_gpu_server import CALL_S, Generation, Server
 from slime.sync import fingerprint, wire
 from slime.sync.inserver_client import RankClient, RankReply, command
 from slime.sync.records import Changes, ModelSpec, TensorSpec
 from slime.sync.staging import Stage
 
-PORT = 30000
-START_S, CALL_S = 300.0, 120.0
-REQUESTS, TOKENS, TOKENS_OF_COMMITS = 64, 640, 1024
+TOKENS, TOKENS_OF_COMMITS = 640, 1024
 COMMITS, DRAINED = 5, 4  # together odd: the last one leaves B
 CALLS, CALLS_BESIDE = ("loads", "pause", "flush", "commit", "continue"), ("pause", "commit", "continue")  # of a drained pause, of others
 PAUSE_BAR_MS, THROUGHPUT_BAR = 30.0, 0.9
@@ -65,11 +58,6 @@ PART_BYTES = 256 << 20
 PIECE = 16 << 20  # elements that xor + zstd packs at a time
 RUN_ID = "bench"
 KEY = fingerprint.run_key(RUN_ID)
-FLAGS = (
-    "--attention-backend triton --sampling-backend pytorch --grammar-backend none --cuda-graph-backend-prefill disabled "
-    f"--cuda-graph-max-bs-decode {REQUESTS} --mem-fraction-static 0.5 --skip-tokenizer-init "
-    "--custom-weight-loader slime.sync.inserver.load"
-).split()
 
 
 @dataclass
@@ -111,7 +99,7 @@ def run(folder: Path, layers: int, vocab: int) -> int:
 class Bench:
     """The measurements, in their order."""
 
-    def __init__(self, report: Report, server: "Server", folder: Path, versions: Versions, layers: int, vocab: int) -> None:
+    def __init__(self, report: Report, server: Server, folder: Path, versions: Versions, layers: int, vocab: int) -> None:
         self.report, self.server, self.folder, self.versions = report, server, folder, versions
         self.shape = (layers, vocab)
         self.door = RankClient(f"{folder / 'door'}.0", "the rank")
@@ -214,7 +202,7 @@ class Bench:
         self.report.rows.append(Row("the longest whole pause", max(found["whole"] for found in pauses) * 1e3))
         self.report.rows.append(Row("stage beside 64 requests", median(found["stage"] for found in pauses) * 1e3))
 
-    def commit(self, generation: "Generation | None" = None) -> dict[str, float]:
+    def commit(self, generation: Generation | None = None) -> dict[str, float]:
         """The next version, into an engine that runs requests or is idle; seconds of each call, and what the rank says of its part."""
         target, label = "b" if self.count % 2 == 0 else "a", f"{RUN_ID}/0/{self.count + 1}"
         write_s, stage_s = self.staged(target, label)
@@ -348,90 +336,6 @@ class Bench:
         if not reply.ok:
             raise RuntimeError(f"{op}: {reply.error}")
         return reply
-
-
-class Server:
-    """Stock SGLang in a process group of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.log = folder / "server.log"
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-        line = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder / "a"), "--port", str(PORT), *FLAGS]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(line, stdout=log, stderr=log, env=environment, start_new_session=True)
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                self.ask("/health", method="GET")
-                return
-            except (OSError, RuntimeError, http.client.HTTPException):
-                time.sleep(0.5)
-        raise RuntimeError(f"SGLang did not come up within {START_S:g} s, or ended with {self.process.poll()}")
-
-    def post(self, path: str, **fields: Any) -> float:
-        """Seconds of a call that must succeed."""
-        begun = time.perf_counter()
-        self.ask(path, **fields)
-        return time.perf_counter() - begun
-
-    def ask(self, path: str, method: str = "POST", **fields: Any) -> Any:
-        connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=CALL_S)
-        try:
-            connection.request(method, path, json.dumps(fields) if fields else "{}", {"Content-Type": "application/json"})
-            answer = connection.getresponse()
-            text = answer.read().decode()
-        finally:
-            connection.close()
-        if answer.status != 200:
-            raise RuntimeError(f"{path}: {answer.status} {text[:500]}")
-        found = json.loads(text) if text.startswith(("{", "[")) else text
-        if isinstance(found, dict) and found.get("success") is False:
-            raise RuntimeError(f"{path}: {text[:500]}")
-        return found
-
-    def log_tail(self) -> str:
-        return self.log.read_text(errors="replace")[-4000:]
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-        if out := os.environ.get("OUT"):
-            (Path(out) / "server.log").write_text(self.log.read_text(errors="replace")[-4_000_000:])
-
-
-class Generation:
-    """64 requests that run in the background."""
-
-    def __init__(self, server: Server, tokens: int) -> None:
-        self.server, self.tokens = server, tokens
-        self.answer: Any = None
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.begun = time.perf_counter()
-        self.thread.start()
-
-    def _run(self) -> None:
-        prompts = [[5 + i, *range(6, 21)] for i in range(REQUESTS)]
-        self.answer = self.server.ask(
-            "/generate", input_ids=prompts, sampling_params={"max_new_tokens": self.tokens, "temperature": 1.0, "ignore_eos": True}
-        )
-        self.ended = time.perf_counter()
-
-    @property
-    def running(self) -> bool:
-        return self.thread.is_alive()
-
-    def finish(self) -> float:
-        """tokens/s. Every request must have all its tokens."""
-        self.thread.join(CALL_S)
-        if self.answer is None or any(len(one["output_ids"]) != self.tokens for one in self.answer):
-            raise RuntimeError("requests did not finish whole")
-        return REQUESTS * self.tokens / (self.ended - self.begun)
 
 
 # ---- weights ----
